@@ -1,0 +1,43 @@
+"""See, and teach, where a vision-language model looks: per-word attention maps of diffusers and transformers models."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AlignmentConfig": "config",
+    "TeacherConfig": "config",
+    "TrainingConfig": "config",
+    "LavenderError": "errors",
+    "Collator": "data",
+    "TargetStore": "targets",
+    "Word": "types",
+    "WordMaps": "types",
+    "extract": "teacher.extract",
+    "patch": "patching",
+    "fine_tune": "train",
+    "words_of": "words",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+if TYPE_CHECKING:
+    from .config import AlignmentConfig, TeacherConfig, TrainingConfig
+    from .data import Collator
+    from .errors import LavenderError
+    from .patching import patch
+    from .targets import TargetStore
+    from .teacher.extract import extract
+    from .train import fine_tune
+    from .types import Word, WordMaps
+    from .words import words_of
+
+
+def __getattr__(name: str) -> Any:
+    """Loads public names on first use, so that importing lavender imports neither torch nor any model library."""
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,337 @@
+"""Pictures with texts: reading them from disk, and collating them for a patched student."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .config import AlignmentConfig
+from .errors import ConfigError, DataError, TargetError
+from .families import student_family
+from .types import Word
+from .words import FUNCTION_WORDS, collate_rows, match_words, tokens_of, words_of
+
+if TYPE_CHECKING:
+    from .targets import Target, TargetStore
+
+ImageSource = str | Path | bytes | Image.Image
+
+DEFAULT_QUESTION = "Describe the picture."
+"""What the user asks in a sample that has a caption only."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A picture and its caption, for `lavender.extract`. `image` is a path, encoded bytes or a PIL image."""
+
+    id: str
+    image: ImageSource
+    caption: str
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A picture, what the user asks and what the student shall answer, for `lavender.Collator`."""
+
+    id: str
+    image: ImageSource
+    question: str
+    answer: str
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """An upright RGB picture. Raises `DataError` when it is missing, empty or damaged."""
+    import io
+
+    if isinstance(source, Image.Image):
+        return ImageOps.exif_transpose(source).convert("RGB")
+    name = "the image bytes" if isinstance(source, bytes) else str(source)
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+            return ImageOps.exif_transpose(file).convert("RGB")
+    except FileNotFoundError:
+        raise DataError(f"there is no image at {name}") from None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"cannot read the image {name}: {error}") from None
+
+
+def read_pairs(data: str | Path) -> list[Pair]:
+    """Pictures with captions from JSON lines or from an image folder.
+
+    Args:
+        data: a `.jsonl` file whose lines are `{"image": path, "caption": text}` with an optional `"id"` (paths are relative to
+            the file; the image path is the id by default), or a folder in the `imagefolder` layout of `datasets` with captions
+            in its `metadata.csv` or `metadata.jsonl` under `caption` or `text`.
+
+    Raises:
+        DataError: the file or folder is missing or empty, a line is no such object, or an id occurs twice.
+    """
+    path = Path(data)
+    pairs = _pairs_of_folder(path) if path.is_dir() else [_pair_of(path, n, line) for n, line in _json_lines(path)]
+    _require_unique([pair.id for pair in pairs], path)
+    return pairs
+
+
+def read_samples(data: str | Path) -> list[Sample]:
+    """Training samples from JSON lines `{"image", "answer"}` with optional `"question"` and `"id"`; `"caption"` serves as answer.
+
+    Raises:
+        DataError: as `read_pairs`.
+    """
+    path = Path(data)
+    samples = []
+    for number, line in _json_lines(path):
+        answer = line.get("answer", line.get("caption"))
+        if not isinstance(answer, str) or not answer.strip():
+            raise DataError(f"{path}, line {number}: no answer; expected a text under 'answer' or 'caption'")
+        image = _image_of(path, number, line)
+        samples.append(Sample(str(line.get("id", line["image"])), image, line.get("question", DEFAULT_QUESTION), answer))
+    _require_unique([sample.id for sample in samples], path)
+    return samples
+
+
+def _json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    if not path.exists():
+        raise DataError(f"there is no data at {path}; expected JSON lines, or a folder of pictures with captions")
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; expected a file of JSON lines")
+    lines = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})") from None
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number} is no JSON ({error.msg})") from None
+        if not isinstance(values, dict):
+            raise DataError(f"{path}, line {number} is no JSON object; expected one like {{\"image\": ..., \"caption\": ...}}")
+        lines.append((number, values))
+    if not lines:
+        raise DataError(f"{path} is empty; expected JSON lines")
+    return lines
+
+
+def _image_of(path: Path, number: int, line: Mapping[str, Any]) -> Path:
+    image = line.get("image")
+    if not isinstance(image, str) or not image:
+        raise DataError(f"{path}, line {number}: no image; expected a path under 'image'")
+    return path.parent / image
+
+
+def _pair_of(path: Path, number: int, line: Mapping[str, Any]) -> Pair:
+    image = _image_of(path, number, line)
+    caption = line.get("caption", line.get("text"))
+    if not isinstance(caption, str):
+        raise DataError(f"{path}, line {number}: no caption; expected a text under 'caption'")
+    return Pair(str(line.get("id", line["image"])), image, caption)
+
+
+def _pairs_of_folder(path: Path) -> list[Pair]:
+    from datasets import Image as ImageFeature
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        dataset = load_dataset("imagefolder", data_dir=str(path), split="train")
+    except (FileNotFoundError, ValueError, DatasetGenerationError) as error:
+        raise DataError(f"{path} is no folder of pictures in the imagefolder layout ({str(error).splitlines()[0]})") from None
+    column = next((name for name in ("caption", "text") if name in dataset.column_names), None)
+    if column is None:
+        raise DataError(f"{path} has no captions; expected a metadata.jsonl with 'file_name' and 'caption' in it")
+    pairs = []
+    for row in dataset.cast_column("image", ImageFeature(decode=False)):
+        file = row["image"]["path"]
+        name = str(Path(file).resolve().relative_to(path.resolve()))
+        pairs.append(Pair(name, row["image"]["bytes"] or Path(file), row[column] or ""))
+    return pairs
+
+
+def _require_unique(ids: Sequence[str], path: Path) -> None:
+    seen: set[str] = set()
+    for sample_id in ids:
+        if sample_id in seen:
+            raise DataError(f"{path} has the id {sample_id!r} twice; give each sample an \"id\" of its own")
+        seen.add(sample_id)
+
+
+class Collator:
+    """Makes batches for a patched student: what the model needs, and lavender's keys.
+
+    A sample is a `Sample` or a mapping with its fields. The processor's chat template renders question and answer; the labels
+    cover the answer alone. Beside the processor's tensors and `labels` (int64 [B, T], -100 where nothing is asked), a batch has
+
+        lavender_rows, lavender_row_words   int64 [B, R]   query rows and the words that they speak for; -1 is padding
+        lavender_row_weights                float32 [B, R]
+        lavender_columns                    int64 [B, M]   positions of the image tokens; -1 is padding
+        lavender_boxes                      float32 [B, M, 4]  their places in fractions of the picture; NaN where none
+        lavender_present                    bool [B, W]    which words are compared
+        lavender_targets                    float32 [B, W, y, x]  the teacher's maps; only with `targets`
+
+    W counts the answer's words (`Collator.words`) without function words.
+    """
+
+    def __init__(self, processor: Any, targets: TargetStore | None = None, config: AlignmentConfig | None = None) -> None:
+        """`processor` is the student's; `targets` are needed for training only; `config` is the one given to `lavender.patch`.
+
+        Raises `ConfigError` when the processor has no chat template or no fast tokenizer.
+        """
+        if not getattr(processor, "chat_template", None):
+            raise ConfigError("the processor has no chat template; set processor.chat_template to the model's")
+        if not processor.tokenizer.is_fast:
+            raise ConfigError("the processor's tokenizer gives no character offsets; load the fast one")
+        self.processor = processor
+        self.targets = targets
+        self.config = config or AlignmentConfig()
+        self._boxes = student_family(_model_type(processor)).boxes
+
+    @staticmethod
+    def words(answer: str) -> tuple[Word, ...]:
+        """The words of an answer that can be aligned, in order: index w of a batch's word axis is the w-th of them."""
+        return tuple(word for word in words_of(answer) if word.text.casefold() not in FUNCTION_WORDS)
+
+    def __call__(self, samples: Sequence[Sample | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Raises `DataError` or `TargetError` naming the sample at fault."""
+        samples = [s if isinstance(s, Sample) else Sample(**{k: s[k] for k in Sample.__dataclass_fields__}) for s in samples]
+        images = [load_image(sample.image) for sample in samples]
+        prompts, texts = zip(*(self._render(sample) for sample in samples), strict=True)
+        batch = dict(
+            self.processor(images=images, text=list(texts), padding=True, add_special_tokens=False, return_tensors="pt")
+        )
+        ids, image_token = batch["input_ids"], self.processor.image_token_id
+        labels, all_rows, all_present, all_words = torch.full_like(ids, -100), [], [], []
+        for b, sample in enumerate(samples):
+            encoded = self.processor.tokenizer(texts[b], add_special_tokens=False, return_offsets_mapping=True)
+            places = self._places(encoded.input_ids, ids[b], batch["attention_mask"][b], sample)
+            start = len(prompts[b])
+            answered = [i for i, (left, right) in enumerate(encoded.offset_mapping) if left >= start and right > left]
+            labels[b, [places[i] for i in answered]] = ids[b, [places[i] for i in answered]]
+            words = self.words(sample.answer)
+            begin = texts[b].index(sample.answer, start)
+            all_words.append(words)
+            rows = []
+            for word in words:
+                tokens = tokens_of((begin + word.start, begin + word.end), encoded.offset_mapping, texts[b])
+                shift = 1 if self.config.rows == "predicts" else 0
+                rows.append([places[t] - shift for t in tokens])
+            all_rows.append(rows)
+            all_present.append([bool(r) for r in rows])
+        batch["labels"] = labels
+        word_rows = collate_rows(all_rows)
+        batch["lavender_rows"], batch["lavender_row_words"] = word_rows.rows, word_rows.words
+        batch["lavender_row_weights"] = word_rows.weights
+        present = torch.zeros(len(samples), word_rows.num_words, dtype=torch.bool)
+        for b, flags in enumerate(all_present):
+            present[b, : len(flags)] = torch.tensor(flags, dtype=torch.bool)
+        batch["lavender_present"] = present
+        self._add_columns(batch, images, ids == image_token, samples)
+        if self.targets is not None:
+            self._add_targets(batch, samples, images, all_words)
+        return batch
+
+    def _render(self, sample: Sample) -> tuple[str, str]:
+        """The text up to the answer, and the whole text, with the picture's placeholder not yet expanded."""
+        if not sample.answer.strip():
+            raise DataError(f"sample {sample.id!r} has an empty answer")
+        ask = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.question}]}
+        reply = {"role": "assistant", "content": [{"type": "text", "text": sample.answer}]}
+        prompt = self.processor.apply_chat_template([ask], add_generation_prompt=True, tokenize=False)
+        text = self.processor.apply_chat_template([ask, reply], tokenize=False)
+        if not text.startswith(prompt):
+            raise ConfigError("the chat template changes the prompt when an answer follows; lavender cannot find the answer")
+        return prompt, text
+
+    def _places(
+        self, tokens: Sequence[int], ids: torch.Tensor, attention_mask: torch.Tensor, sample: Sample
+    ) -> list[int]:
+        """Position in the padded and expanded row of every token of the unexpanded text (-1 for the image's placeholder)."""
+        image_token = self.processor.image_token_id
+        plain = [p for p in torch.nonzero(attention_mask).flatten().tolist() if ids[p] != image_token]
+        expected = [token for token in tokens if token != image_token]
+        if ids[plain].tolist() != expected:
+            raise DataError(f"sample {sample.id!r}: the processor's tokens differ from its tokenizer's; was the text cut off?")
+        remaining = iter(plain)
+        return [-1 if token == image_token else next(remaining) for token in tokens]
+
+    def _add_columns(
+        self,
+        batch: dict[str, torch.Tensor],
+        images: Sequence[Image.Image],
+        is_image: torch.Tensor,
+        samples: Sequence[Sample],
+    ) -> None:
+        boxes = self._boxes(self.processor, [(image.height, image.width) for image in images])
+        width = max(len(b) for b in boxes)
+        columns = torch.full((len(images), width), -1)
+        padded = torch.full((len(images), width, 4), torch.nan)
+        for b, own in enumerate(boxes):
+            positions = torch.nonzero(is_image[b]).flatten()
+            if len(positions) != len(own):
+                raise DataError(
+                    f"sample {samples[b].id!r}: {len(positions)} image tokens but {len(own)} places for them; does the question "
+                    "hold an image placeholder of its own?"
+                )
+            columns[b, : len(own)], padded[b, : len(own)] = positions, own
+        batch["lavender_columns"], batch["lavender_boxes"] = columns, padded
+
+    def _add_targets(
+        self,
+        batch: dict[str, torch.Tensor],
+        samples: Sequence[Sample],
+        images: Sequence[Image.Image],
+        all_words: Sequence[Sequence[Word]],
+    ) -> None:
+        assert self.targets is not None
+        size = self.targets.config.map_size
+        present = batch["lavender_present"]
+        maps = torch.zeros(*present.shape, size, size)
+        for b, (sample, image, words) in enumerate(zip(samples, images, all_words, strict=True)):
+            target = self.targets.checked(sample.id, image)
+            for w, found in enumerate(_target_maps(target, sample, words)):
+                if found is None:
+                    present[b, w] = False
+                else:
+                    maps[b, w] = found
+        batch["lavender_targets"] = maps
+
+
+def _target_maps(target: Target, sample: Sample, words: Sequence[Word]) -> list[torch.Tensor | None]:
+    """The teacher's map of every word of the answer, None where it has none.
+
+    Where the answer is the caption, a word's own map; else the mean over the caption's occurrences of the same word.
+    """
+    known = target.word_maps
+    if len(known.maps) != len(known.words):
+        raise TargetError(f"the targets of sample {sample.id!r} are damaged: {len(known.maps)} maps for {len(known.words)} words")
+    maps = torch.from_numpy(known.maps)
+    place = {(w.start, w.end): i for i, w in enumerate(known.words)}
+    if known.caption == sample.answer:
+        occurrences = [[place[(w.start, w.end)]] for w in words]
+    else:
+        found = match_words(known.caption, [w.text for w in words])
+        occurrences = [[place[(o.start, o.end)] for o in same] for same in found]
+    result: list[torch.Tensor | None] = []
+    for indices in occurrences:
+        usable = [maps[i] for i in indices if not maps[i].isnan().any()]
+        result.append(torch.stack(usable).mean(dim=0) if usable else None)
+    return result
+
+
+def _model_type(processor: Any) -> str:
+    """The model type that a processor belongs to, by its class: `LlavaProcessor` serves `llava`."""
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    name = type(processor).__name__
+    for model_type, class_name in PROCESSOR_MAPPING_NAMES.items():
+        if class_name == name:
+            return model_type
+    raise ConfigError(f"{name} is no processor that transformers knows a model type for")

@@ -1,0 +1,27 @@
+"""What a user can get wrong. Every message says what was given, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class LavenderError(Exception):
+    """Base of every error that a user can cause and mend; the command line prints it as one line and exits with 2."""
+
+
+class ConfigError(LavenderError, ValueError):
+    """A setting is out of its range, or two settings contradict each other."""
+
+
+class ModelError(LavenderError):
+    """A model cannot be loaded, or cannot be captured as it is set up."""
+
+
+class CaptureError(LavenderError, RuntimeError):
+    """A captured forward did not record what it had to."""
+
+
+class DataError(LavenderError):
+    """A data file, a picture or a caption cannot be used."""
+
+
+class TargetError(LavenderError):
+    """A target store is missing, damaged, or belongs to other pictures or another teacher."""

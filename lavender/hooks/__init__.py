@@ -1,0 +1,1 @@
+"""How attention is read from the two libraries without changing what their models compute."""

@@ -1,0 +1,194 @@
+"""`extract`: photographs and captions in, a target store out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from ..config import TeacherConfig
+from ..data import Pair, load_image
+from ..errors import ConfigError, DataError, ModelError
+from ..patching import patch
+from ..targets import Target, TargetWriter, image_sha256
+from ..types import Word, WordMaps
+from ..words import tokens_of, words_of
+from .invert import look_at
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one run of `extract` did, in samples."""
+
+    written: int
+    present: int
+    failed: int
+
+
+class Teacher:
+    """A Stable Diffusion 1.x or 2.x pipeline that is asked for word maps of given pictures.
+
+    Raises `ModelError` if `model` is no such pipeline.
+    """
+
+    def __init__(self, model: str | Path | Any, config: TeacherConfig, device: str | torch.device = "cpu") -> None:
+        """`model` is a folder, a hub id or a loaded pipeline."""
+        self.pipe = load_pipeline(model) if isinstance(model, str | Path) else model
+        self.pipe.to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.config = config
+        self.device = torch.device(device)
+        self.patch = patch(self.pipe, layers=config.layers)
+        self.identity = {"model": str(model) if isinstance(model, str | Path) else type(model).__name__}
+        self.identity["weights"] = _weights_fingerprint(self.pipe)
+
+    def word_maps(self, image: Image.Image, caption: str) -> WordMaps:
+        """Maps of every word of a caption, float32 [W, map_size, map_size], raw attention; NaN for words beyond the window.
+
+        Raises `DataError` when the caption has no words.
+        """
+        words = words_of(caption)
+        if not words:
+            raise DataError(f"the caption {caption!r} has no words")
+        weights, reached = self._word_weights(caption, words)
+        latents = self._encode(image)
+        # The noise of a picture follows from the picture: neither the order of samples nor a restart changes it.
+        generator = torch.Generator().manual_seed(int(image_sha256(image)[:15], 16) ^ self.config.seed)
+        guided = self.config.inversion == "ddim" and self.config.guidance_scale > 1
+        kept: list[torch.Tensor] = []
+        with torch.no_grad():
+            prompt, empty = self.pipe.encode_prompt(caption, self.device, 1, guided, negative_prompt="" if guided else None)
+
+            def invert_by(noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+                return self.pipe.unet(noisy, timestep, prompt).sample
+
+            def look_by(noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+                # diffusers' order: unconditional first, conditional last.
+                with self.patch.capture(weights, branch=slice(-1, None)) as recording:
+                    if guided:
+                        both = self.pipe.unet(noisy.repeat(2, 1, 1, 1), timestep, torch.cat([empty, prompt])).sample
+                        unconditional, conditional = both.chunk(2)
+                        output = unconditional + self.config.guidance_scale * (conditional - unconditional)
+                    else:
+                        output = invert_by(noisy, timestep)
+                kept.append(recording.mean(self.config.map_size)[0])
+                return output
+
+            look_at(self.pipe.scheduler, latents, self.config, invert_by, look_by, generator)
+        if not kept:
+            raise ConfigError(f"no denoising step lies below last_timestep={self.config.last_timestep}; raise it")
+        maps = torch.stack(kept).mean(dim=0).float().cpu().numpy()
+        maps[~reached] = np.nan
+        return WordMaps(caption, words, maps)
+
+    def _word_weights(self, caption: str, words: Sequence[Word]) -> tuple[torch.Tensor, np.ndarray]:
+        """Each token's share of each word, [1, W, N], and which words the text encoder's window reaches, bool [W]."""
+        tokenizer = self.pipe.tokenizer
+        offsets = tokenizer(
+            caption,
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_offsets_mapping=True,
+        ).offset_mapping
+        weights = torch.zeros(1, len(words), len(offsets), device=self.device)
+        for place, word in enumerate(words):
+            tokens = tokens_of((word.start, word.end), offsets, caption)
+            if tokens:
+                weights[0, place, tokens] = 1 / len(tokens)
+        return weights, weights[0].sum(dim=1).cpu().numpy() > 0
+
+    def _encode(self, image: Image.Image) -> torch.Tensor:
+        """The picture's latent [1, C, h, w], the mean of the encoder's distribution, scaled; the whole picture, not cropped."""
+        vae = self.pipe.vae
+        side = self.config.image_size or self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
+        resized = ImageOps.exif_transpose(image).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1)[None]
+        pixels = (pixels.to(self.device, torch.float32) / 127.5 - 1).to(vae.dtype)
+        with torch.no_grad():
+            return vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+
+
+def load_pipeline(model: str | Path) -> Any:
+    """Loads a Stable Diffusion pipeline from a folder or a hub id in float32. Raises `ModelError` if it is none."""
+    from diffusers import StableDiffusionPipeline
+
+    try:
+        return StableDiffusionPipeline.from_pretrained(str(model), torch_dtype=torch.float32, safety_checker=None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"cannot load a Stable Diffusion pipeline from {str(model)!r} ({first_line}); give a folder that diffusers saved, or "
+            "a hub id"
+        ) from error
+
+
+def _weights_fingerprint(pipe: Any) -> str:
+    """Sixteen digits of the weights that shape the maps: the beginning of every tensor of text encoder, autoencoder and U-Net."""
+    digest = hashlib.sha256(json.dumps(dict(pipe.unet.config), sort_keys=True, default=str).encode())
+    for part in (pipe.text_encoder, pipe.vae, pipe.unet):
+        for name, tensor in sorted(part.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.flatten()[:256].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def extract(
+    model: str | Path | Any,
+    pairs: Iterable[Pair],
+    out: str | Path,
+    config: TeacherConfig | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> Summary:
+    """Writes a target store of word maps for pictures with captions.
+
+    A store that was begun with the same teacher and config is continued. A picture or caption that cannot be used is reported,
+    listed in `failed.jsonl` and skipped.
+
+    Args:
+        model: folder or hub id of a Stable Diffusion 1.x or 2.x pipeline, or a loaded pipeline.
+        pairs: pictures with captions; see `lavender.data.read_pairs`.
+        out: folder of the store.
+        config: how the maps are read.
+        device: where the teacher runs.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ModelError: `model` cannot be loaded or read.
+        TargetError: `out` holds something else.
+    """
+    config = config or TeacherConfig()
+    teacher = Teacher(model, config, device)
+    writer = TargetWriter(Path(out), config, teacher.identity)
+    writer.begin_run()
+    pairs = list(pairs)
+    written = present = failed = 0
+    try:
+        for pair in tqdm(pairs, desc="word maps", unit="picture", disable=not progress):
+            if pair.id in writer.done:
+                present += 1
+                continue
+            try:
+                image = load_image(pair.image)
+                maps = teacher.word_maps(image, pair.caption)
+            except DataError as error:
+                failed += 1
+                writer.fail(pair.id, str(error))
+                tqdm.write(f"skipped {pair.id}: {error}")
+                continue
+            writer.add(Target(pair.id, image_sha256(image), maps))
+            written += 1
+    finally:
+        teacher.patch.unpatch()
+    writer.close()
+    return Summary(written, present, failed)

@@ -1,0 +1,66 @@
+"""Text, words and tokens: the only file that knows that a word may be several tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from .types import Span, Word, WordRows
+
+_WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
+
+
+def words_of(text: str) -> tuple[Word, ...]:
+    """The words of a text, in order: runs of letters and digits, with inner apostrophes and hyphens. A repeated word repeats."""
+    return tuple(Word(match.group(), *match.span()) for match in _WORD.finditer(text))
+
+
+def tokens_of(span: Span, offsets: Sequence[Span], text: str) -> list[int]:
+    """Indices of the tokens that share a character with `span`, white space at a token's ends not counted.
+
+    Args:
+        span: characters `[start, end)` of `text`.
+        offsets: per token its characters in `text`, as a fast tokenizer's `offset_mapping` gives them; empty for special tokens.
+        text: the text that both index.
+    """
+    start, end = span
+    found = []
+    for index, (left, right) in enumerate(offsets):
+        while left < right and text[left].isspace():
+            left += 1
+        while left < right and text[right - 1].isspace():
+            right -= 1
+        if left < end and start < right:
+            found.append(index)
+    return found
+
+
+def match_words(text: str, words: Iterable[str]) -> list[list[Word]]:
+    """Where each of the given words stands in a text, whatever its case: one list of occurrences per word, maybe empty."""
+    occurrences: dict[str, list[Word]] = {}
+    for word in words_of(text):
+        occurrences.setdefault(word.text.casefold(), []).append(word)
+    return [occurrences.get(word.casefold(), []) for word in words]
+
+
+def collate_rows(samples: Sequence[Sequence[Sequence[int]]]) -> WordRows:
+    """Pads each sample's words, given as lists of query rows, to one batch; a word's map is the mean over its rows.
+
+    `samples[b][w]` lists the rows of word w; an empty list is a word without rows, whose map is zero. R and W are at least one.
+    """
+    flat = [[(row, w, 1.0 / len(rows)) for w, rows in enumerate(words) for row in rows] for words in samples]
+    width = max(1, max((len(entries) for entries in flat), default=0))
+    num_words = max(1, max((len(words) for words in samples), default=0))
+    padded = [entries + [(-1, -1, 0.0)] * (width - len(entries)) for entries in flat]
+    rows, words, weights = (torch.tensor([[entry[i] for entry in entries] for entries in padded]) for i in range(3))
+    return WordRows(rows.long(), words.long(), weights.float(), num_words)
+
+
+FUNCTION_WORDS = frozenset(
+    "a an the and or but nor so yet of to in on at by for from with into onto over under as than that this these those there here "
+    "is are was were be been being am do does did has have had can could will would shall should may might must not no it its he "
+    "she they them his her their we us our you your i me my who whom whose which what when where why how if while also very".split()
+)
+"""English words that name nothing in a picture; they are left out of the alignment."""
