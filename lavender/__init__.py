@@ -22,7 +22,21 @@ _HOME = {
     "words_of": "words",
 }
 
-__all__ = ["__version__", *sorted(_HOME)]
+__all__ = [
+    "AlignmentConfig",
+    "Collator",
+    "LavenderError",
+    "TargetStore",
+    "TeacherConfig",
+    "TrainingConfig",
+    "Word",
+    "WordMaps",
+    "__version__",
+    "extract",
+    "fine_tune",
+    "patch",
+    "words_of",
+]
 
 if TYPE_CHECKING:
     from .config import AlignmentConfig, TeacherConfig, TrainingConfig

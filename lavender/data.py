@@ -114,7 +114,7 @@ def _json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number} is no JSON ({error.msg})") from None
         if not isinstance(values, dict):
-            raise DataError(f"{path}, line {number} is no JSON object; expected one like {{\"image\": ..., \"caption\": ...}}")
+            raise DataError(f'{path}, line {number} is no JSON object; expected one like {{"image": ..., "caption": ...}}')
         lines.append((number, values))
     if not lines:
         raise DataError(f"{path} is empty; expected JSON lines")
@@ -160,7 +160,7 @@ def _require_unique(ids: Sequence[str], path: Path) -> None:
     seen: set[str] = set()
     for sample_id in ids:
         if sample_id in seen:
-            raise DataError(f"{path} has the id {sample_id!r} twice; give each sample an \"id\" of its own")
+            raise DataError(f'{path} has the id {sample_id!r} twice; give each sample an "id" of its own')
         seen.add(sample_id)
 
 
@@ -199,14 +199,12 @@ class Collator:
         """The words of an answer that can be aligned, in order: index w of a batch's word axis is the w-th of them."""
         return tuple(word for word in words_of(answer) if word.text.casefold() not in FUNCTION_WORDS)
 
-    def __call__(self, samples: Sequence[Sample | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, given: Sequence[Sample | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Raises `DataError` or `TargetError` naming the sample at fault."""
-        samples = [s if isinstance(s, Sample) else Sample(**{k: s[k] for k in Sample.__dataclass_fields__}) for s in samples]
+        samples = [_as_sample(sample) for sample in given]
         images = [load_image(sample.image) for sample in samples]
         prompts, texts = zip(*(self._render(sample) for sample in samples), strict=True)
-        batch = dict(
-            self.processor(images=images, text=list(texts), padding=True, add_special_tokens=False, return_tensors="pt")
-        )
+        batch = dict(self.processor(images=images, text=list(texts), padding=True, add_special_tokens=False, return_tensors="pt"))
         ids, image_token = batch["input_ids"], self.processor.image_token_id
         labels, all_rows, all_present, all_words = torch.full_like(ids, -100), [], [], []
         for b, sample in enumerate(samples):
@@ -250,9 +248,7 @@ class Collator:
             raise ConfigError("the chat template changes the prompt when an answer follows; lavender cannot find the answer")
         return prompt, text
 
-    def _places(
-        self, tokens: Sequence[int], ids: torch.Tensor, attention_mask: torch.Tensor, sample: Sample
-    ) -> list[int]:
+    def _places(self, tokens: Sequence[int], ids: torch.Tensor, attention_mask: torch.Tensor, sample: Sample) -> list[int]:
         """Position in the padded and expanded row of every token of the unexpanded text (-1 for the image's placeholder)."""
         image_token = self.processor.image_token_id
         plain = [p for p in torch.nonzero(attention_mask).flatten().tolist() if ids[p] != image_token]
@@ -302,6 +298,15 @@ class Collator:
                 else:
                     maps[b, w] = found
         batch["lavender_targets"] = maps
+
+
+def _as_sample(sample: Sample | Mapping[str, Any]) -> Sample:
+    if isinstance(sample, Sample):
+        return sample
+    missing = [name for name in Sample.__dataclass_fields__ if name not in sample]
+    if missing:
+        raise DataError(f"a sample lacks {', '.join(missing)}; it has {', '.join(sample)}")
+    return Sample(**{name: sample[name] for name in Sample.__dataclass_fields__})
 
 
 def _target_maps(target: Target, sample: Sample, words: Sequence[Word]) -> list[torch.Tensor | None]:

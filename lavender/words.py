@@ -13,7 +13,7 @@ _WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
 
 
 def words_of(text: str) -> tuple[Word, ...]:
-    """The words of a text, in order: runs of letters and digits, with inner apostrophes and hyphens. A repeated word repeats."""
+    """Words of a text, in order: runs of letters and digits, with apostrophes and hyphens inside. A repeated word repeats."""
     return tuple(Word(match.group(), *match.span()) for match in _WORD.finditer(text))
 
 
@@ -22,7 +22,7 @@ def tokens_of(span: Span, offsets: Sequence[Span], text: str) -> list[int]:
 
     Args:
         span: characters `[start, end)` of `text`.
-        offsets: per token its characters in `text`, as a fast tokenizer's `offset_mapping` gives them; empty for special tokens.
+        offsets: per token its characters in `text`, as a fast tokenizer's `offset_mapping` has them; empty for special tokens.
         text: the text that both index.
     """
     start, end = span
@@ -58,9 +58,10 @@ def collate_rows(samples: Sequence[Sequence[Sequence[int]]]) -> WordRows:
     return WordRows(rows.long(), words.long(), weights.float(), num_words)
 
 
-FUNCTION_WORDS = frozenset(
-    "a an the and or but nor so yet of to in on at by for from with into onto over under as than that this these those there here "
-    "is are was were be been being am do does did has have had can could will would shall should may might must not no it its he "
-    "she they them his her their we us our you your i me my who whom whose which what when where why how if while also very".split()
-)
+_FUNCTION_WORDS = """
+a an the and or but nor so yet of to in on at by for from with into onto over under as than that this these those there here
+is are was were be been being am do does did has have had can could will would shall should may might must not no it its he
+she they them his her their we us our you your i me my who whom whose which what when where why how if while also very
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 """English words that name nothing in a picture; they are left out of the alignment."""

@@ -158,9 +158,7 @@ class TeacherPatch:
         if self._spies:
             self._spies.pop().__exit__(None, None, None)
 
-    def _record(
-        self, name: str, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float | None
-    ) -> None:
+    def _record(self, name: str, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float | None) -> None:
         recording = self._recording
         assert recording is not None
         branch, weights = recording.branch, recording.word_weights

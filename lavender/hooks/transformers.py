@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -87,7 +87,7 @@ class Request:
 class _Tap:
     """The pass-through around one entry of the attention registry: process-wide, counted by its users."""
 
-    _active: dict[str, _Tap] = {}
+    _active: ClassVar[dict[str, _Tap]] = {}
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -102,9 +102,7 @@ class _Tap:
             request: Request | None = kwargs.pop(REQUEST, None)
             output = original(module, query, key, value, attention_mask, **kwargs)
             if request is not None:
-                request.record(
-                    module, query, key, attention_mask, kwargs.get("scaling"), kwargs.get("is_causal")
-                )
+                request.record(module, query, key, attention_mask, kwargs.get("scaling"), kwargs.get("is_causal"))
             return output
 
         self.wrapper = attention
@@ -146,7 +144,7 @@ class StudentPatch:
         fraction_matched: the share of that batch's words that had a target.
     """
 
-    def __init__(self, model: nn.Module, config: AlignmentConfig, family: Family, train: bool) -> None:
+    def __init__(self, model: Any, config: AlignmentConfig, family: Family, train: bool) -> None:
         self.model = model
         self.config = config
         self.family = family
@@ -215,6 +213,7 @@ class StudentPatch:
         self._keep = True
         try:
             self.model(**wanted, use_cache=False)
+            assert self._kept is not None
             return self._kept
         finally:
             self._keep, self._kept = False, None
@@ -280,12 +279,8 @@ class _Forward:
         self.boxes = given["lavender_boxes"]
         self.num_layers = patch.num_layers
         patch.fraction_matched = float(self.present.float().mean())
-        rows = WordRows(
-            given["lavender_rows"], given["lavender_row_words"], given["lavender_row_weights"], self.present.shape[1]
-        )
-        self.request = Request(
-            rows, given["lavender_columns"], patch._layers, patch.config.renormalize, ids.shape[1]
-        )
+        rows = WordRows(given["lavender_rows"], given["lavender_row_words"], given["lavender_row_weights"], self.present.shape[1])
+        self.request = Request(rows, given["lavender_columns"], patch._layers, patch.config.renormalize, ids.shape[1])
         self.share = _token_share(kwargs)
 
     def maps(self) -> torch.Tensor:
@@ -315,12 +310,12 @@ def _add_to_loss(output: Any, term: torch.Tensor) -> Any:
     return output
 
 
-def base_model_of(model: nn.Module) -> nn.Module:
+def base_model_of(model: Any) -> Any:
     """The transformers model below a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _text_tower(model: nn.Module) -> nn.Module:
+def _text_tower(model: Any) -> Any:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     if decoder is None or decoder is model:
         raise ModelError(
@@ -330,7 +325,7 @@ def _text_tower(model: nn.Module) -> nn.Module:
     return decoder
 
 
-def _attention_name(decoder: nn.Module) -> str:
+def _attention_name(decoder: Any) -> str:
     name = decoder.config._attn_implementation
     if name not in SUPPORTED_ATTENTION:
         raise ModelError(
@@ -348,7 +343,7 @@ def _attention_modules(decoder: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _asks_registry(module_class: type) -> bool:
+def _asks_registry(module_class: Any) -> bool:
     code = getattr(inspect.unwrap(module_class.forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
@@ -361,7 +356,7 @@ def _require_layers(layers: tuple[int, ...], modules: list[nn.Module]) -> None:
 
 def _layers_around(decoder: nn.Module, attentions: dict[nn.Module, int]) -> list[nn.Module]:
     """The decoder layers that hold the captured attention modules: checkpointing wraps their forward, inside their hooks."""
-    found = []
+    found: list[nn.Module] = []
     for module in decoder.modules():
         if isinstance(module, GradientCheckpointingLayer) and any(m in attentions for m in module.modules()):
             parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters.values()

@@ -17,6 +17,7 @@ import torch
 
 from ..errors import ConfigError
 from .dispatch import able, choose
+from .numerics import accumulator, additive, masked_softmax, masked_softmax_
 
 BYTE_BUDGET = 32 * 2**20
 """Bytes that one chunk's probabilities may take in the `torch` implementation."""
@@ -54,13 +55,11 @@ def column_maps(
     if query.dtype != key.dtype or not query.is_floating_point():
         raise ConfigError(f"query is {query.dtype} and key {key.dtype}; expected one floating-point dtype for both")
     if word_weights.ndim != 3 or word_weights.shape[0] != key.shape[0] or word_weights.shape[2] != key.shape[2]:
-        raise ConfigError(
-            f"word_weights {tuple(word_weights.shape)} does not fit key {tuple(key.shape)}; expected [B, W, N]"
-        )
+        raise ConfigError(f"word_weights {tuple(word_weights.shape)} does not fit key {tuple(key.shape)}; expected [B, W, N]")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    accumulator = torch.float64 if query.dtype == torch.float64 else torch.float32
-    bias = _additive(mask, accumulator)
-    weights = word_weights.to(accumulator)
+    dtype = accumulator(query)
+    bias = None if mask is None else additive(mask[(None,) * (4 - mask.ndim)], dtype)
+    weights = word_weights.to(dtype)
     if choose("column_maps", impl, {"torch": able, "reference": able}) == "reference":
         return column_maps_reference(query, key, weights, bias, scale)
     return _column_maps_torch(query, key, weights, bias, scale)
@@ -71,27 +70,15 @@ def column_maps_reference(
 ) -> torch.Tensor:
     """The specification of `column_maps`, by plain differentiable operations; `bias` is additive, 4-D."""
     scores = scale * query.to(word_weights.dtype) @ key.to(word_weights.dtype).mT
-    scores = scores if bias is None else scores + bias
-    lse = scores.logsumexp(dim=-1, keepdim=True)
-    probabilities = (scores - lse.masked_fill(lse == -torch.inf, torch.inf)).exp()
+    probabilities = masked_softmax(scores if bias is None else scores + bias)
     return word_weights[:, None] @ probabilities.mT
-
-
-def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    if mask is None:
-        return None
-    mask = mask[(None,) * (4 - mask.ndim)]
-    if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-    return mask.to(dtype)
 
 
 def _probabilities(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, scale: float) -> torch.Tensor:
     scores = (query @ key.mT).mul_(scale)
     if bias is not None:
         scores += bias
-    lse = scores.logsumexp(dim=-1, keepdim=True)
-    return scores.sub_(lse.masked_fill_(lse == -torch.inf, torch.inf)).exp_()
+    return masked_softmax_(scores)
 
 
 def _queries_per_chunk(query: torch.Tensor, key: torch.Tensor, itemsize: int) -> int:
@@ -106,14 +93,14 @@ def _slice_queries(bias: torch.Tensor | None, start: int, stop: int) -> torch.Te
 def _column_maps_torch(
     query: torch.Tensor, key: torch.Tensor, word_weights: torch.Tensor, bias: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    accumulator = word_weights.dtype
+    dtype = word_weights.dtype
     batch, heads, num_queries, _ = query.shape
-    maps = query.new_empty((batch, heads, word_weights.shape[1], num_queries), dtype=accumulator)
-    full_key = key.to(accumulator)
+    maps = query.new_empty((batch, heads, word_weights.shape[1], num_queries), dtype=dtype)
+    full_key = key.to(dtype)
     step = _queries_per_chunk(query, key, maps.element_size())
     for start in range(0, num_queries, step):
         stop = min(start + step, num_queries)
-        chunk = query[:, :, start:stop].to(accumulator)
+        chunk = query[:, :, start:stop].to(dtype)
         probabilities = _probabilities(chunk, full_key, _slice_queries(bias, start, stop), scale)
         maps[..., start:stop] = word_weights[:, None] @ probabilities.mT
     return maps
@@ -134,14 +121,14 @@ def _column_maps_torch_backward(
     bias: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    accumulator = word_weights.dtype
-    full_key = key.to(accumulator)
+    dtype = word_weights.dtype
+    full_key = key.to(dtype)
     query_gradient = torch.empty_like(query)
     key_gradient = torch.zeros_like(full_key)
     step = _queries_per_chunk(query, key, full_key.element_size())
     for start in range(0, query.shape[2], step):
         stop = min(start + step, query.shape[2])
-        chunk = query[:, :, start:stop].to(accumulator)
+        chunk = query[:, :, start:stop].to(dtype)
         probabilities = _probabilities(chunk, full_key, _slice_queries(bias, start, stop), scale)
         wanted = gradient[..., start:stop].mT @ word_weights[:, None]
         delta = (probabilities * wanted).sum(dim=-1, keepdim=True)

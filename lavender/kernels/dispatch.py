@@ -29,7 +29,7 @@ def choose(op: str, impl: str, candidates: Mapping[str, WhyNot]) -> str:
             if not why_not():
                 _log_choice(op, name)
                 return name
-        raise ConfigError(f"no implementation of {op} can run here: {({n: w() for n, w in candidates.items()})}")
+        raise ConfigError(f"no implementation of {op} can run here: { ({n: w() for n, w in candidates.items()}) }")
     if impl not in candidates:
         raise ConfigError(f"{op} has no implementation {impl!r}; choose auto or one of {', '.join(candidates)}")
     reasons = candidates[impl]()

@@ -12,13 +12,12 @@ from __future__ import annotations
 import torch
 
 from ..errors import ConfigError
+from .numerics import accumulator
 
 EPSILON = 1e-6
 
 
-def map_loss(
-    student: torch.Tensor, target: torch.Tensor, present: torch.Tensor, *, normalization: str = "zscore"
-) -> torch.Tensor:
+def map_loss(student: torch.Tensor, target: torch.Tensor, present: torch.Tensor, *, normalization: str = "zscore") -> torch.Tensor:
     """Mean squared error of normalized word maps.
 
     Args:
@@ -38,11 +37,11 @@ def map_loss(
             f"student {tuple(student.shape)}, target {tuple(target.shape)} and present {tuple(present.shape)} do not fit; "
             "expected [B, W, y, x] twice and [B, W]"
         )
-    accumulator = torch.float64 if student.dtype == torch.float64 else torch.float32
+    dtype = accumulator(student)
     # Absent words become zeros before any arithmetic: a product with zero would let NaN through, into the gradient too.
     absent = ~present[..., None, None]
-    ours = normalize(student.to(accumulator).masked_fill(absent, 0), normalization)
-    theirs = normalize(target.to(accumulator).masked_fill(absent, 0), normalization)
+    ours = normalize(student.to(dtype).masked_fill(absent, 0), normalization)
+    theirs = normalize(target.to(dtype).masked_fill(absent, 0), normalization)
     per_word = (ours - theirs).square().mean(dim=(-2, -1)).masked_fill(~present, 0)
     return per_word.sum() / present.sum().clamp_min(1)
 

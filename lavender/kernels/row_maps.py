@@ -20,6 +20,7 @@ import torch
 from ..errors import ConfigError
 from ..types import WordRows
 from .dispatch import able, choose
+from .numerics import accumulator, additive, masked_softmax, masked_softmax_
 
 BYTE_BUDGET = 64 * 2**20
 """Bytes that one chunk's probabilities may take in the `torch` implementation."""
@@ -66,13 +67,13 @@ def row_maps(
         if bias is not None:
             bias = bias.expand(len(key), -1, -1, -1)
             bias = bias.gather(3, index[:, None, None].expand(-1, *bias.shape[1:3], -1))
-        unseen = torch.zeros(valid.shape, dtype=_accumulator(query), device=query.device).masked_fill_(~valid, -torch.inf)
-        bias = unseen[:, None, None] if bias is None else bias + unseen[:, None, None]
+        unseen = additive(valid, accumulator(query))[:, None, None]
+        bias = unseen if bias is None else bias + unseen
         columns = torch.where(valid, torch.arange(columns.shape[1], device=columns.device), -1)
     chosen = choose("row_maps", impl, {"torch": able, "reference": able})
     if chosen == "reference":
         return row_maps_reference(query, key, rows, columns, bias, scale)
-    return _row_maps_torch(query, key, rows.rows, rows.indicator(_accumulator(query)), columns, bias, scale)
+    return _row_maps_torch(query, key, rows.rows, rows.indicator(accumulator(query)), columns, bias, scale)
 
 
 def row_maps_reference(
@@ -84,29 +85,24 @@ def row_maps_reference(
     scale: float,
 ) -> torch.Tensor:
     """The specification of `row_maps`, by plain differentiable operations; `bias` is additive, [B or 1, H or 1, R, N]."""
-    accumulator = _accumulator(query)
+    dtype = accumulator(query)
     groups = query.shape[1] // key.shape[1]
     index = rows.rows.clamp_min(0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-    chosen = query.gather(2, index).to(accumulator)
-    scores = scale * chosen @ key.to(accumulator).repeat_interleave(groups, dim=1).mT
-    probabilities = _softmax(scores if bias is None else scores + bias)
+    chosen = query.gather(2, index).to(dtype)
+    scores = scale * chosen @ key.to(dtype).repeat_interleave(groups, dim=1).mT
+    probabilities = masked_softmax(scores if bias is None else scores + bias)
     column_index = columns.clamp_min(0)[:, None, None].expand(-1, *probabilities.shape[1:3], -1)
-    kept = probabilities.gather(3, column_index) * (columns >= 0)[:, None, None].to(accumulator)
-    return rows.indicator(accumulator)[:, None] @ kept
-
-
-def _accumulator(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _softmax(scores: torch.Tensor) -> torch.Tensor:
-    """Softmax over the last axis; zeros where everything is masked."""
-    lse = scores.logsumexp(dim=-1, keepdim=True)
-    return (scores - lse.masked_fill(lse == -torch.inf, torch.inf)).exp()
+    kept = probabilities.gather(3, column_index) * (columns >= 0)[:, None, None].to(dtype)
+    return rows.indicator(dtype)[:, None] @ kept
 
 
 def _validate(
-    query: torch.Tensor, key: torch.Tensor, rows: WordRows, columns: torch.Tensor, mask: torch.Tensor | None, causal: bool
+    query: torch.Tensor,
+    key: torch.Tensor,
+    rows: WordRows,
+    columns: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
 ) -> None:
     if query.ndim != 4 or key.ndim != 4 or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
         raise ConfigError(
@@ -129,20 +125,18 @@ def _bias_of_rows(
     query: torch.Tensor, key: torch.Tensor, rows: WordRows, mask: torch.Tensor | None, causal: bool
 ) -> torch.Tensor | None:
     """The mask of the word rows alone, additive, [B or 1, H or 1, R, N]; None if there is none."""
-    accumulator = _accumulator(query)
+    dtype = accumulator(query)
     index = rows.rows.clamp_min(0)
     if causal:
         visible = torch.arange(key.shape[2], device=query.device) <= index[:, None, :, None]
-        return torch.zeros(visible.shape, dtype=accumulator, device=query.device).masked_fill_(~visible, -torch.inf)
+        return additive(visible, dtype)
     if mask is None:
         return None
     mask = mask[(None,) * (4 - mask.ndim)]
     if mask.shape[2] > 1:
         mask = mask.expand(query.shape[0], -1, -1, -1)
         mask = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
-    if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, dtype=accumulator, device=mask.device).masked_fill_(~mask, -torch.inf)
-    return mask.to(accumulator)
+    return additive(mask, dtype)
 
 
 def _heads_per_chunk(batch: int, num_rows: int, num_keys: int, group: int, itemsize: int) -> int:
@@ -175,8 +169,7 @@ class _Chunk:
         bias = _slice_heads(bias, start, stop)
         if bias is not None:
             scores += bias
-        lse = scores.logsumexp(dim=-1, keepdim=True)
-        self.probabilities = scores.sub_(lse.masked_fill_(lse == -torch.inf, torch.inf)).exp_()
+        self.probabilities = masked_softmax_(scores)
 
     def product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """[B, heads, R, X] @ [B, key heads, X, Y] in the accumulator's precision; heads of a group are stacked as rows."""
@@ -187,7 +180,7 @@ class _Chunk:
 
 def _gather_rows(query: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     index = rows.clamp_min(0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-    return query.gather(2, index).to(_accumulator(query))
+    return query.gather(2, index).to(accumulator(query))
 
 
 @torch.library.custom_op("lavender::row_maps_torch", mutates_args=())
@@ -217,7 +210,7 @@ def _row_maps_torch(
 @_row_maps_torch.register_fake
 def _(query, key, rows, indicator, columns, bias, scale):  # type: ignore[no-untyped-def]
     shape = (query.shape[0], query.shape[1], indicator.shape[1], columns.shape[1])
-    return query.new_empty(shape, dtype=_accumulator(query))
+    return query.new_empty(shape, dtype=accumulator(query))
 
 
 @torch.library.custom_op("lavender::row_maps_torch_backward", mutates_args=())

@@ -252,9 +252,7 @@ def _pack(processor: LlavaProcessor, scenes: list[Scene]) -> _Packed:
         rows.append((ids, turns, positions, labels, is_caption))
     length = max(len(row[0]) for row in rows)
     paddings = (tokenizer.pad_token_id, -1, 0, -100, False)
-    columns = (
-        torch.tensor([row[c] + [padding] * (length - len(row[c])) for row in rows]) for c, padding in enumerate(paddings)
-    )
+    columns = (torch.tensor([row[c] + [padding] * (length - len(row[c])) for row in rows]) for c, padding in enumerate(paddings))
     return _Packed(*columns)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,19 +65,29 @@ def train_teacher(folder: Path, recipe: TeacherRecipe) -> None:
     moments = _encode(autoencoder, pixels)
     unet, text_encoder, unet_cost = _train_unet(moments, captions, tokenizer, recipe, states, autoencoder)
 
-    pipe = StableDiffusionPipeline(
-        vae=autoencoder,
-        text_encoder=text_encoder,
+    pipe = make_pipeline(tokenizer, autoencoder, unet, text_encoder)
+    pipe.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    record = {"recipe": asdict(recipe), "cost": {"autoencoder": autoencoder_cost, "unet": unet_cost}}
+    (folder / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def make_pipeline(
+    tokenizer: CLIPTokenizer,
+    autoencoder: AutoencoderKL | None = None,
+    unet: UNet2DConditionModel | None = None,
+    text_encoder: CLIPTextModel | None = None,
+) -> StableDiffusionPipeline:
+    """The teacher's parts as a pipeline; parts that are not given have random weights."""
+    return StableDiffusionPipeline(
+        vae=autoencoder or make_autoencoder(),
+        text_encoder=text_encoder or make_text_encoder(tokenizer),
         tokenizer=tokenizer,
-        unet=unet,
+        unet=unet or make_unet(),
         scheduler=make_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipe.to(torch.float16).save_pretrained(folder, safe_serialization=True)
-    record = {"recipe": asdict(recipe), "cost": {"autoencoder": autoencoder_cost, "unet": unet_cost}}
-    (folder / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def make_scheduler() -> DDIMScheduler:
@@ -95,8 +106,10 @@ def train_tokenizer(captions: list[str]) -> CLIPTokenizer:
     """A CLIP tokenizer (byte-level BPE with end-of-word marks) whose merges come from the small world's captions."""
     learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
     learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    learner.train_from_iterator((c.lower() for c in captions), BpeTrainer(end_of_word_suffix="</w>", vocab_size=2000, show_progress=False))
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    learner.train_from_iterator(
+        (c.lower() for c in captions), BpeTrainer(end_of_word_suffix="</w>", vocab_size=2000, show_progress=False)
+    )
+    merges: Any = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = alphabet + [f"{letter}</w>" for letter in alphabet] + [a + b for a, b in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
@@ -106,15 +119,7 @@ def train_tokenizer(captions: list[str]) -> CLIPTokenizer:
 
 def _train_autoencoder(pixels: torch.Tensor, recipe: TeacherRecipe, states: Path) -> tuple[AutoencoderKL, dict]:
     torch.manual_seed(recipe.seed)
-    autoencoder = AutoencoderKL(
-        block_out_channels=(16, 32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=IMAGE_SIZE,
-    ).to(memory_format=torch.channels_last)
+    autoencoder = make_autoencoder()
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         chosen = torch.randint(len(pixels), (recipe.autoencoder_batch,), generator=generator)
@@ -159,7 +164,7 @@ def _train_unet(
     autoencoder: AutoencoderKL,
 ) -> tuple[UNet2DConditionModel, CLIPTextModel, dict]:
     torch.manual_seed(recipe.seed)
-    unet, text_encoder = make_unet(), _make_text_encoder(tokenizer)
+    unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
     scheduler = make_scheduler()
     scale = autoencoder.config.scaling_factor
     ids = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
@@ -202,6 +207,19 @@ def _train_unet(
     return unet, text_encoder, cost
 
 
+def make_autoencoder() -> AutoencoderKL:
+    """The untrained autoencoder: 64x64 pictures to 16x16 latents of four channels."""
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+    ).to(memory_format=torch.channels_last)
+
+
 def make_unet() -> UNet2DConditionModel:
     """The untrained U-Net: cross-attention at 16x16 and 8x8, two heads."""
     return UNet2DConditionModel(
@@ -218,7 +236,8 @@ def make_unet() -> UNet2DConditionModel:
     ).to(memory_format=torch.channels_last)
 
 
-def _make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """The untrained text encoder: two causal layers of width 96."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),

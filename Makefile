@@ -1,0 +1,39 @@
+# Each target makes .venv first if it is missing. PYTHON chooses the interpreter that .venv is made from.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test lint bench study clean
+.DEFAULT_GOAL := help
+
+help:  ## List the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(STAMP)  ## Run the main job on the small world; writes runs/demo/report.html
+	$(BIN)/lavender demo --out runs/demo
+
+test: $(STAMP)  ## Run every test
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## Check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## Time attention capture against its alternatives
+	$(BIN)/python bench/capture_cpu.py
+
+study: $(STAMP)  ## Run the small world's study again (about an hour on one core)
+	$(BIN)/python bench/miniworld_study.py --out runs/study
+
+clean:  ## Remove .venv and runs
+	rm -rf $(VENV) runs
+
+$(STAMP): pyproject.toml constraints.txt setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	# torch first and alone, so that no other package chooses its build.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

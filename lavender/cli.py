@@ -1,0 +1,211 @@
+"""The command line: parse, build a config, call one function. A user's mistake is one clear line and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from .config import AlignmentConfig, TeacherConfig, TrainingConfig
+from .errors import ConfigError, LavenderError
+
+app = typer.Typer(
+    name="lavender",
+    help="See, and teach, where a vision-language model looks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Inversion(str, Enum):
+    ddim = "ddim"
+    noise = "noise"
+
+
+class Rows(str, Enum):
+    predicts = "predicts"
+    reads = "reads"
+
+
+class AlignerKind(str, Enum):
+    sim = "sim"
+    identity = "identity"
+
+
+_TEACHER = TeacherConfig()
+_ALIGNMENT = AlignmentConfig()
+_TRAINING = TrainingConfig()
+
+
+def _integers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ConfigError(f"{option} is {text!r}; give integers separated by commas, as in 51,151,301") from None
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for data, runs and report; an interrupted demo in it is continued.")] = Path(
+        "runs/demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Chooses the training pictures, their order and the new weights.")] = 0,
+) -> None:
+    """Run the main job on the embedded small world and write a report.
+
+    The teacher's word maps of generated pictures, plain fine-tuning and fine-tuning with the maps, measurements on held-out
+    pictures, and runs/demo/report.html. Some minutes on two CPU cores.
+    """
+    from .miniworld.demo import run_demo
+    from .miniworld.experiment import demo_config
+
+    run_demo(out, demo_config(seed))
+
+
+@app.command()
+def extract(
+    model: Annotated[str, typer.Option(help="Folder or hub id of a Stable Diffusion 1.x or 2.x pipeline.")],
+    data: Annotated[Path, typer.Option(help='JSON lines {"image", "caption"}, or a folder in the imagefolder layout of datasets.')],
+    out: Annotated[Path, typer.Option(help="Folder of the target store; an interrupted extraction in it is continued.")],
+    inversion: Annotated[
+        Inversion,
+        typer.Option(help="ddim: invert, then read while denoising. noise: add noise, read one forward each."),
+    ] = Inversion.ddim,
+    inversion_steps: Annotated[int, typer.Option(help="ddim: steps of the inversion.")] = _TEACHER.inversion_steps,
+    diffusion_steps: Annotated[int, typer.Option(help="ddim: steps of the denoising.")] = _TEACHER.diffusion_steps,
+    timesteps: Annotated[str, typer.Option(help="noise: training timesteps, 0 to 999.")] = ",".join(map(str, _TEACHER.timesteps)),
+    last_timestep: Annotated[int, typer.Option(help="ddim: read below this timestep only.")] = _TEACHER.last_timestep,
+    layers: Annotated[
+        str, typer.Option(help="Cross-attention layers to read, as name parts: mid_block,up_blocks.1. All if empty.")
+    ] = "",
+    guidance_scale: Annotated[float, typer.Option(help="ddim: classifier-free guidance; 1 is none.")] = _TEACHER.guidance_scale,
+    map_size: Annotated[int, typer.Option(help="Height and width of the stored maps.")] = _TEACHER.map_size,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = _TEACHER.seed,
+    device: Annotated[str, typer.Option(help="Where the teacher runs: cpu, cuda, cuda:1, mps.")] = "cpu",
+) -> None:
+    """Ask a diffusion model where each word of each caption lies, and store the maps."""
+    from .data import read_pairs
+    from .teacher.extract import extract as run
+
+    config = TeacherConfig(
+        inversion=inversion.value,
+        inversion_steps=inversion_steps,
+        diffusion_steps=diffusion_steps,
+        timesteps=_integers(timesteps, "--timesteps"),
+        last_timestep=last_timestep,
+        layers=tuple(part.strip() for part in layers.split(",") if part.strip()),
+        guidance_scale=guidance_scale,
+        map_size=map_size,
+        seed=seed,
+    )
+    summary = run(model, read_pairs(data), out, config, device=_device(device))
+    print(f"{out}: {summary.written} written, {summary.present} there before, {summary.failed} skipped")
+    if summary.failed:
+        print(f"what was skipped, and why: {out / 'failed.jsonl'}")
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Option(help="Folder or hub id of the student, an image-text-to-text model of transformers.")],
+    data: Annotated[Path, typer.Option(help='JSON lines {"image", "question", "answer"}; "caption" serves as answer.')],
+    out: Annotated[Path, typer.Option(help="Run folder; an interrupted run in it is continued.")],
+    targets: Annotated[Path | None, typer.Option(help="Target store of `lavender extract`; plain fine-tuning without it.")] = None,
+    weight: Annotated[float, typer.Option(help="Lambda, the weight of the alignment loss.")] = _ALIGNMENT.weight,
+    rows: Annotated[Rows, typer.Option(help="Which row speaks for a token.")] = Rows.predicts,
+    layers: Annotated[str, typer.Option(help="Decoder layers to align, as numbers from 0. All if empty.")] = "",
+    aligner: Annotated[
+        AlignerKind, typer.Option(help="sim: the published convolutions; identity: raw attention.")
+    ] = AlignerKind.sim,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = _TRAINING.steps,
+    batch_size: Annotated[int, typer.Option(help="Samples a step and device.")] = _TRAINING.batch_size,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = _TRAINING.learning_rate,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the LoRA adapter; 0 fine-tunes every weight.")] = _TRAINING.lora_rank,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute activations in the backward pass.")] = False,
+    save_steps: Annotated[int, typer.Option(help="Write a checkpoint every so many steps.")] = _TRAINING.save_steps,
+    seed: Annotated[int, typer.Option(help="Seed of order, dropout and new weights.")] = _TRAINING.seed,
+) -> None:
+    """Fine-tune a student, with the alignment loss if there are targets."""
+    from .data import read_samples
+    from .targets import TargetStore
+    from .train import fine_tune
+
+    alignment = AlignmentConfig(weight=weight, rows=rows.value, layers=_integers(layers, "--layers"), aligner=aligner.value)
+    training = TrainingConfig(
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        lora_rank=lora_rank,
+        gradient_checkpointing=gradient_checkpointing,
+        save_steps=save_steps,
+        seed=seed,
+    )
+    store = TargetStore(targets) if targets is not None else None
+    fine_tune(model, read_samples(data), out, training, targets=store, alignment=alignment)
+    print(f"{out}: {'adapter/' if lora_rank else 'model/'} and history.json written")
+
+
+@app.command()
+def evaluate(
+    student: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a student; the embedded one if neither is given.")
+    ] = None,
+    adapter: Annotated[Optional[Path], typer.Option(help="LoRA adapter folder for the student.")] = None,  # noqa: UP045
+    teacher: Annotated[Optional[str], typer.Option(help="Folder or hub id of a teacher to measure instead.")] = None,  # noqa: UP045
+    scenes: Annotated[int, typer.Option(min=1, help="Number of held-out scenes of the small world.")] = 150,
+    out: Annotated[Optional[Path], typer.Option(help="JSON file to write the figures to.")] = None,  # noqa: UP045
+) -> None:
+    """Measure where a student or a teacher looks, and what a student answers, on held-out scenes of the small world."""
+    import json
+
+    from .miniworld import STUDENT
+    from .miniworld.experiment import evaluate_student_folder, evaluate_teacher_folder
+
+    if teacher is not None and (student is not None or adapter is not None):
+        raise ConfigError("--teacher measures a teacher; leave out --student and --adapter")
+    if teacher is not None:
+        figures = evaluate_teacher_folder(teacher, scenes)
+    else:
+        figures = evaluate_student_folder(student or str(STUDENT), adapter, scenes)
+    text = json.dumps(figures, indent=2)
+    print(text)
+    if out is not None:
+        out.write_text(text + "\n")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished `lavender demo`.")] = Path("runs/demo"),
+) -> None:
+    """Write report.html again from a finished demo's results."""
+    from .report import write_report
+
+    print(write_report(run))
+
+
+def _device(name: str) -> str:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]})") from None
+    return name
+
+
+def main() -> None:
+    """Entry point of the `lavender` command."""
+    try:
+        app()
+    except LavenderError as error:
+        print(f"lavender: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        print(f"lavender: this needs the package {error.name}; pip install 'lavender-attention[all]'", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("lavender: interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from lavender.data import Collator, Sample
+from lavender.miniworld.scenes import DESCRIBE, Scene, make_scenes
+
+
+@pytest.fixture(scope="session")
+def scenes() -> list[Scene]:
+    return list(make_scenes(seed=11, count=64))
+
+
+@pytest.fixture(scope="session")
+def processor(scenes):
+    from lavender.miniworld.student import make_processor
+
+    return make_processor(scenes)
+
+
+@pytest.fixture
+def student(processor):
+    """A small Llava with random weights, in training mode off."""
+    from lavender.miniworld.student import make_model
+
+    torch.manual_seed(0)
+    return make_model(processor).eval()
+
+
+@pytest.fixture(scope="session")
+def student_folder(processor, tmp_path_factory):
+    from lavender.miniworld.student import make_model
+
+    folder = tmp_path_factory.mktemp("student")
+    torch.manual_seed(0)
+    make_model(processor).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(scenes, tmp_path_factory):
+    """A Stable-Diffusion-like pipeline with random weights, as a diffusers folder."""
+    from lavender.miniworld.teacher import make_pipeline, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(0)
+    make_pipeline(train_tokenizer([s.caption for s in scenes])).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pipe(teacher_folder):
+    from lavender.teacher.extract import load_pipeline
+
+    loaded = load_pipeline(teacher_folder)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+@pytest.fixture
+def samples(scenes):
+    return [Sample(str(i), s.image, DESCRIBE, s.caption) for i, s in enumerate(scenes)]
+
+
+@pytest.fixture
+def batch(processor, samples):
+    """Four captions of different lengths, padded, with lavender's keys."""
+    return Collator(processor)(samples[:4])
+
+
+@pytest.fixture
+def training_batch(batch):
+    torch.manual_seed(1)
+    return {**batch, "lavender_targets": torch.rand(*batch["lavender_present"].shape, 32, 32)}
+
+
+def without_lavender(batch):
+    return {key: value for key, value in batch.items() if not key.startswith("lavender_")}
