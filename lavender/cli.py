@@ -155,6 +155,7 @@ def evaluate(
     ] = None,
     adapter: Annotated[Optional[Path], typer.Option(help="LoRA adapter folder for the student.")] = None,  # noqa: UP045
     teacher: Annotated[Optional[str], typer.Option(help="Folder or hub id of a teacher to measure instead.")] = None,  # noqa: UP045
+    rows: Annotated[Rows, typer.Option(help="Which row of a student's attention speaks for a token.")] = Rows.predicts,
     scenes: Annotated[int, typer.Option(min=1, help="Number of held-out scenes of the small world.")] = 150,
     out: Annotated[Optional[Path], typer.Option(help="JSON file to write the figures to.")] = None,  # noqa: UP045
 ) -> None:
@@ -169,7 +170,7 @@ def evaluate(
     if teacher is not None:
         figures = evaluate_teacher_folder(teacher, scenes)
     else:
-        figures = evaluate_student_folder(student or str(STUDENT), adapter, scenes)
+        figures = evaluate_student_folder(student or str(STUDENT), adapter, scenes, rows.value)
     text = json.dumps(figures, indent=2)
     print(text)
     if out is not None:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .config import AlignmentConfig
+from .config import AlignmentConfig, Rows
 from .data import Collator, Sample
 from .miniworld.scenes import DESCRIBE, QUESTION_TYPES, Referent, Scene
 
@@ -140,14 +140,14 @@ def teacher_maps(teacher: Teacher, scenes: Iterable[Scene]) -> list[dict[tuple[i
 
 
 def student_maps(
-    patch: Any, processor: Any, scenes: Sequence[Scene]
+    patch: Any, processor: Any, scenes: Sequence[Scene], rows: Rows = "predicts"
 ) -> tuple[list[dict[tuple[int, int], np.ndarray]], list[dict[tuple[int, int], np.ndarray]]]:
     """A patched student's maps of its captions' words: raw (mean over layers and heads) and aligned, by span, per scene.
 
-    Without an aligner the aligned maps are the raw ones.
+    `rows` says which row of the attention speaks for a token. Without an aligner the aligned maps are the raw ones.
     """
     model = patch.model
-    collator = Collator(processor, config=patch.config)
+    collator = Collator(processor, config=AlignmentConfig(rows=rows))
     raw, aligned = [], []
     was_training = model.training
     model.eval()
@@ -165,9 +165,11 @@ def student_maps(
     return raw, aligned
 
 
-def evaluate_attention(patch: Any, processor: Any, scenes: Sequence[Scene]) -> dict[str, dict[str, dict[str, float]]]:
+def evaluate_attention(
+    patch: Any, processor: Any, scenes: Sequence[Scene], rows: Rows = "predicts"
+) -> dict[str, dict[str, dict[str, float]]]:
     """Localization of a patched student's raw and aligned maps: `{"raw": compare(...), "aligned": compare(...)}`."""
-    raw, aligned = student_maps(patch, processor, scenes)
+    raw, aligned = student_maps(patch, processor, scenes, rows)
     return {"raw": compare_targets(scenes, raw), "aligned": compare_targets(scenes, aligned)}
 
 

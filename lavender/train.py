@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def fine_tune(
         data_collator=_collator(processor, targets, alignment),
         callbacks=[_AlignmentLog(handle)] if handle is not None else None,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out / "checkpoints")) if out.exists() else None)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(out / "checkpoints"))
     _write_results(out, trainer, student)
     return trained
 
@@ -213,6 +214,17 @@ def _begin(out: Path, record: dict[str, Any]) -> None:
     path.write_text(json.dumps(record, indent=2) + "\n")
 
 
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint; unfinished ones, left by a kill while they were written, are removed."""
+    while folder.exists() and (newest := get_last_checkpoint(str(folder))) is not None:
+        try:
+            json.loads((Path(newest) / "trainer_state.json").read_text())  # the Trainer writes it last
+            return newest
+        except (FileNotFoundError, json.JSONDecodeError):
+            shutil.rmtree(newest)
+    return None
+
+
 def _write_results(out: Path, trainer: Trainer, student: Any) -> None:
     trained = trainer.model
     # The aligner has a file of its own, so that the adapter is what plain PEFT expects, and nothing more.
@@ -231,9 +243,12 @@ def _write_results(out: Path, trainer: Trainer, student: Any) -> None:
 
 def _save_adapter(trained: Any, folder: Path) -> None:
     config = trained.peft_config["default"]
-    kept = config.modules_to_save
-    config.modules_to_save = None
+    kept, config.modules_to_save = config.modules_to_save, None
     try:
         trained.save_pretrained(folder)
     finally:
         config.modules_to_save = kept
+    # PEFT writes the aligner into the adapter as well, where a model without one would not know what to do with it.
+    path = folder / "adapter_model.safetensors"
+    adapter = {name: value for name, value in load_file(path).items() if ".lavender." not in name}
+    save_file(adapter, path, metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""`python -m lavender.miniworld train teacher|student [--out FOLDER] [--seed N]`: train the embedded models again."""
+"""Train the embedded models again, and measure them: `python -m lavender.miniworld train|card teacher|student ...`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ def main() -> None:
     train.add_argument("model", choices=["teacher", "student"])
     train.add_argument("--out", type=Path, required=True, help="folder to write; an unfinished run in it is continued")
     train.add_argument("--seed", type=int, default=0)
+    card = commands.add_parser("card", help="measure a trained model and write its README.md")
+    card.add_argument("model", choices=["teacher", "student"])
+    card.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     # Sums are ordered by thread: with one thread the same seed gives the same weights.
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    if arguments.model == "teacher":
+    if arguments.command == "card":
+        from .cards import write_card
+
+        print(write_card(arguments.model, arguments.folder))
+    elif arguments.model == "teacher":
         from .teacher import TeacherRecipe, train_teacher
 
         train_teacher(arguments.out, TeacherRecipe(seed=arguments.seed))

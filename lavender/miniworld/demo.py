@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ..config import to_dict
+from ..config import Rows, to_dict
 from ..data import Collator
 from ..evaluate import compare_targets, student_maps
 from ..hooks.transformers import StudentPatch
@@ -40,7 +40,7 @@ def run_demo(out: Path, config: ExperimentConfig) -> Path:
 
     Every stage continues where a killed run stopped. Raises `TargetError` when `out` holds a demo with other settings.
     """
-    console = Console()
+    console, rows = Console(), config.alignment.rows
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     training, held_out = training_scenes(config), held_out_scenes(config.num_held_out)
@@ -53,12 +53,12 @@ def run_demo(out: Path, config: ExperimentConfig) -> Path:
     console.rule("2/4  Student before")
     student, processor = load_student(STUDENT)
     handles: dict[str, StudentPatch] = {"before": patch(student)}
-    arms = [{"name": "before", **measure(handles["before"], processor, held_out)}]
+    arms = [{"name": "before", **measure(handles["before"], processor, held_out, rows)}]
     for number, (name, store) in enumerate([("none", None), ("teacher", targets)], start=3):
         console.rule(f"{number}/4  Fine-tuning {'with the teacher maps' if store else 'without maps'}")
         handles[name] = train_arm(name, out, config, store)
         history = json.loads((out / name / "history.json").read_text())
-        arms.append({"name": name, **measure(handles[name], processor, held_out, teacher_maps), "history": history})
+        arms.append({"name": name, **measure(handles[name], processor, held_out, rows, teacher_maps), "history": history})
 
     results = {
         "arms": arms,
@@ -68,7 +68,7 @@ def run_demo(out: Path, config: ExperimentConfig) -> Path:
         "duration_s": round(time.monotonic() - started, 1),
     }
     (out / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
-    _save_examples(out, held_out, handles, processor, teacher_maps)
+    _save_examples(out, held_out, handles, processor, rows, teacher_maps)
     report = write_report(out)
     _print_table(console, results)
     console.print(f"Report: {report}")
@@ -76,7 +76,12 @@ def run_demo(out: Path, config: ExperimentConfig) -> Path:
 
 
 def _save_examples(
-    out: Path, held_out: Sequence[Scene], handles: dict[str, StudentPatch], processor: Any, teacher_maps: Sequence[Any]
+    out: Path,
+    held_out: Sequence[Scene],
+    handles: dict[str, StudentPatch],
+    processor: Any,
+    rows: Rows,
+    teacher_maps: Sequence[Any],
 ) -> None:
     chosen = [i for i, scene in enumerate(held_out) if len(scene.objects) > 1][:NUM_EXAMPLES]
     scenes = [held_out[i] for i in chosen]
@@ -85,7 +90,7 @@ def _save_examples(
         "diffusion": [[teacher_maps[i][span] for span in own] for i, own in zip(chosen, spans, strict=True)]
     }
     for name, handle in handles.items():
-        raw, _ = student_maps(handle, processor, scenes)
+        raw, _ = student_maps(handle, processor, scenes, rows)
         maps[name] = [[known[span] for span in own] for known, own in zip(raw, spans, strict=True)]
     words = [[s.caption[a:b] for a, b in own] for s, own in zip(scenes, spans, strict=True)]
     save_examples(out, [s.image for s in scenes], [s.caption for s in scenes], words, maps)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..config import AlignmentConfig, TeacherConfig, TrainingConfig
+from ..config import AlignmentConfig, Rows, TeacherConfig, TrainingConfig
 from ..data import Collator, read_pairs, read_samples
 from ..errors import ModelError
 from ..evaluate import (
@@ -141,18 +141,19 @@ def measure(
     handle: StudentPatch,
     processor: Any,
     held_out: Sequence[Scene],
+    rows: Rows,
     held_out_targets: Sequence[Mapping[tuple[int, int], np.ndarray]] | None = None,
 ) -> dict[str, Any]:
-    """Attention and answers of a patched student on held-out scenes: `{"attention", "answers"}`.
+    """Attention (of the chosen rows) and answers of a patched student on held-out scenes: `{"attention", "answers"}`.
 
     With the teacher's maps of the same scenes, an aligned student's aligner is compared with the best constant map: `"aligner"`.
     """
     result: dict[str, Any] = {
-        "attention": evaluate_attention(handle, processor, held_out),
+        "attention": evaluate_attention(handle, processor, held_out, rows),
         "answers": evaluate_answers(handle.model, processor, held_out),
     }
     if held_out_targets is not None and hasattr(handle.model, "lavender"):
-        _, aligned = student_maps(handle, processor, held_out)
+        _, aligned = student_maps(handle, processor, held_out, rows)
         everything = np.stack([m for maps in held_out_targets for m in maps.values()])
         result["aligner"] = {
             "error": alignment_error(aligned, held_out_targets, handle.config),
@@ -182,7 +183,7 @@ def demo_config(seed: int = 0) -> ExperimentConfig:
     return ExperimentConfig(seed=seed)
 
 
-def evaluate_student_folder(student: str, adapter: Path | None, count: int) -> dict[str, Any]:
+def evaluate_student_folder(student: str, adapter: Path | None, count: int, rows: Rows) -> dict[str, Any]:
     """`measure` of a student, with a LoRA adapter if one is given, on held-out scenes. Raises `ModelError`."""
     model, processor = load_student(student)
     if adapter is not None:
@@ -192,7 +193,7 @@ def evaluate_student_folder(student: str, adapter: Path | None, count: int) -> d
 
         model = PeftModel.from_pretrained(model, adapter)
     with patch(model) as handle:
-        return measure(handle, processor, held_out_scenes(count))
+        return measure(handle, processor, held_out_scenes(count), rows)
 
 
 def evaluate_teacher_folder(teacher: str, count: int, config: TeacherConfig | None = None) -> dict[str, Any]:

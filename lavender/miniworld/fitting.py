@@ -16,6 +16,16 @@ from tqdm import tqdm
 SAVE_EVERY = 500
 
 
+def declare_float32(config_path: Path) -> None:
+    """Makes transformers load a model that was saved in float16 as float32, the precision that its users expect."""
+    config = json.loads(config_path.read_text())
+    config["dtype"] = "float32"
+    for part in ("text_config", "vision_config"):
+        if isinstance(config.get(part), dict):
+            config[part]["dtype"] = "float32"
+    config_path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def fit(
     name: str,
     module: nn.Module,

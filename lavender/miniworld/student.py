@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .fitting import fit
+from .fitting import declare_float32, fit
 from .scenes import COLORS, DESCRIBE, IMAGE_SIZE, SHAPES, Scene, make_scenes
 
 PATCH_SIZE = 8
@@ -75,6 +75,7 @@ def train_student(folder: Path, recipe: StudentRecipe) -> None:
     vision_cost = _train_vision(model, scenes, recipe, states)
     language_cost = _train_language(model, processor, scenes, recipe, states)
     model.to(torch.float16).save_pretrained(folder)
+    declare_float32(folder / "config.json")
     processor.save_pretrained(folder)
     record = {"recipe": asdict(recipe), "cost": {"vision": vision_cost, "language": language_cost}}
     (folder / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")

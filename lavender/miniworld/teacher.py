@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .fitting import fit
+from .fitting import declare_float32, fit
 from .scenes import IMAGE_SIZE, make_scenes
 
 MAX_TOKENS = 32
@@ -67,6 +67,7 @@ def train_teacher(folder: Path, recipe: TeacherRecipe) -> None:
 
     pipe = make_pipeline(tokenizer, autoencoder, unet, text_encoder)
     pipe.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    declare_float32(folder / "text_encoder" / "config.json")
     record = {"recipe": asdict(recipe), "cost": {"autoencoder": autoencoder_cost, "unet": unet_cost}}
     (folder / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")
 

@@ -122,7 +122,7 @@ def load_pipeline(model: str | Path) -> Any:
     from diffusers import StableDiffusionPipeline
 
     try:
-        return StableDiffusionPipeline.from_pretrained(str(model), safety_checker=None)
+        return StableDiffusionPipeline.from_pretrained(str(model), safety_checker=None).to(torch.float32)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise ModelError(

@@ -1,0 +1,5 @@
+"""`python -m lavender` is the `lavender` command."""
+
+from .cli import main
+
+main()

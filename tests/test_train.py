@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lavender
+from lavender.config import AlignmentConfig, TeacherConfig, TrainingConfig
+from lavender.data import Collator, Sample, read_samples
+from lavender.errors import ModelError, TargetError
+from lavender.miniworld import write_dataset
+from lavender.targets import Target, TargetStore, TargetWriter, image_sha256
+from lavender.train import fine_tune, load_aligner, load_student
+from lavender.types import WordMaps
+from lavender.words import words_of
+
+TRAINING = TrainingConfig(steps=4, batch_size=4, learning_rate=1e-3, save_steps=2)
+
+
+def write_targets(folder, scenes, ids):
+    """Exact masks as targets: no teacher is needed to train."""
+    writer = TargetWriter(folder, TeacherConfig(map_size=16), {"model": "masks", "weights": "masks"})
+    for scene, sample_id in zip(scenes, ids, strict=True):
+        words = words_of(scene.caption)
+        masks = {(r.start, r.end): scene.word_mask(r)[::4, ::4] for r in scene.referents}
+        maps = torch.full((len(words), 16, 16), torch.nan).numpy()
+        for w, word in enumerate(words):
+            if (word.start, word.end) in masks:
+                maps[w] = masks[word.start, word.end]
+        writer.add(Target(sample_id, image_sha256(scene.image), WordMaps(scene.caption, words, maps)))
+    writer.close()
+    return TargetStore(folder)
+
+
+@pytest.fixture
+def data(scenes, tmp_path):
+    return write_dataset(scenes[:8], tmp_path / "data")
+
+
+@pytest.fixture
+def targets(scenes, data, tmp_path):
+    return write_targets(tmp_path / "targets", scenes[:8], [s.id for s in read_samples(data)])
+
+
+def test_a_run_writes_what_it_promises(student_folder, data, targets, tmp_path, processor, samples):
+    from peft import PeftModel
+
+    out = tmp_path / "run"
+    trained = fine_tune(student_folder, read_samples(data), out, TRAINING, targets=targets, progress=False).eval()
+    record = json.loads((out / "run.json").read_text())
+    assert record["targets_fingerprint"] == targets.fingerprint
+    assert record["alignment"]["weight"] == 10.0
+    assert record["training"]["steps"] == 4
+    # The adapter is what plain PEFT expects: it loads into an unpatched model and gives the trained model's answers.
+    adapter = load_file(out / "adapter/adapter_model.safetensors")
+    assert adapter
+    assert all("lora_" in name for name in adapter)
+    plain, _ = load_student(student_folder)
+    loaded = PeftModel.from_pretrained(plain, out / "adapter").eval()
+    batch = Collator(processor)(samples[:3])
+    inputs = {k: v for k, v in batch.items() if not k.startswith("lavender_")}
+    with torch.no_grad():
+        expected = trained(**inputs).logits
+        assert torch.equal(loaded(**inputs).logits, expected)
+        assert not torch.equal(load_student(student_folder)[0].eval()(**inputs).logits, expected)
+    # So is the aligner: its file brings the aligned maps back.
+    handle = lavender.patch(trained)
+    with torch.no_grad():
+        aligned = handle.model.lavender.align(handle.capture(**batch))
+    again = lavender.patch(loaded, AlignmentConfig())
+    load_aligner(again, out)
+    with torch.no_grad():
+        torch.testing.assert_close(again.model.lavender.align(again.capture(**batch)), aligned)
+    again.unpatch()
+    handle.unpatch()
+
+
+def test_plain_transformers_trainer_with_two_added_lines(student, processor, scenes, targets, data, tmp_path):
+    """`patch` and `Collator` are all that a user's own Trainer script needs, here with full fine-tuning."""
+    from transformers import Trainer, TrainingArguments
+
+    handle = lavender.patch(student, AlignmentConfig(weight=2.0))
+    before = student.model.language_model.layers[0].self_attn.q_proj.weight.clone()
+    aligner_before = [p.clone() for p in student.lavender.parameters()]
+    arguments = TrainingArguments(
+        tmp_path / "o", max_steps=3, per_device_train_batch_size=4, remove_unused_columns=False, report_to=[], disable_tqdm=True,
+        save_strategy="no", learning_rate=1e-3,
+    )  # fmt: skip
+    trainer = Trainer(model=student, args=arguments, train_dataset=read_samples(data), data_collator=Collator(processor, targets))
+    trainer.train()
+    assert handle.term is not None
+    assert handle.fraction_matched > 0
+    assert not torch.equal(student.model.language_model.layers[0].self_attn.q_proj.weight, before)
+    assert all(not torch.equal(p, b) for p, b in zip(student.lavender.parameters(), aligner_before, strict=True) if p.dim() > 1)
+    handle.unpatch()
+
+
+def test_accumulated_micro_batches_equal_one_batch(student_folder, processor, targets, data, tmp_path):
+    """Two micro-batches of four give the gradient of one batch of eight, up to the words that each holds."""
+    from transformers import Trainer, TrainingArguments
+
+    losses = []
+    for size, accumulation in ((8, 1), (4, 2)):
+        student, _ = load_student(student_folder)
+        handle = lavender.patch(student, AlignmentConfig(weight=2.0, aligner="identity"))
+        arguments = TrainingArguments(
+            tmp_path / f"o{size}", max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
+            remove_unused_columns=False, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=1,
+        )  # fmt: skip
+        trainer = Trainer(
+            model=student, args=arguments, train_dataset=read_samples(data), data_collator=Collator(processor, targets)
+        )
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+        handle.unpatch()
+    assert losses[0] == pytest.approx(losses[1], rel=0.03)
+
+
+def test_alignment_falls_and_plain_training_does_not_align(student_folder, scenes, data, targets, tmp_path):
+    """Overfit eight pictures: the alignment loss falls with the term, and stays where it was without it."""
+    training = TrainingConfig(steps=40, batch_size=8, learning_rate=5e-3, lora_targets=("q_proj", "k_proj", "v_proj"))
+    losses = {}
+    for name, weight in (("on", 1.0), ("off", 0.0)):
+        alignment = AlignmentConfig(weight=weight, aligner="identity", rows="reads")
+        fine_tune(
+            student_folder, read_samples(data), tmp_path / name, training, targets=targets, alignment=alignment, progress=False
+        )
+        history = json.loads((tmp_path / name / "history.json").read_text())
+        losses[name] = [entry["alignment_loss"] for entry in history]
+    assert losses["on"][-1] < 0.8 * losses["off"][-1]
+
+
+def test_gradient_checkpointing_trains_the_same(student_folder, data, targets, tmp_path):
+    adapters = []
+    for checkpointing in (False, True):
+        out = tmp_path / str(checkpointing)
+        training = TrainingConfig(steps=2, batch_size=4, lora_dropout=0.0, gradient_checkpointing=checkpointing)
+        fine_tune(student_folder, read_samples(data), out, training, targets=targets, progress=False)
+        adapters.append(load_file(out / "adapter/adapter_model.safetensors"))
+    for name, value in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_full_fine_tuning_saves_a_plain_model(student_folder, data, targets, tmp_path):
+    training = TrainingConfig(steps=2, batch_size=4, lora_rank=0)
+    fine_tune(student_folder, read_samples(data), tmp_path / "run", training, targets=targets, progress=False)
+    names = load_file(tmp_path / "run/model/model.safetensors")
+    assert names
+    assert not any(name.startswith("lavender") for name in names)
+    assert (tmp_path / "run/aligner.safetensors").exists()
+
+
+def test_resuming_by_hand_equals_an_undisturbed_run(student_folder, data, targets, tmp_path):
+    """Stop after the first checkpoint, as a kill would, then continue: same losses, same weights, same aligner."""
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    fine_tune(student_folder, read_samples(data), whole, TRAINING, targets=targets, progress=False)
+    fine_tune(student_folder, read_samples(data), halved, TRAINING, targets=targets, progress=False)
+    import shutil
+
+    for name in ("adapter", "aligner.safetensors", "history.json", "checkpoints/checkpoint-4"):
+        path = halved / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    fine_tune(student_folder, read_samples(data), halved, TRAINING, targets=targets, progress=False)
+    assert_same_run(whole, halved)
+
+
+def assert_same_run(one, other):
+    for name in ("adapter/adapter_model.safetensors", "aligner.safetensors"):
+        ours, theirs = load_file(one / name), load_file(other / name)
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            assert torch.equal(value, theirs[key]), (name, key)
+    assert json.loads((one / "history.json").read_text()) == json.loads((other / "history.json").read_text())
+
+
+def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
+    from lavender.train import _last_checkpoint
+
+    assert _last_checkpoint(tmp_path / "checkpoints") is None
+    for step, state in ((5, "{}"), (10, '{"half'), (15, None)):
+        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert _last_checkpoint(tmp_path / "checkpoints") == str(tmp_path / "checkpoints/checkpoint-5")
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-5"]
+
+
+@pytest.mark.slow
+def test_kill_9_and_the_same_command_end_as_an_undisturbed_run(student_folder, data, targets, tmp_path):
+    command = [
+        *(sys.executable, "-m", "lavender", "train", "--model", str(student_folder), "--data", str(data)),
+        *("--targets", str(targets.folder), "--steps", "30", "--batch-size", "4", "--save-steps", "5", "--out"),
+    ]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    process = subprocess.Popen([*command, str(tmp_path / "run")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "run/checkpoints/checkpoint-10").exists():
+        time.sleep(0.01)
+    assert process.poll() is None, "the run ended before it could be killed"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "run/adapter").exists()
+    subprocess.run([*command, str(tmp_path / "run")], check=True, capture_output=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_another_config_or_other_targets_are_refused(student_folder, scenes, data, targets, tmp_path):
+    samples = read_samples(data)
+    fine_tune(student_folder, samples, tmp_path / "run", TRAINING, targets=targets, progress=False)
+    with pytest.raises(TargetError, match="another training"):
+        fine_tune(student_folder, samples, tmp_path / "run", TrainingConfig(steps=5), targets=targets, progress=False)
+    with pytest.raises(TargetError, match="another alignment, targets_fingerprint"):
+        fine_tune(student_folder, samples, tmp_path / "run", TRAINING, progress=False)
+    with pytest.raises(TargetError, match="another alignment"):
+        fine_tune(
+            student_folder,
+            samples,
+            tmp_path / "run",
+            TRAINING,
+            targets=targets,
+            alignment=AlignmentConfig(weight=1),
+            progress=False,
+        )
+
+
+def test_targets_of_other_pictures_are_refused(student_folder, scenes, data, tmp_path):
+    samples = read_samples(data)
+    wrong = write_targets(tmp_path / "wrong", scenes[8:16], [s.id for s in samples])
+    with pytest.raises(TargetError, match=r"images/0000\d.png.*another picture"):
+        fine_tune(student_folder, samples, tmp_path / "run", TRAINING, targets=wrong, progress=False)
+
+
+def test_missing_targets_are_named_before_anything_is_loaded(scenes, data, tmp_path):
+    samples = read_samples(data)
+    few = write_targets(tmp_path / "few", scenes[:2], [s.id for s in samples[:2]])
+    with pytest.raises(TargetError, match=r"6 of 8 samples \(first: 'images/00002.png'\)"):
+        fine_tune("no model is needed", samples, tmp_path / "run", TRAINING, targets=few, progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_that_are_no_student_are_named(teacher_folder, tmp_path):
+    for folder in (tmp_path / "nowhere", teacher_folder):
+        with pytest.raises(ModelError, match="image-text-to-text"):
+            load_student(folder)
+
+
+def test_answers_that_are_not_the_caption_match_by_word(processor, scenes, tmp_path):
+    """A question's one-word answer takes the caption's map of that word; words that the caption lacks have none."""
+    scene = next(s for s in scenes if len(s.objects) == 2)
+    store = write_targets(tmp_path / "t", [scene], ["x"])
+    color = scene.objects[0].color
+    batch = Collator(processor, store)([Sample("x", scene.image, "What color?", f"{color} zebra")])
+    assert batch["lavender_present"].tolist() == [[True, False]]
+    target = batch["lavender_targets"][0, 0]
+    referent = next(r for r in scene.referents if scene.caption[r.start : r.end] == color)
+    torch.testing.assert_close(target, torch.from_numpy(scene.word_mask(referent)[::4, ::4]).float())
+
+
+def test_labels_cover_the_answer_and_its_end_only(processor, samples):
+    batch = Collator(processor)(samples[:3])
+    for b, sample in enumerate(samples[:3]):
+        kept = batch["labels"][b][batch["labels"][b] != -100]
+        assert processor.tokenizer.decode(kept) == sample.answer + processor.tokenizer.eos_token
