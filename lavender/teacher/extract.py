@@ -122,13 +122,16 @@ def load_pipeline(model: str | Path) -> Any:
     from diffusers import StableDiffusionPipeline
 
     try:
-        return StableDiffusionPipeline.from_pretrained(str(model), safety_checker=None).to(torch.float32)
+        pipe = StableDiffusionPipeline.from_pretrained(str(model), safety_checker=None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise ModelError(
             f"cannot load a Stable Diffusion pipeline from {str(model)!r} ({first_line}); give a folder that diffusers saved, or "
             "a hub id"
         ) from error
+    # diffusers loads its own parts in float32; transformers loads the text encoder as it was saved.
+    pipe.text_encoder.float()
+    return pipe
 
 
 def _weights_fingerprint(pipe: Any) -> str:

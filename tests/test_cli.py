@@ -1,0 +1,106 @@
+"""The command as a user runs it: help that reads well, and one clear line with exit code 2 for every mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lavender.miniworld import write_dataset
+
+
+def lavender(*arguments, cwd=None):
+    return subprocess.run([sys.executable, "-m", "lavender", *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+
+
+def refused(*arguments, cwd=None):
+    """Runs a command that must fail as a user's mistake does; returns its one line."""
+    result = lavender(*arguments, cwd=cwd)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("lavender: ")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", [None, "demo", "extract", "train", "evaluate", "report"])
+def test_help(command):
+    result = lavender(*filter(None, [command]), "--help")
+    assert result.returncode == 0
+    assert "Usage: " in result.stdout
+    if command is None:
+        assert all(name in result.stdout for name in ("demo", "extract", "train", "evaluate", "report"))
+
+
+def test_an_unknown_option_is_a_users_mistake():
+    assert lavender("extract", "--modle", "x").returncode == 2
+
+
+@pytest.fixture
+def data(scenes, tmp_path):
+    return write_dataset(scenes[:3], tmp_path / "data")
+
+
+def test_extract_then_train_then_evaluate(teacher_folder, student_folder, data, tmp_path):
+    options = ("--inversion", "noise", "--timesteps", "51", "--map-size", "8")
+    result = lavender("extract", "--model", teacher_folder, "--data", data, "--out", tmp_path / "t", *options)
+    assert result.returncode == 0, result.stderr
+    assert "3 written, 0 there before, 0 skipped" in result.stdout
+    train = ("train", "--model", student_folder, "--data", data, "--targets", tmp_path / "t", "--steps", 2, "--batch-size", 2)
+    result = lavender(*train, "--out", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    result = lavender(
+        "evaluate", "--student", student_folder, "--adapter", tmp_path / "run/adapter", "--scenes", 3, "--out", tmp_path / "e.json"
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "e.json").read_text())["answers"]["all"]["questions"] > 9
+    # Stale: the store now belongs to another teacher config, and the run to other targets.
+    assert "timesteps: [51] there, [151] now" in refused(
+        "extract", "--model", teacher_folder, "--data", data, "--out", tmp_path / "t", "--inversion", "noise", "--timesteps", "151",
+        "--map-size", "8",
+    )  # fmt: skip
+    assert "another training" in refused(*train[:-4], "--steps", 3, "--out", tmp_path / "run")
+
+
+def test_mistakes_with_paths(teacher_folder, student_folder, data, tmp_path):
+    missing = tmp_path / "nothing"
+    assert f"no data at {missing}" in refused("extract", "--model", teacher_folder, "--data", missing, "--out", tmp_path / "t")
+    assert "cannot load a Stable Diffusion" in refused("extract", "--model", missing, "--data", data, "--out", tmp_path / "t")
+    assert "cannot load a Stable Diffusion" in refused(
+        "extract", "--model", student_folder, "--data", data, "--out", tmp_path / "t"
+    )
+    assert "image-text-to-text" in refused("train", "--model", teacher_folder, "--data", data, "--out", tmp_path / "r")
+    assert "no target store" in refused(
+        "train", "--model", student_folder, "--data", data, "--targets", missing, "--out", tmp_path / "r"
+    )
+    assert "no LoRA adapter" in refused("evaluate", "--student", student_folder, "--adapter", missing)
+    assert "results.json" in refused("report", missing)
+    assert not (tmp_path / "r").exists()
+
+
+def test_mistakes_with_data(teacher_folder, student_folder, data, tmp_path):
+    empty = tmp_path / "data/empty.jsonl"
+    empty.write_text('{"image": "images/00000.png", "caption": ""}')
+    result = lavender("extract", "--model", teacher_folder, "--data", empty, "--out", tmp_path / "t", "--inversion", "noise")
+    assert result.returncode == 0
+    assert "1 skipped" in result.stdout
+    assert "has no words" in result.stdout
+    assert "holds no targets" in refused(
+        "train", "--model", student_folder, "--data", data, "--targets", tmp_path / "t", "--out", tmp_path / "r"
+    )
+    assert "line 1: no answer" in refused("train", "--model", student_folder, "--data", empty, "--out", tmp_path / "r")
+    (tmp_path / "data/images/00001.png").write_bytes(b"broken")
+    assert "cannot read the image" in refused(
+        "train", "--model", student_folder, "--data", data, "--out", tmp_path / "r", "--steps", 2
+    )
+
+
+def test_mistakes_with_settings(teacher_folder, data, tmp_path):
+    common = ("extract", "--model", teacher_folder, "--data", data, "--out", tmp_path / "t")
+    assert "timesteps is (1000,)" in refused(*common, "--timesteps", "1000")
+    assert "integers separated by commas" in refused(*common, "--timesteps", "soon")
+    assert "inversion_steps is 0" in refused(*common, "--inversion-steps", 0)
+    assert "device 'tpu9'" in refused(*common, "--device", "tpu9")
+    assert "no cross-attention layer" in refused(*common, "--layers", "attic")
