@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from tqdm import tqdm
 
 from .config import AlignmentConfig, TeacherConfig, TrainingConfig
 from .errors import ConfigError, LavenderError
@@ -202,11 +203,16 @@ def main() -> None:
     try:
         app()
     except LavenderError as error:
-        print(f"lavender: {error}", file=sys.stderr)
+        _say(str(error))
         sys.exit(2)
     except ModuleNotFoundError as error:
-        print(f"lavender: this needs the package {error.name}; pip install 'lavender-attention[all]'", file=sys.stderr)
+        _say(f"this needs the package {error.name}; pip install 'lavender-attention[all]'")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("lavender: interrupted; the same command continues", file=sys.stderr)
+        _say("interrupted; the same command continues")
         sys.exit(130)
+
+
+def _say(message: str) -> None:
+    """One line on standard error, below a progress bar if there is one."""
+    tqdm.write(f"lavender: {message}", file=sys.stderr)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -86,9 +88,9 @@ def fine_tune(
         alignment = alignment or AlignmentConfig()
         _require_targets(samples, targets)
     out = Path(out)
+    student, processor = load_student(model)
     _begin(out, _run_record(model, samples, training, targets, alignment))
     set_seed(training.seed)
-    student, processor = load_student(model)
     handle = patch(student, alignment) if targets is not None else None
     trained: nn.Module = student
     if training.lora_rank:
@@ -100,7 +102,7 @@ def fine_tune(
         data_collator=_collator(processor, targets, alignment),
         callbacks=[_AlignmentLog(handle)] if handle is not None else None,
     )
-    trainer.train(resume_from_checkpoint=_last_checkpoint(out / "checkpoints"))
+    _train(trainer, _last_checkpoint(out / "checkpoints"))
     _write_results(out, trainer, student)
     return trained
 
@@ -147,7 +149,8 @@ def _arguments(folder: Path, training: TrainingConfig, progress: bool) -> Traini
         weight_decay=0.0,
         save_steps=training.save_steps,
         save_total_limit=2,
-        logging_steps=LOG_EVERY,
+        # What was summed up since the last log is not in a checkpoint: log whenever one is written.
+        logging_steps=math.gcd(LOG_EVERY, training.save_steps),
         seed=training.seed,
         data_seed=training.seed,
         remove_unused_columns=False,
@@ -212,6 +215,17 @@ def _begin(out: Path, record: dict[str, Any]) -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _train(trainer: Trainer, checkpoint: str | None) -> None:
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if state.global_step >= trainer.args.max_steps:
+            # Asked to continue a finished run in the middle of an epoch, the Trainer would take one step more.
+            trainer._load_from_checkpoint(checkpoint)
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def _last_checkpoint(folder: Path) -> str | None:

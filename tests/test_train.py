@@ -123,9 +123,10 @@ def test_accumulated_micro_batches_equal_one_batch(student_folder, processor, ta
     assert losses[0] == pytest.approx(losses[1], rel=0.03)
 
 
+@pytest.mark.slow
 def test_alignment_falls_and_plain_training_does_not_align(student_folder, scenes, data, targets, tmp_path):
-    """Overfit eight pictures: the alignment loss falls with the term, and stays where it was without it."""
-    training = TrainingConfig(steps=40, batch_size=8, learning_rate=5e-3, lora_targets=("q_proj", "k_proj", "v_proj"))
+    """Overfit four pictures: the alignment loss falls with the term, and stays where it was without it."""
+    training = TrainingConfig(steps=30, batch_size=4, learning_rate=5e-3, lora_targets=("q_proj", "k_proj", "v_proj"))
     losses = {}
     for name, weight in (("on", 1.0), ("off", 0.0)):
         alignment = AlignmentConfig(weight=weight, aligner="identity", rows="reads")
@@ -169,6 +170,19 @@ def test_resuming_by_hand_equals_an_undisturbed_run(student_folder, data, target
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     fine_tune(student_folder, read_samples(data), halved, TRAINING, targets=targets, progress=False)
     assert_same_run(whole, halved)
+
+
+def test_a_finished_run_stays_as_it_is(student_folder, data, targets, tmp_path):
+    """Three steps of four end within an epoch of eight; the same call again must not train on."""
+    training = TrainingConfig(steps=3, batch_size=4, learning_rate=1e-3)
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    for out in (once, twice, twice):
+        trained = fine_tune(student_folder, read_samples(data), out, training, targets=targets, progress=False)
+    assert_same_run(once, twice)
+    adapter = load_file(once / "adapter/adapter_model.safetensors")
+    for name, parameter in trained.named_parameters():
+        if name.replace(".default", "") in adapter:
+            assert torch.equal(parameter, adapter[name.replace(".default", "")])
 
 
 def assert_same_run(one, other):
