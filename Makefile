@@ -22,7 +22,7 @@ lint: $(STAMP)  ## Check format, style and types
 	$(BIN)/mypy
 
 bench: $(STAMP)  ## Time attention capture against its alternatives
-	$(BIN)/python bench/capture_cpu.py
+	$(BIN)/python bench/attn_fusion.py
 
 study: $(STAMP)  ## Run the small world's study again (about an hour on one core)
 	$(BIN)/python bench/miniworld_study.py --out runs/study

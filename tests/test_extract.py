@@ -101,6 +101,32 @@ def test_ddim_inversion_returns_to_the_picture(scenes):
     assert errors[1] < errors[0] / 2
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_both_kinds_of_prediction_lead_to_noise_and_back(kind):
+    """A denoiser that knows the picture, asked for the noise or for the velocity (Salimans and Ho 2022)."""
+    from lavender.miniworld.teacher import make_scheduler
+    from lavender.teacher.invert import look_at
+
+    torch.manual_seed(0)
+    picture, start = torch.randn(2, 1, 4, 8, 8)
+    start = picture + 0.05 * start
+    scheduler = make_scheduler()
+    scheduler.register_to_config(prediction_type=kind)
+    walk = []
+
+    def forward(noisy, timestep):
+        walk.append(noisy)
+        signal, sigma = scheduler.alphas_cumprod[timestep].sqrt(), (1 - scheduler.alphas_cumprod[timestep]).sqrt()
+        noise = (noisy - signal * picture) / sigma
+        return noise if kind == "epsilon" else signal * noise - sigma * picture
+
+    look_at(scheduler, start, TeacherConfig(inversion_steps=20, diffusion_steps=20), forward, forward, torch.Generator())
+    assert len(walk) == 40
+    distances = [float((latents - picture).norm() / picture.norm()) for latents in walk]
+    assert distances[20] > 0.5, "halfway, most of the picture is gone"
+    assert distances[-1] < 0.1, "at the end it is back"
+
+
 def test_few_inversion_steps_start_denoising_where_they_stopped(teacher_folder, scenes):
     teacher = Teacher(teacher_folder, TeacherConfig(inversion_steps=5, diffusion_steps=10, map_size=8))
     timesteps = []

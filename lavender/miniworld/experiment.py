@@ -186,7 +186,7 @@ def demo_config(seed: int = 0) -> ExperimentConfig:
     """
     return ExperimentConfig(
         seed=seed,
-        alignment=AlignmentConfig(weight=0.1, rows="reads", aligner="identity"),
+        alignment=AlignmentConfig(weight=1.0, rows="reads", aligner="identity"),
         training=TrainingConfig(learning_rate=1e-3),
     )
 
