@@ -103,7 +103,7 @@ def table_rows(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float
         title = TITLES.get(arm["name"], arm["name"])
         raw, aligned = arm["attention"]["raw"], arm["attention"]["aligned"]
         rows += [(f"{title}: raw attention", raw["maps"]), (f"{title}: word-agnostic control", raw["control"])]
-        if "aligner" in arm:
+        if aligned["maps"] != raw["maps"]:  # the identity aligner changes nothing
             rows.append((f"{title}: after the aligner", aligned["maps"]))
     rows.append(("Chance", results["arms"][0]["attention"]["raw"]["chance"]))
     return rows
