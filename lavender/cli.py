@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from tqdm import tqdm
@@ -84,6 +84,9 @@ def extract(
         str, typer.Option(help="Cross-attention layers to read, as name parts: mid_block,up_blocks.1. All if empty.")
     ] = "",
     guidance_scale: Annotated[float, typer.Option(help="ddim: classifier-free guidance; 1 is none.")] = _TEACHER.guidance_scale,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side that pictures are resized to, in pixels; the model's own by default.")
+    ] = None,
     map_size: Annotated[int, typer.Option(help="Height and width of the stored maps.")] = _TEACHER.map_size,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = _TEACHER.seed,
     device: Annotated[str, typer.Option(help="Where the teacher runs: cpu, cuda, cuda:1, mps.")] = "cpu",
@@ -100,6 +103,7 @@ def extract(
         last_timestep=last_timestep,
         layers=tuple(part.strip() for part in layers.split(",") if part.strip()),
         guidance_scale=guidance_scale,
+        image_size=image_size,
         map_size=map_size,
         seed=seed,
     )
@@ -154,11 +158,11 @@ def evaluate(
     student: Annotated[
         str | None, typer.Option(help="Folder or hub id of a student; the embedded one if neither is given.")
     ] = None,
-    adapter: Annotated[Optional[Path], typer.Option(help="LoRA adapter folder for the student.")] = None,  # noqa: UP045
-    teacher: Annotated[Optional[str], typer.Option(help="Folder or hub id of a teacher to measure instead.")] = None,  # noqa: UP045
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter folder for the student.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Folder or hub id of a teacher to measure instead.")] = None,
     rows: Annotated[Rows, typer.Option(help="Which row of a student's attention speaks for a token.")] = Rows.predicts,
     scenes: Annotated[int, typer.Option(min=1, help="Number of held-out scenes of the small world.")] = 150,
-    out: Annotated[Optional[Path], typer.Option(help="JSON file to write the figures to.")] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
 ) -> None:
     """Measure where a student or a teacher looks, and what a student answers, on held-out scenes of the small world."""
     import json

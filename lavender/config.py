@@ -82,6 +82,7 @@ class TeacherConfig:
             len(self.timesteps) > 0 and all(0 <= t < 1000 for t in self.timesteps),
             f"timesteps is {self.timesteps}; give one or more integers from 0 to 999",
         )
+        _require(self.image_size is None or self.image_size >= 1, f"image_size is {self.image_size}; it must be at least 1")
         _require(1 <= self.map_size <= 256, f"map_size is {self.map_size}; it must be from 1 to 256")
         _require(self.guidance_scale >= 1.0, f"guidance_scale is {self.guidance_scale}; it must be at least 1")
         _require(self.last_timestep >= 1, f"last_timestep is {self.last_timestep}; it must be at least 1")

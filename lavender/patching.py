@@ -63,4 +63,5 @@ def _patch_student(model: nn.Module, config: AlignmentConfig | None) -> StudentP
     model_type = getattr(getattr(base, "config", None), "model_type", None)
     if model_type is None:
         raise ModelError(f"cannot patch a {type(base).__name__}; expected a transformers image-text-to-text model")
-    return StudentPatch(base, config or AlignmentConfig(), student_family(model_type), train=config is not None)
+    student_family(model_type)  # refuses a model whose image tokens nobody could place, before anything is attached
+    return StudentPatch(base, config or AlignmentConfig(), train=config is not None)

@@ -20,7 +20,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..boxes import lattice_of, rasterize
 from ..config import AlignmentConfig
 from ..errors import CaptureError, ModelError
-from ..families import Family
 from ..kernels.row_maps import row_maps
 from ..types import WordRows
 
@@ -99,7 +98,7 @@ class _Tap:
 
         # The parameter names are the registry's: vision towers pass `attention_mask` by keyword.
         def attention(module, query, key, value, attention_mask=None, **kwargs):  # type: ignore[no-untyped-def]
-            request: Request | None = kwargs.pop(REQUEST, None)
+            request = kwargs.pop(REQUEST, None)
             output = original(module, query, key, value, attention_mask, **kwargs)
             if request is not None:
                 request.record(module, query, key, attention_mask, kwargs.get("scaling"), kwargs.get("is_causal"))
@@ -141,15 +140,13 @@ class StudentPatch:
         config: what is captured and, in training, compared.
         num_layers: L, the number of captured layers.
         term: the unweighted alignment loss of the latest training forward, detached; None before the first.
-        fraction_matched: the share of that batch's words that had a target.
     """
 
-    def __init__(self, model: Any, config: AlignmentConfig, family: Family, train: bool) -> None:
+    def __init__(self, model: Any, config: AlignmentConfig, train: bool) -> None:
         self.model = model
         self.config = config
-        self.family = family
         self.term: torch.Tensor | None = None
-        self.fraction_matched: float | None = None
+        self._present: torch.Tensor | None = None
         self._decoder = _text_tower(model)
         self._attention_name = _attention_name(self._decoder)
         every = _attention_modules(self._decoder)
@@ -158,6 +155,7 @@ class StudentPatch:
         self._layers = {module: place for place, module in enumerate(chosen)}
         self.num_layers = len(chosen)
         self._active: _Forward | None = None
+        self._captured: list[torch.Tensor] | None = None
         self._handles: list[Any] = []
         self._attach(train)
 
@@ -174,6 +172,11 @@ class StudentPatch:
         self._handles.append(self.model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True))
         _Tap.acquire(self._attention_name)
         self.model._lavender_patch = self
+
+    @property
+    def fraction_matched(self) -> float | None:
+        """The share of the latest captured batch's word places that had a word to compare; None before the first."""
+        return None if self._present is None else float(self._present.float().mean())
 
     @property
     def is_patched(self) -> bool:
@@ -210,16 +213,13 @@ class StudentPatch:
         if "lavender_rows" not in batch:
             raise CaptureError("the batch carries no lavender keys; make it with lavender.Collator")
         wanted = {k: v for k, v in batch.items() if k not in ("lavender_targets", "labels")}
-        self._keep = True
+        self._captured = []
         try:
             self.model(**wanted, use_cache=False)
-            assert self._kept is not None
-            return self._kept
+            (maps,) = self._captured
+            return maps
         finally:
-            self._keep, self._kept = False, None
-
-    _keep = False
-    _kept: torch.Tensor | None = None
+            self._captured = None
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         given = {key: kwargs.pop(key) for key in KEYS if key in kwargs}
@@ -238,8 +238,8 @@ class StudentPatch:
         if active is None or output is None:  # no request, or the forward raised
             return None
         maps = active.maps()
-        if self._keep:
-            self._kept = maps
+        if self._captured is not None:
+            self._captured.append(maps)
         if active.targets is None or not hasattr(self.model, "lavender"):
             return None
         self._require_gradient(maps)
@@ -278,7 +278,7 @@ class _Forward:
         self.targets = given.get("lavender_targets")
         self.boxes = given["lavender_boxes"]
         self.num_layers = patch.num_layers
-        patch.fraction_matched = float(self.present.float().mean())
+        patch._present = self.present
         rows = WordRows(given["lavender_rows"], given["lavender_row_words"], given["lavender_row_weights"], self.present.shape[1])
         self.request = Request(rows, given["lavender_columns"], patch._layers, patch.config.renormalize, ids.shape[1])
         self.share = _token_share(kwargs)

@@ -46,6 +46,9 @@ class Teacher:
         self.pipe.set_progress_bar_config(disable=True)
         self.config = config
         self.device = torch.device(device)
+        self._side = config.image_size or self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
+        if self._side % self.pipe.vae_scale_factor:
+            raise ConfigError(f"image_size is {self._side}; for this model it must be a multiple of {self.pipe.vae_scale_factor}")
         self.patch = patch(self.pipe, layers=config.layers)
         self.identity = {"model": str(model) if isinstance(model, str | Path) else type(model).__name__}
         self.identity["weights"] = _weights_fingerprint(self.pipe)
@@ -109,8 +112,8 @@ class Teacher:
     def _encode(self, image: Image.Image) -> torch.Tensor:
         """The picture's latent [1, C, h, w], the mean of the encoder's distribution, scaled; the whole picture, not cropped."""
         vae = self.pipe.vae
-        side = self.config.image_size or self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
-        resized = ImageOps.exif_transpose(image).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+        resized = upright.resize((self._side, self._side), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1)[None]
         pixels = (pixels.to(self.device, torch.float32) / 127.5 - 1).to(vae.dtype)
         with torch.no_grad():
