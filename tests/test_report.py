@@ -21,7 +21,12 @@ def compared(pointing):
 
 def arm(name, pointing, **more):
     answers = {"color": {"accuracy": 0.9, "low": 0.8, "high": 0.95, "questions": 50}}
-    return {"name": name, "attention": {"raw": compared(pointing), "aligned": compared(pointing + 0.1)}, "answers": answers, **more}
+    return {
+        "name": name,
+        "attention": {"raw": compared(pointing), "aligned": compared(pointing + (0.1 if "aligner" in more else 0))},
+        "answers": answers,
+        **more,
+    }
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -18,8 +19,11 @@ from .conftest import without_lavender
 
 @pytest.fixture(autouse=True)
 def registry_is_left_as_it_was():
+    gc.collect()  # models that other tests dropped
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    assert "sdpa" not in ALL_ATTENTION_FUNCTIONS._local_mapping
     yield
+    gc.collect()
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
     assert "sdpa" not in ALL_ATTENTION_FUNCTIONS._local_mapping
 
@@ -142,6 +146,17 @@ def test_a_deepcopy_of_a_patched_model_is_independent(student, batch):
         torch.nn.init.normal_(student.model.language_model.layers[0].self_attn.q_proj.weight)
         assert torch.equal(twin._lavender_patch.capture(**batch), maps)
         assert not torch.equal(patch.capture(**batch), maps)
+        patch.unpatch()
+        assert torch.equal(twin._lavender_patch.capture(**batch), maps)
+        twin._lavender_patch.unpatch()
+
+
+def test_a_dropped_model_lets_go_of_the_registry(processor):
+    from lavender.miniworld.student import make_model
+
+    lavender.patch(make_model(processor))
+    gc.collect()
+    assert "sdpa" not in ALL_ATTENTION_FUNCTIONS._local_mapping
 
 
 def test_chosen_layers_are_captured(student, batch):

@@ -8,6 +8,7 @@ keyword arguments. So outputs are bit-identical, vision towers are untouched, an
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -170,8 +171,22 @@ class StudentPatch:
             self._handles.append(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True))
         self._handles.append(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True))
-        _Tap.acquire(self._attention_name)
+        self._hold_tap()
         self.model._lavender_patch = self
+
+    def _hold_tap(self) -> None:
+        _Tap.acquire(self._attention_name)
+        # A model that is dropped without unpatch() lets go of the registry as well.
+        self._release_tap = weakref.finalize(self, _Tap.release, self._attention_name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_release_tap"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The patch of a copied model is one more user of the tap."""
+        self.__dict__.update(state)
+        if self._handles:
+            self._hold_tap()
 
     @property
     def fraction_matched(self) -> float | None:
@@ -190,7 +205,7 @@ class StudentPatch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        _Tap.release(self._attention_name)
+        self._release_tap()
         if hasattr(self.model, "lavender"):
             del self.model.lavender
         del self.model._lavender_patch

@@ -69,6 +69,8 @@ def run_demo(out: Path, config: ExperimentConfig) -> Path:
     }
     (out / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
     _save_examples(out, held_out, handles, processor, rows, teacher_maps)
+    for handle in handles.values():
+        handle.unpatch()
     report = write_report(out)
     _print_table(console, results)
     console.print(f"Report: {report}")
