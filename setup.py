@@ -1,4 +1,4 @@
-"""Everything is declared in pyproject.toml; this file is where the CUDA sources of `csrc/` join the package."""
+"""Everything is declared in pyproject.toml."""
 
 from setuptools import setup
 

@@ -7,7 +7,8 @@
    right than after plain fine-tuning, the one with the best raw pointing wins (the best answers, if all lose more).
 2. Every seed has training pictures, batch order and new weights of its own, and four arms that differ in the targets alone:
    none (plain fine-tuning), teacher, oracle (exact masks) and shuffled (maps of random words of other pictures).
-3. All arms are measured on the same held-out pictures. Differences to plain fine-tuning are paired by seed.
+3. The teacher arm is run with the other candidates for lambda as well: what attention gains, and answers pay, by lambda.
+4. All arms are measured on the same held-out pictures. Differences to plain fine-tuning are paired by seed.
 
 Finished arms are kept in the output folder: the same command continues after an interruption.
 """
@@ -104,10 +105,15 @@ def prepare_held_out(folder: Path, config: ExperimentConfig) -> None:
     extract_targets(folder, held_out_scenes(config.num_held_out), config.teacher, progress=False)
 
 
-def run_seed(folder: Path, config: ExperimentConfig) -> list[dict[str, Any]]:
-    """Every arm of one seed."""
+def run_seed(folder: Path, config: ExperimentConfig) -> dict[str, dict[str, Any]]:
+    """Every arm of one seed, and the teacher arm with every other candidate for lambda."""
     prepare(folder, config)
-    return [run_arm(folder, arm, config, None) for arm in ARMS]
+    found = {arm: run_arm(folder, arm, config, None) for arm in ARMS}
+    for weight in LAMBDAS:
+        if weight != config.alignment.weight:
+            other = replace(config, alignment=replace(config.alignment, weight=weight))
+            found[f"teacher-{weight:g}"] = run_arm(folder, f"teacher-{weight:g}", other, None)
+    return found
 
 
 def choose_lambda(out: Path, config: ExperimentConfig, pool: ProcessPoolExecutor) -> tuple[float, list[dict[str, float]]]:
@@ -145,24 +151,24 @@ def mean_and_interval(values: list[float]) -> dict[str, float]:
     return {"mean": round(mean, 4), "low": round(mean - half, 4), "high": round(mean + half, 4)}
 
 
-def summarize(by_seed: list[list[dict[str, Any]]]) -> dict[str, Any]:
+def summarize(by_seed: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     """Per arm each figure's mean over seeds, and its difference to plain fine-tuning, paired by seed."""
     summary: dict[str, Any] = {}
-    for place, arm in enumerate(ARMS):
+    for arm in by_seed[0]:
         summary[arm] = {}
         for name in ("pointing", "own_object", "iou", "auc", "answers"):
-            values = [figure(seed[place], name) for seed in by_seed]
-            plain = [figure(seed[0], name) for seed in by_seed]
+            values = [figure(seed[arm], name) for seed in by_seed]
+            plain = [figure(seed["none"], name) for seed in by_seed]
             summary[arm][name] = mean_and_interval(values)
-            if place:
+            if arm != "none":
                 summary[arm][name]["minus_none"] = mean_and_interval([v - p for v, p in zip(values, plain, strict=True)])
-        for kind in by_seed[0][place]["answers"]:
+        for kind in by_seed[0][arm]["answers"]:
             summary[arm].setdefault("answers_by_type", {})[kind] = mean_and_interval(
-                [seed[place]["answers"][kind]["accuracy"] for seed in by_seed]
+                [seed[arm]["answers"][kind]["accuracy"] for seed in by_seed]
             )
-        if "aligner" in by_seed[0][place]:
+        if "aligner" in by_seed[0][arm]:
             for key in ("error", "best_constant_error"):
-                summary[arm].setdefault("aligner", {})[key] = mean_and_interval([seed[place]["aligner"][key] for seed in by_seed])
+                summary[arm].setdefault("aligner", {})[key] = mean_and_interval([seed[arm]["aligner"][key] for seed in by_seed])
     return summary
 
 
@@ -211,7 +217,9 @@ def main() -> None:
         "seeds": list(seeds),
         "summary": summarize(by_seed),
         "runs": [
-            {"arm": r["arm"], "seed": r["seed"], "attention": r["attention"], "answers": r["answers"]} for s in by_seed for r in s
+            {"arm": r["arm"], "seed": r["seed"], "attention": r["attention"], "answers": r["answers"]}
+            for s in by_seed
+            for r in s.values()
         ],
     }
     for path in filter(None, (out / "study.json", arguments.json)):

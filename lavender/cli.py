@@ -172,6 +172,8 @@ def evaluate(
 
     if teacher is not None and (student is not None or adapter is not None):
         raise ConfigError("--teacher measures a teacher; leave out --student and --adapter")
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError(f"--out is {out}; there is no folder {out.parent}")
     if teacher is not None:
         figures = evaluate_teacher_folder(teacher, scenes)
     else:
@@ -196,8 +198,8 @@ def _device(name: str) -> str:
     import torch
 
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]})") from None
     return name
 
@@ -208,6 +210,11 @@ def main() -> None:
         app()
     except LavenderError as error:
         _say(str(error))
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _say(f"{error.strerror}: {error.filename}")
         sys.exit(2)
     except ModuleNotFoundError as error:
         _say(f"this needs the package {error.name}; pip install 'lavender-attention[all]'")

@@ -76,8 +76,8 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         _require_choice("inversion", self.inversion, Inversion)
-        _require(self.inversion_steps >= 1, f"inversion_steps is {self.inversion_steps}; it must be at least 1")
-        _require(self.diffusion_steps >= 1, f"diffusion_steps is {self.diffusion_steps}; it must be at least 1")
+        for name in ("inversion_steps", "diffusion_steps"):
+            _require(1 <= getattr(self, name) <= 1000, f"{name} is {getattr(self, name)}; it must be from 1 to 1000")
         _require(
             len(self.timesteps) > 0 and all(0 <= t < 1000 for t in self.timesteps),
             f"timesteps is {self.timesteps}; give one or more integers from 0 to 999",

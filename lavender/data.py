@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -47,18 +50,25 @@ class Sample:
 
 def load_image(source: ImageSource) -> Image.Image:
     """An upright RGB picture. Raises `DataError` when it is missing, empty or damaged."""
-    import io
-
     if isinstance(source, Image.Image):
-        return ImageOps.exif_transpose(source).convert("RGB")
+        return _to_rgb(source, "the image")
     name = "the image bytes" if isinstance(source, bytes) else str(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
+            return _to_rgb(file, name)
     except FileNotFoundError:
         raise DataError(f"there is no image at {name}") from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read the image {name}: {error}") from None
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):  # PIL would cut 16 bits off at 255, which is white
+        upright = Image.fromarray((np.asarray(upright).astype(np.float32) / 257).round().astype(np.uint8))
+    elif upright.mode in ("I", "F"):
+        raise DataError(f"{name} has pixels of 32 bits (mode {upright.mode}) in an unknown range; save it with 8 or 16 bits")
+    return upright.convert("RGB")
 
 
 def read_pairs(data: str | Path) -> list[Pair]:
@@ -87,11 +97,14 @@ def read_samples(data: str | Path) -> list[Sample]:
     path = Path(data)
     samples = []
     for number, line in _json_lines(path):
-        answer = line.get("answer", line.get("caption"))
-        if not isinstance(answer, str) or not answer.strip():
-            raise DataError(f"{path}, line {number}: no answer; expected a text under 'answer' or 'caption'")
+        answer: Any = line.get("caption") if line.get("answer") is None else line["answer"]
+        question = line.get("question", DEFAULT_QUESTION)
+        for name, text in (("answer", answer), ("question", question)):
+            if not isinstance(text, str) or not text.strip():
+                raise DataError(f"{path}, line {number}: no {name}; expected a text under {name!r}")
+            require_unicode(text, f"{path}, line {number}: the {name}")
         image = _image_of(path, number, line)
-        samples.append(Sample(str(line.get("id", line["image"])), image, line.get("question", DEFAULT_QUESTION), answer))
+        samples.append(Sample(_id_of(line), image, question, answer))
     _require_unique([sample.id for sample in samples], path)
     return samples
 
@@ -103,10 +116,10 @@ def _json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path} is a folder; expected a file of JSON lines")
     lines = []
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})") from None
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -133,7 +146,19 @@ def _pair_of(path: Path, number: int, line: Mapping[str, Any]) -> Pair:
     caption = line.get("caption", line.get("text"))
     if not isinstance(caption, str):
         raise DataError(f"{path}, line {number}: no caption; expected a text under 'caption'")
-    return Pair(str(line.get("id", line["image"])), image, caption)
+    return Pair(_id_of(line), image, caption)
+
+
+def _id_of(line: Mapping[str, Any]) -> str:
+    return str(line["image"] if line.get("id") is None else line["id"])
+
+
+def require_unicode(text: str, name: str) -> None:
+    """JSON may hold half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{name} is no valid Unicode ({error.reason}, at character {error.start})") from None
 
 
 def _pairs_of_folder(path: Path) -> list[Pair]:
@@ -150,9 +175,11 @@ def _pairs_of_folder(path: Path) -> list[Pair]:
         raise DataError(f"{path} has no captions; expected a metadata.jsonl with 'file_name' and 'caption' in it")
     pairs = []
     for row in dataset.cast_column("image", ImageFeature(decode=False)):
-        file = row["image"]["path"]
-        name = str(Path(file).resolve().relative_to(path.resolve()))
-        pairs.append(Pair(name, row["image"]["bytes"] or Path(file), row[column] or ""))
+        file, caption = row["image"]["path"], row[column] or ""
+        name = os.path.relpath(file, os.path.abspath(path))
+        if not isinstance(caption, str):
+            raise DataError(f"{path}: the caption of {name} is {caption!r}; expected a text")
+        pairs.append(Pair(name, row["image"]["bytes"] or Path(file), caption))
     return pairs
 
 
@@ -214,7 +241,11 @@ class Collator:
             answered = [i for i, (left, right) in enumerate(encoded.offset_mapping) if left >= start and right > left]
             labels[b, [places[i] for i in answered]] = ids[b, [places[i] for i in answered]]
             words = self.words(sample.answer)
-            begin = texts[b].index(sample.answer, start)
+            begin = texts[b].find(sample.answer, start)
+            if begin < 0:
+                raise DataError(
+                    f"sample {sample.id!r}: the chat template changes the answer {sample.answer!r}; strip its white space"
+                )
             all_words.append(words)
             rows = []
             for word in words:
@@ -240,6 +271,13 @@ class Collator:
         """The text up to the answer, and the whole text, with the picture's placeholder not yet expanded."""
         if not sample.answer.strip():
             raise DataError(f"sample {sample.id!r} has an empty answer")
+        for name, own in (("question", sample.question), ("answer", sample.answer)):
+            require_unicode(own, f"sample {sample.id!r}: the {name}")
+            if self.processor.image_token in own:
+                raise DataError(
+                    f"sample {sample.id!r}: the {name} holds {self.processor.image_token!r}, which stands for the picture; "
+                    "the collator adds it"
+                )
         ask = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.question}]}
         reply = {"role": "assistant", "content": [{"type": "text", "text": sample.answer}]}
         prompt = self.processor.apply_chat_template([ask], add_generation_prompt=True, tokenize=False)
@@ -273,8 +311,8 @@ class Collator:
             positions = torch.nonzero(is_image[b]).flatten()
             if len(positions) != len(own):
                 raise DataError(
-                    f"sample {samples[b].id!r}: {len(positions)} image tokens but {len(own)} places for them; does the question "
-                    "hold an image placeholder of its own?"
+                    f"sample {samples[b].id!r}: {len(positions)} image tokens but {len(own)} places for them; "
+                    "do the processor's patch_size and the model's agree?"
                 )
             columns[b, : len(own)], padded[b, : len(own)] = positions, own
         batch["lavender_columns"], batch["lavender_boxes"] = columns, padded

@@ -34,7 +34,8 @@ def patch(model: Any, config: AlignmentConfig | None = None, *, layers: tuple[st
 
     Returns:
         A handle: `.capture(...)` reads maps, `.unpatch()` undoes everything, `with` does so at the end. Patching a patched
-        transformers model again returns the handle that it has; with a config, the model is patched anew.
+        transformers model again returns the handle that it has, and a `with` around that leaves the first patch in place; with
+        another config, the model is patched anew.
 
     Raises:
         ModelError: the model is of no kind, family or attention implementation that lavender can read.
@@ -57,8 +58,8 @@ def _patch_student(model: nn.Module, config: AlignmentConfig | None) -> StudentP
     base = base_model_of(model)
     present = getattr(base, "_lavender_patch", None)
     if present is not None:
-        if config is None or config == present.config:
-            return present
+        if config is None or (present.trains and config == present.config):
+            return present.borrowed()
         present.unpatch()
     model_type = getattr(getattr(base, "config", None), "model_type", None)
     if model_type is None:

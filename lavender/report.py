@@ -77,7 +77,10 @@ def write_report(run: str | Path) -> Path:
     run = Path(run)
     if not (run / RESULTS).exists():
         raise DataError(f"{run} has no {RESULTS}; expected the folder of a finished `lavender demo`")
-    results = json.loads((run / RESULTS).read_text())
+    try:
+        results = json.loads((run / RESULTS).read_text())
+    except json.JSONDecodeError as error:
+        raise DataError(f"{run / RESULTS} is damaged ({error}); run the demo again") from None
     page = Environment(loader=PackageLoader("lavender", ""), autoescape=select_autoescape(default=True), trim_blocks=True)
     html = page.get_template("report.html.jinja").render(
         results=results,
@@ -174,7 +177,6 @@ def _draw_curves(results: Mapping[str, Any]) -> str:
         title = TITLES.get(arm["name"], arm["name"])
         weight = results["config"]["alignment"]["weight"]
         steps = [entry["step"] for entry in history]
-        # The logged loss is the whole one; the language part is what is left without the weighted alignment term.
         left.plot(steps, [entry["loss"] for entry in history], label=title)
         if "alignment_loss" in history[0]:
             right.plot(steps, [entry["alignment_loss"] for entry in history], label=f"{title} (weight {weight:g})")

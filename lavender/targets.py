@@ -1,6 +1,6 @@
 """The target store: word maps as parquet shards with a manifest, written so that a kill loses at most the sample in hand.
 
-    manifest.json            format, version, the teacher's config and its fingerprint
+    manifest.json            format, version, the teacher's config and its fingerprint, whether the store is complete
     data-00000.parquet ...   finished shards; `datasets.load_dataset("parquet", data_files="targets/*.parquet")` reads them
     pending/*.parquet        finished samples of the shard that is being filled
     failed.jsonl             what could not be used, with the reason
@@ -111,9 +111,14 @@ class TargetWriter:
             "fingerprint": fingerprint([dict(teacher)["weights"], to_dict(config)]),
         }
         path = folder / "manifest.json"
+        if folder.exists() and not folder.is_dir():
+            raise TargetError(f"{folder} is a file; give --out a folder")
+        self._shards = _shard_paths(folder)
         if path.exists():
             found = _read_manifest(folder)
-            if found["fingerprint"] != manifest["fingerprint"]:
+            # A store that nothing was written to yet may be begun anew with other settings.
+            begun = self._shards or any(self._pending.glob("*.parquet"))
+            if begun and found["fingerprint"] != manifest["fingerprint"]:
                 raise TargetError(
                     f"{folder} holds targets of another teacher or config ({_difference(found, manifest)}); "
                     "give --out a new folder, or the settings that the store was begun with"
@@ -121,17 +126,18 @@ class TargetWriter:
         elif folder.exists() and any(folder.iterdir()):
             raise TargetError(f"{folder} exists and is no target store; give --out a new or empty folder")
         self._pending.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            _write_atomically(path, lambda p: p.write_text(json.dumps(manifest, indent=2) + "\n"))
-        self._shards = _shard_paths(folder)
-        self.done = {i for shard in self._shards for i in pq.read_table(shard, columns=["id"])["id"].to_pylist()}
+        self._manifest = manifest | {"complete": False}
+        self._write_manifest()
+        self.done: dict[str, tuple[str, str]] = {}
+        for shard in self._shards:
+            self.done |= _identities(shard)
         self._waiting: list[Path] = []
         for file in sorted(self._pending.glob("*.parquet")):
-            own = pq.read_table(file, columns=["id"])["id"][0].as_py()
-            if own in self.done:  # killed between writing the shard and emptying the folder
+            own = _identities(file)
+            if own.keys() <= self.done.keys():  # killed between writing the shard and emptying the folder
                 file.unlink()
             else:
-                self.done.add(own)
+                self.done |= own
                 self._waiting.append(file)
         self._next = 1 + max((int(file.stem) for file in self._waiting), default=-1)
 
@@ -142,15 +148,26 @@ class TargetWriter:
         path = self._pending / f"{self._next:06d}.parquet"
         _write_atomically(path, lambda p: pq.write_table(_to_table([target]), p))
         self._next += 1
-        self.done.add(target.id)
+        self.done[target.id] = (target.image_sha256, target.word_maps.caption)
         self._waiting.append(path)
         if len(self._waiting) >= self.shard_size:
             self._flush()
 
+    def has(self, sample_id: str, image: Image.Image, caption: str) -> bool:
+        """Whether a sample is stored already. Raises `TargetError` if it is, but for another picture or caption."""
+        stored = self.done.get(sample_id)
+        if stored is not None and stored != (image_sha256(image), caption):
+            what = "caption" if stored[0] == image_sha256(image) else "picture"
+            raise TargetError(
+                f"{self.folder} holds maps of another {what} for sample {sample_id!r}; "
+                "give the sample another id, or --out a new folder"
+            )
+        return stored is not None
+
     def fail(self, sample_id: str, reason: str) -> None:
         """Notes that a sample could not be used, and why."""
         with open(self.folder / "failed.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"id": sample_id, "reason": reason}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"id": sample_id, "reason": reason}) + "\n")
 
     def begin_run(self) -> None:
         """Forgets earlier failures: this run tries those samples again."""
@@ -159,12 +176,18 @@ class TargetWriter:
     def close(self) -> None:
         """Writes the last shard and leaves nothing pending."""
         self._flush()
+        self._manifest["complete"] = True
+        self._write_manifest()
         shutil.rmtree(self._pending, ignore_errors=True)
+
+    def _write_manifest(self) -> None:
+        text = json.dumps(self._manifest, indent=2) + "\n"
+        _write_atomically(self.folder / "manifest.json", lambda p: p.write_text(text))
 
     def _flush(self) -> None:
         if not self._waiting:
             return
-        table = pa.concat_tables([pq.read_table(file, schema=_SCHEMA) for file in self._waiting])
+        table = pa.concat_tables([_read_shard(file) for file in self._waiting])
         path = self.folder / f"data-{len(self._shards):05d}.parquet"
         _write_atomically(path, lambda p: pq.write_table(table, p, compression="zstd"))
         self._shards.append(path)
@@ -189,12 +212,12 @@ class TargetStore:
         self.config = from_dict(TeacherConfig, manifest["config"])
         self.teacher: dict[str, str] = manifest["teacher"]
         self.fingerprint: str = manifest["fingerprint"]
-        if any((self.folder / "pending").glob("*.parquet")):
+        if not manifest["complete"]:
             raise TargetError(f"the extraction into {self.folder} has not finished; run it again to continue it")
         shards = _shard_paths(self.folder)
         if not shards:
             raise TargetError(f"{self.folder} holds no targets; was every picture refused? See {self.folder}/failed.jsonl")
-        self._table = pa.concat_tables([pq.read_table(shard, schema=_SCHEMA) for shard in shards])
+        self._table = pa.concat_tables([_read_shard(shard) for shard in shards])
         self._row_of = {i: row for row, i in enumerate(self._table["id"].to_pylist())}
 
     def __len__(self) -> int:
@@ -217,9 +240,24 @@ class TargetStore:
         target = self[sample_id]
         if target.image_sha256 != image_sha256(image):
             raise TargetError(
-                f"the targets of sample {sample_id!r} in {self.folder} were made from another picture; extract them again"
+                f"the targets of sample {sample_id!r} in {self.folder} were made from another picture; "
+                "extract them into a new folder"
             )
         return target
+
+
+def _read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=columns, schema=_SCHEMA)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise TargetError(f"{path} is damaged ({str(error).splitlines()[0]}); extract into a new folder") from None
+
+
+def _identities(path: Path) -> dict[str, tuple[str, str]]:
+    """Picture fingerprint and caption of every sample in a file, by id."""
+    table = _read_shard(path, ["id", "image_sha256", "caption"])
+    ids, images, captions = (table[name].to_pylist() for name in ("id", "image_sha256", "caption"))
+    return dict(zip(ids, zip(images, captions, strict=True), strict=True))
 
 
 def _shard_paths(folder: Path) -> list[Path]:
@@ -238,6 +276,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise TargetError(
             f"{path} says {manifest.get('format')!r} version {manifest.get('version')!r}; expected {FORMAT!r} version {VERSION}"
         )
+    missing = [key for key in ("teacher", "config", "fingerprint", "complete") if key not in manifest]
+    if missing:
+        raise TargetError(f"{path} is damaged: it lacks {', '.join(missing)}; extract into a new folder")
     return manifest
 
 

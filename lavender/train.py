@@ -34,7 +34,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .config import AlignmentConfig, TrainingConfig, to_dict
 from .data import Collator, Sample
-from .errors import ModelError, TargetError
+from .errors import DataError, ModelError, TargetError
 from .hooks.transformers import StudentPatch, base_model_of
 from .patching import patch
 from .targets import TargetStore
@@ -89,12 +89,12 @@ def fine_tune(
         _require_targets(samples, targets)
     out = Path(out)
     student, processor = load_student(model)
-    _begin(out, _run_record(model, samples, training, targets, alignment))
     set_seed(training.seed)
     handle = patch(student, alignment) if targets is not None else None
     trained: nn.Module = student
     if training.lora_rank:
         trained = _with_lora(student, training, aligned=handle is not None)
+    _begin(out, _run_record(model, samples, training, targets, alignment))
     trainer = Trainer(
         model=trained,
         args=_arguments(out / "checkpoints", training, progress),
@@ -103,7 +103,7 @@ def fine_tune(
         callbacks=[_AlignmentLog(handle)] if handle is not None else None,
     )
     _train(trainer, _last_checkpoint(out / "checkpoints"))
-    _write_results(out, trainer, student)
+    _write_results(out, trainer, student, processor)
     return trained
 
 
@@ -205,8 +205,14 @@ def _run_record(
 def _begin(out: Path, record: dict[str, Any]) -> None:
     """Writes `run.json`, or compares it with the run that `out` holds already."""
     path = out / "run.json"
-    if path.exists():
-        found = json.loads(path.read_text())
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; give --out a folder")
+    # A run that wrote no checkpoint may be begun anew with other settings.
+    if path.exists() and any((out / "checkpoints").glob("checkpoint-*")):
+        try:
+            found = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path} is damaged ({error}); give --out a new folder") from None
         changed = [key for key in record if found.get(key) != record[key]]
         if changed:
             raise TargetError(
@@ -239,7 +245,7 @@ def _last_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def _write_results(out: Path, trainer: Trainer, student: Any) -> None:
+def _write_results(out: Path, trainer: Trainer, student: Any, processor: Any) -> None:
     trained = trainer.model
     # The aligner has a file of its own, so that the adapter is what plain PEFT expects, and nothing more.
     if hasattr(student, "lavender"):
@@ -251,6 +257,7 @@ def _write_results(out: Path, trainer: Trainer, student: Any) -> None:
     else:
         state = {k: v for k, v in base_model_of(trained).state_dict().items() if not k.startswith("lavender.")}
         base_model_of(trained).save_pretrained(out / "model", state_dict=state)
+        processor.save_pretrained(out / "model")
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     (out / "history.json").write_text(json.dumps(history, indent=2) + "\n")
 

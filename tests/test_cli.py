@@ -78,6 +78,17 @@ def test_mistakes_with_paths(teacher_folder, student_folder, data, tmp_path):
     assert "no LoRA adapter" in refused("evaluate", "--student", student_folder, "--adapter", missing)
     assert "results.json" in refused("report", missing)
     assert not (tmp_path / "r").exists()
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for command in (
+        ("extract", "--model", teacher_folder, "--data", data, "--out", file, "--inversion", "noise"),
+        ("extract", "--model", teacher_folder, "--data", data, "--out", file / "below", "--inversion", "noise"),
+        ("train", "--model", student_folder, "--data", data, "--out", file),
+        ("demo", "--out", file),
+        ("evaluate", "--student", student_folder, "--scenes", 1, "--out", missing / "e.json"),
+    ):
+        refused(*command)
+    assert file.read_text() == "mine"
 
 
 def test_mistakes_with_data(teacher_folder, student_folder, data, tmp_path):

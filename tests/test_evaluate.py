@@ -119,6 +119,19 @@ def test_evaluating_a_student_leaves_it_as_it_was(student, processor, scenes):
     assert answers["all"]["questions"] == sum(len(s.questions) for s in scenes[:6])
 
 
+@pytest.mark.parametrize(
+    ("said", "right"), [("red", 1.0), (" Red\n", 1.0), ("", 0.0), ("re", 0.0), ("red ring", 0.0), ("blue", 0.0)]
+)
+def test_only_the_whole_answer_is_right(monkeypatch, student, processor, said, right):
+    from lavender import evaluate
+    from lavender.miniworld.scenes import Question, make_scene
+
+    scene = make_scene(0, 0)
+    monkeypatch.setattr(evaluate, "generate", lambda *_, **__: [said])
+    object.__setattr__(scene, "questions", (Question("color", "What color is it?", "red"),))
+    assert evaluate_answers(student, processor, [scene])["color"]["accuracy"] == right
+
+
 def test_generated_answers_do_not_depend_on_the_batch(processor, scenes):
     from lavender.miniworld import STUDENT
     from lavender.train import load_student

@@ -192,6 +192,66 @@ def test_the_same_folder_with_another_config_is_refused(teacher_folder, dataset,
         extract(teacher_folder, read_pairs(dataset), tmp_path / "t", TeacherConfig(inversion="noise", map_size=16), progress=False)
 
 
+def test_a_changed_picture_or_caption_is_refused_with_a_remedy(teacher_folder, dataset, scenes, tmp_path):
+    extract(teacher_folder, read_pairs(dataset)[:2], tmp_path / "t", NOISE, progress=False)
+    pairs = read_pairs(dataset)[:2]
+    with pytest.raises(TargetError, match=r"another caption for sample 'images/00001\.png'"):
+        extract(teacher_folder, [pairs[0], Pair(pairs[1].id, pairs[1].image, "A cat.")], tmp_path / "t", NOISE, progress=False)
+    scenes[5].image.save(dataset.parent / "images/00000.png")
+    with pytest.raises(TargetError, match=r"another picture for sample 'images/00000.png'; give .* a new folder"):
+        extract(teacher_folder, pairs, tmp_path / "t", NOISE, progress=False)
+
+
+def test_the_fingerprint_follows_every_weight_and_the_schedule(pipe):
+    from lavender.teacher.extract import _weights_fingerprint
+
+    before = _weights_fingerprint(pipe)
+    weight = pipe.unet.mid_block.resnets[0].conv1.weight
+    with torch.no_grad():
+        weight[-1, -1, -1, -1] += 1e-3
+    changed = _weights_fingerprint(pipe)
+    pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    assert len({before, changed, _weights_fingerprint(pipe)}) == 3
+
+
+def test_pictures_of_every_mode_look_alike(tmp_path):
+    from PIL import Image
+
+    from lavender.data import load_image
+
+    ramp = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
+    wanted = np.repeat(ramp[..., None], 3, axis=2)
+    pictures = {
+        "grey.png": Image.fromarray(ramp),
+        "rgba.png": Image.fromarray(np.dstack([wanted, np.full((8, 8), 255, np.uint8)])),
+        "palette.png": Image.fromarray(wanted).quantize(64),
+        "deep.png": Image.fromarray(ramp.astype(np.uint16) * 257),
+    }
+    for name, picture in pictures.items():
+        picture.save(tmp_path / name)
+        loaded = np.asarray(load_image(tmp_path / name)).astype(int)
+        assert np.abs(loaded - wanted).max() <= (3 if name == "palette.png" else 0), name
+    rotated = Image.fromarray(wanted)
+    exif = rotated.getexif()
+    exif[0x0112] = 6  # a camera held upright: turn a quarter clockwise to see it
+    rotated.save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "turned.png")), np.rot90(wanted, -1))
+    with pytest.raises(DataError, match="32 bits"):
+        load_image(Image.fromarray(ramp.astype(np.float32)))
+
+
+def test_half_a_surrogate_pair_is_skipped(teacher_folder, dataset, tmp_path):
+    dataset.write_text('{"image": "images/00000.png", "caption": "a red \\ud83d ring"}')
+    assert extract(teacher_folder, read_pairs(dataset), tmp_path / "t", NOISE, progress=False).failed == 1
+    assert "no valid Unicode" in (tmp_path / "t/failed.jsonl").read_text()
+
+
+def test_json_lines_may_hold_line_separators_and_a_byte_order_mark(tmp_path):
+    path = tmp_path / "captions.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + '{"image": "a.png", "caption": "a\u2028cat"}\r\n'.encode())
+    assert [p.caption for p in read_pairs(path)] == ["a\u2028cat"]
+
+
 def test_models_that_are_no_teacher_are_named(student_folder, tmp_path):
     for folder in (tmp_path / "nowhere", student_folder):
         with pytest.raises(ModelError, match="Stable Diffusion"):

@@ -121,11 +121,23 @@ def test_an_exception_leaves_nothing_behind(student, batch):
 def test_patching_twice_is_one_patch(student):
     patch = lavender.patch(student)
     assert lavender.patch(student) is patch
-    trained = lavender.patch(student, AlignmentConfig(weight=1))
+    trained = lavender.patch(student, AlignmentConfig())
     assert not patch.is_patched
     assert trained.is_patched
-    assert lavender.patch(student, AlignmentConfig(weight=1)) is trained
+    assert lavender.patch(student, AlignmentConfig()) is trained
     trained.unpatch()
+
+
+def test_looking_at_a_model_in_training_leaves_its_patch(student, training_batch):
+    plain = student(**without_lavender(training_batch)).loss
+    patch = lavender.patch(student, AlignmentConfig(weight=1))
+    with lavender.patch(student) as looking:
+        looking.capture(**training_batch)
+    assert patch.is_patched
+    assert student(**training_batch).loss > plain
+    with patch:
+        pass
+    assert not patch.is_patched
 
 
 def test_two_patched_models_do_not_mix(student, batch):
@@ -253,7 +265,6 @@ def test_no_matched_word_adds_exactly_zero(student, training_batch):
     with lavender.patch(student, AlignmentConfig(weight=1000)) as patch:
         assert torch.equal(student(**training_batch).loss, plain)
         assert patch.term == 0
-        assert patch.fraction_matched == 0
 
 
 def test_a_weight_of_zero_leaves_the_loss(student, training_batch):

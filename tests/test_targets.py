@@ -142,6 +142,42 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path):
     assert contents(tmp_path / "t") == contents(tmp_path / "whole")
 
 
+def test_an_unfinished_store_is_refused_whatever_it_holds(tmp_path):
+    fill(tmp_path / "t", range(3))  # one whole shard, nothing pending, never closed
+    with pytest.raises(TargetError, match="has not finished"):
+        TargetStore(tmp_path / "t")
+    fill(tmp_path / "t", range(3)).close()
+    assert len(TargetStore(tmp_path / "t")) == 3
+
+
+def test_an_empty_store_may_be_begun_anew(tmp_path):
+    TargetWriter(tmp_path / "t", TeacherConfig(map_size=4, inversion_steps=7), TEACHER)
+    fill(tmp_path / "t", range(2)).close()
+    assert TargetStore(tmp_path / "t").config == CONFIG
+
+
+def test_a_stored_sample_is_known_by_picture_and_caption(tmp_path):
+    picture, other = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
+    writer = TargetWriter(tmp_path / "t", CONFIG, TEACHER)
+    target = make_target(0)
+    writer.add(Target("s0", image_sha256(picture), target.word_maps))
+    for again in (writer, TargetWriter(tmp_path / "t", CONFIG, TEACHER)):
+        assert again.has("s0", picture, target.word_maps.caption)
+        assert not again.has("s1", picture, target.word_maps.caption)
+        with pytest.raises(TargetError, match="another picture"):
+            again.has("s0", other, target.word_maps.caption)
+        with pytest.raises(TargetError, match="another caption"):
+            again.has("s0", picture, "a blue disk")
+
+
+def test_a_truncated_shard_is_named(tmp_path):
+    fill(tmp_path / "t", range(2)).close()
+    path = tmp_path / "t/data-00000.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(TargetError, match=r"data-00000\.parquet is damaged"):
+        TargetStore(tmp_path / "t")
+
+
 def test_another_config_or_teacher_is_refused(tmp_path):
     fill(tmp_path / "t", range(2)).close()
     with pytest.raises(TargetError, match=r"inversion_steps: 5 there, 7 now"):
@@ -159,7 +195,12 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("manifest", "message"),
-    [(None, "no manifest"), ("{", "damaged"), (json.dumps({"format": "other"}), "'other'")],
+    [
+        (None, "no manifest"),
+        ("{", "damaged"),
+        (json.dumps({"format": "other"}), "'other'"),
+        (json.dumps({"format": "lavender-targets", "version": 1}), "lacks"),
+    ],
 )
 def test_damaged_stores_are_named(tmp_path, manifest, message):
     fill(tmp_path / "t", range(2)).close()

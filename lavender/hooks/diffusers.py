@@ -126,7 +126,7 @@ class TeacherPatch:
                 half.
 
         Raises:
-            CaptureError: on leaving the block, when a layer recorded nothing in a forward.
+            CaptureError: on leaving the block, when a layer recorded nothing in it.
         """
         recording = Recording(word_weights, branch)
         self._recording = recording

@@ -139,6 +139,7 @@ class StudentPatch:
     Attributes:
         model: the patched model, below any PEFT wrapper.
         config: what is captured and, in training, compared.
+        trains: whether the model was prepared for training.
         num_layers: L, the number of captured layers.
         term: the unweighted alignment loss of the latest training forward, detached; None before the first.
     """
@@ -146,8 +147,9 @@ class StudentPatch:
     def __init__(self, model: Any, config: AlignmentConfig, train: bool) -> None:
         self.model = model
         self.config = config
+        self.trains = train
+        self._borrowers = 0
         self.term: torch.Tensor | None = None
-        self._present: torch.Tensor | None = None
         self._decoder = _text_tower(model)
         self._attention_name = _attention_name(self._decoder)
         every = _attention_modules(self._decoder)
@@ -189,11 +191,6 @@ class StudentPatch:
             self._hold_tap()
 
     @property
-    def fraction_matched(self) -> float | None:
-        """The share of the latest captured batch's word places that had a word to compare; None before the first."""
-        return None if self._present is None else float(self._present.float().mean())
-
-    @property
     def is_patched(self) -> bool:
         """Whether the hooks are in place."""
         return bool(self._handles)
@@ -210,11 +207,19 @@ class StudentPatch:
             del self.model.lavender
         del self.model._lavender_patch
 
+    def borrowed(self) -> StudentPatch:
+        """This handle for one more user, whose `with` must not take the patch from the first one."""
+        self._borrowers += 1
+        return self
+
     def __enter__(self) -> StudentPatch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.unpatch()
+        if self._borrowers:
+            self._borrowers -= 1
+        else:
+            self.unpatch()
 
     def capture(self, **batch: Any) -> torch.Tensor:
         """One forward over a batch of `lavender.Collator`; gradients flow if autograd is on.
@@ -293,7 +298,6 @@ class _Forward:
         self.targets = given.get("lavender_targets")
         self.boxes = given["lavender_boxes"]
         self.num_layers = patch.num_layers
-        patch._present = self.present
         rows = WordRows(given["lavender_rows"], given["lavender_row_words"], given["lavender_row_weights"], self.present.shape[1])
         self.request = Request(rows, given["lavender_columns"], patch._layers, patch.config.renormalize, ids.shape[1])
         self.share = _token_share(kwargs)

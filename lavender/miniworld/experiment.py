@@ -199,7 +199,10 @@ def evaluate_student_folder(student: str, adapter: Path | None, count: int, rows
             raise ModelError(f"there is no LoRA adapter at {adapter}; expected a folder with adapter_config.json")
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter)
+        try:
+            model = PeftModel.from_pretrained(model, adapter)
+        except (KeyError, ValueError, RuntimeError, OSError) as error:
+            raise ModelError(f"the LoRA adapter at {adapter} does not fit {student} ({str(error).splitlines()[0]})") from error
     with patch(model) as handle:
         return measure(handle, processor, held_out_scenes(count), rows)
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from ..config import TeacherConfig
-from ..data import Pair, load_image
+from ..data import Pair, load_image, require_unicode
 from ..errors import ConfigError, DataError, ModelError
 from ..patching import patch
 from ..targets import Target, TargetWriter, image_sha256
@@ -61,6 +61,7 @@ class Teacher:
         words = words_of(caption)
         if not words:
             raise DataError(f"the caption {caption!r} has no words")
+        require_unicode(caption, "the caption")
         weights, reached = self._word_weights(caption, words)
         latents = self._encode(image)
         # The noise of a picture follows from the picture: neither the order of samples nor a restart changes it.
@@ -138,12 +139,13 @@ def load_pipeline(model: str | Path) -> Any:
 
 
 def _weights_fingerprint(pipe: Any) -> str:
-    """Sixteen digits of the weights that shape the maps: the beginning of every tensor of text encoder, autoencoder and U-Net."""
-    digest = hashlib.sha256(json.dumps(dict(pipe.unet.config), sort_keys=True, default=str).encode())
+    """Sixteen digits of what shapes the maps: the weights of text encoder, autoencoder and U-Net, and the noise schedule."""
+    configs = [dict(pipe.unet.config), dict(pipe.scheduler.config)]
+    digest = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())
     for part in (pipe.text_encoder, pipe.vae, pipe.unet):
         for name, tensor in sorted(part.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.flatten()[:256].float().cpu().numpy().tobytes())
+            digest.update(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -181,11 +183,11 @@ def extract(
     written = present = failed = 0
     try:
         for pair in tqdm(pairs, desc="word maps", unit="picture", disable=not progress):
-            if pair.id in writer.done:
-                present += 1
-                continue
             try:
                 image = load_image(pair.image)
+                if writer.has(pair.id, image, pair.caption):
+                    present += 1
+                    continue
                 maps = teacher.word_maps(image, pair.caption)
             except DataError as error:
                 failed += 1
