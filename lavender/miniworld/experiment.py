@@ -179,7 +179,7 @@ def target_maps(store: TargetStore, ids: Iterable[str]) -> list[dict[tuple[int, 
 
 
 def demo_config(seed: int = 0) -> ExperimentConfig:
-    """The settings of `lavender demo` and of the study, which chose the weight.
+    """The settings of `lavender demo` and of the study, which chose the weight; smaller ones cost fewer answers.
 
     Captions list objects in random order, so the row that predicts a color cannot know which object is meant; the row that reads
     it can. The identity aligner makes the term act on the raw attention, which is what is measured.
