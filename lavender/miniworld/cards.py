@@ -31,19 +31,21 @@ def measure_teacher(folder: Path) -> dict[str, Any]:
     for name, own in (("ddim", config), ("noise", replace(config, inversion="noise"))):
         teacher = Teacher(folder, own)
         figures[name] = compare_targets(scenes, teacher_maps(teacher, scenes))
-    figures["untrained"] = _measure_untrained(folder, scenes)
+    figures["untrained_unet"] = _measure_untrained(folder, scenes, text_encoder_too=False)
+    figures["untrained"] = _measure_untrained(folder, scenes, text_encoder_too=True)
     figures["autoencoder_psnr_db"] = round(autoencoder_psnr(load_pipeline(folder).vae, scenes), 2)
     return figures
 
 
-def _measure_untrained(folder: Path, scenes: list[Scene]) -> dict[str, float]:
-    """Mean over several random U-Nets and text encoders: with so few different words, each of them has likings of its own."""
+def _measure_untrained(folder: Path, scenes: list[Scene], *, text_encoder_too: bool) -> dict[str, float]:
+    """Mean over several random U-Nets: with so few different words, each of them has likings of its own."""
     found = []
     for seed in range(NUM_UNTRAINED):
         pipe = load_pipeline(folder)
         torch.manual_seed(seed)
-        # The text encoder learned with the U-Net: untrained means both.
-        pipe.unet, pipe.text_encoder = make_unet(), make_text_encoder(pipe.tokenizer)
+        pipe.unet = make_unet()
+        if text_encoder_too:
+            pipe.text_encoder = make_text_encoder(pipe.tokenizer)
         teacher = Teacher(pipe, TeacherConfig(inversion="noise"))
         found.append(compare_targets(scenes, teacher_maps(teacher, scenes))["maps"])
     return {key: float(np.mean([figures[key] for figures in found])) for key in found[0]}
@@ -82,6 +84,7 @@ def _teacher_card(record: dict[str, Any], figures: dict[str, Any]) -> str:
     rows = []
     for title, key in (("DDIM inversion (5 + 10)", "ddim"), ("noise at 51, 151, 301", "noise")):
         rows.append(_row(title, figures[key]["maps"]))
+    rows.append(_row(f"untrained U-Net, trained text encoder, noise (mean of {NUM_UNTRAINED})", figures["untrained_unet"]))
     rows.append(_row(f"untrained U-Net and text encoder, noise (mean of {NUM_UNTRAINED})", figures["untrained"]))
     rows.append(_row("word-agnostic control (noise)", figures["noise"]["control"]))
     rows.append(_row("chance", figures["noise"]["chance"]))
