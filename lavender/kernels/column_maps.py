@@ -1,26 +1,36 @@
 r"""Word maps of the columns orientation: words own key columns, the map runs over queries (a U-Net's cross-attention).
 
-    P[b,h,i,n] = exp(scale * q[b,h,i].k[b,h,n] + mask - LSE[b,h,i])
-    A[b,h,w,i] = sum over keys n of word w of weight[n] * P[b,h,i,n]
+    P[b,h,i,n] = exp(scale * q[b,h,i].k[b,h,n] + mask - LSE[b,h,i]),    O = P v
+    A[b,c,w,i] = sum over heads h of a[c,h] * sum over keys n of weight[w,n] * P[b,h,i,n]
 
-Backward, with G = dLoss/dA and Ghat[i,n] = sum over w of weight[w,n] G[w,i]:
+Heads are kept (C = H, a = 1) or summed by `head_weights` (C = 1). Words are extra columns of the values, so output and map come
+out of one pass. Backward, with G = dLoss/dA and Ghat[h,i,n] = a[h] sum over w of weight[w,n] G[w,i]:
 
-    delta[i] = sum over n of P Ghat,    dS = P (Ghat - delta),    dq = scale dS k,    dk = scale dS^T q.
+    dP = dO v^T + Ghat,    delta[i] = sum over n of P dP,    dS = P (dP - delta),
+    dq = scale dS k,    dk = scale dS^T q,    dv = P^T dO,    da[h] = sum over i, n of P Ghat / a[h].
 
-Nothing of size [B, H, Q, N] exists: `torch` works in chunks of queries that respect a byte budget and recomputes them in the
-backward pass. Implementations: `reference`, `torch`. Sums run in float32, or in float64 for float64 inputs.
+Nothing of size [B, H, Q, N] exists. Implementations: `reference`; `torch`, in chunks under a byte budget, recomputed in the
+backward pass, any device; `triton`, compute capability 8.0 and newer: one pass up to 128 keys (a text encoder's window), and for
+more keys (joint attention) maps alone, by the rows' log-sum-exp and a second pass. Sums run in float32, or in float64 for
+float64 inputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 
 from ..errors import ConfigError
-from .dispatch import able, choose
+from .dispatch import able, choose, triton_reasons
 from .numerics import accumulator, additive, masked_softmax, masked_softmax_
 
-BYTE_BUDGET = 32 * 2**20
-"""Bytes that one chunk's probabilities may take in the `torch` implementation."""
+BYTE_BUDGET = 3 * 2**19
+"""Bytes that one chunk's probabilities may take in the `torch` implementation: about what a processor's caches hold."""
+
+ONE_PASS_KEYS = 128
+"""The most keys of `triton`'s one-pass kernel."""
 
 
 def column_maps(
@@ -30,9 +40,10 @@ def column_maps(
     *,
     mask: torch.Tensor | None = None,
     scale: float | None = None,
+    head_weights: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Per-head maps of words over queries, differentiable in `query` and `key`.
+    """Maps of words over queries, differentiable in `query`, `key` and `head_weights`.
 
     Args:
         query: [B, H, Q, D], float16, bfloat16, float32 or float64.
@@ -40,14 +51,102 @@ def column_maps(
         word_weights: [B, W, N], each key's share of each word; a word's mean over its tokens has 1 / tokens at each of them.
         mask: bool (True may be seen) or additive float, broadcastable to [B, H, Q, N]; None for no mask.
         scale: softmax scale; D ** -0.5 when None.
-        impl: `"auto"`, `"torch"` or `"reference"`.
+        head_weights: floating point [H], what each head adds to one map per word; None keeps the heads apart.
+        impl: `"auto"`, `"triton"`, `"torch"` or `"reference"`.
 
     Returns:
-        [B, H, W, Q], float32 (float64 for float64 inputs). Queries that may see nothing give zeros.
+        [B, C, W, Q], float32 (float64 for float64 inputs); C is H, or 1 with `head_weights`. Queries that may see nothing give
+        zeros.
 
     Raises:
-        ConfigError: shapes or dtypes do not fit, or `impl` is unknown.
+        ConfigError: shapes or dtypes do not fit, or `impl` is unknown or cannot run here.
     """
+    no_value = key.new_empty(*key.shape[:3], 0)
+    return _columns(query, key, no_value, word_weights, mask, scale, head_weights, impl)[1]
+
+
+def column_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    word_weights: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    head_weights: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention's output and `column_maps` in one pass; differentiable in `query`, `key`, `value` and `head_weights`.
+
+    Args:
+        value: [B, H, N, E] of the same dtype as `query` and `key`; see `column_maps` for the others.
+
+    Returns:
+        The output [B, H, Q, E] in the inputs' dtype, equal to `scaled_dot_product_attention`'s up to rounding (it may be a
+        strided view), and the maps. Queries that may see nothing give zeros.
+
+    Raises:
+        ConfigError: as `column_maps`.
+    """
+    if value.ndim != 4 or value.shape[:3] != key.shape[:3] or value.dtype != key.dtype:
+        raise ConfigError(
+            f"value {tuple(value.shape)} of {value.dtype} does not fit key {tuple(key.shape)} of {key.dtype}; expected [B, H, N, E]"
+        )
+    return _columns(query, key, value, word_weights, mask, scale, head_weights, impl)
+
+
+def _columns(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    word_weights: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    head_weights: torch.Tensor | None,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _validate(query, key, word_weights, head_weights)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    dtype = accumulator(query)
+    bias = None if mask is None else additive(mask[(None,) * (4 - mask.ndim)], dtype)
+    weights = word_weights.to(dtype)
+    if head_weights is not None:
+        head_weights = head_weights.to(dtype)
+    triton = partial(_triton_reasons, query, key, value, impl)
+    chosen = choose("column_maps", impl, {"triton": triton, "torch": able, "reference": able})
+    if chosen == "reference":
+        return column_maps_reference(query, key, value, weights, bias, scale, head_weights)
+    if chosen == "triton":
+        from .column_maps_triton import column_maps_triton
+
+        return column_maps_triton(query, key, value, weights, bias, scale, head_weights)
+    both = _column_maps_torch(query, key, value, weights, bias, scale)
+    maps = both[..., value.shape[3] :].mT
+    if head_weights is not None:
+        maps = torch.einsum("h,bhwq->bwq", head_weights, maps)[:, None]
+    return both[..., : value.shape[3]].to(query.dtype), maps
+
+
+def column_maps_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    word_weights: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    head_weights: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The specification of `column_attention`, by plain differentiable operations; `bias` is additive, 4-D."""
+    dtype = word_weights.dtype
+    scores = scale * query.to(dtype) @ key.to(dtype).mT
+    probabilities = masked_softmax(scores if bias is None else scores + bias)
+    maps = word_weights[:, None] @ probabilities.mT
+    if head_weights is not None:
+        maps = torch.einsum("h,bhwq->bwq", head_weights, maps)[:, None]
+    return (probabilities @ value.to(dtype)).to(query.dtype), maps
+
+
+def _validate(query: torch.Tensor, key: torch.Tensor, word_weights: torch.Tensor, head_weights: torch.Tensor | None) -> None:
     if query.ndim != 4 or key.ndim != 4 or query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
         raise ConfigError(
             f"query {tuple(query.shape)} and key {tuple(key.shape)} do not fit; expected [B, H, Q, D] and [B, H, N, D]"
@@ -56,60 +155,68 @@ def column_maps(
         raise ConfigError(f"query is {query.dtype} and key {key.dtype}; expected one floating-point dtype for both")
     if word_weights.ndim != 3 or word_weights.shape[0] != key.shape[0] or word_weights.shape[2] != key.shape[2]:
         raise ConfigError(f"word_weights {tuple(word_weights.shape)} does not fit key {tuple(key.shape)}; expected [B, W, N]")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    dtype = accumulator(query)
-    bias = None if mask is None else additive(mask[(None,) * (4 - mask.ndim)], dtype)
-    weights = word_weights.to(dtype)
-    if choose("column_maps", impl, {"torch": able, "reference": able}) == "reference":
-        return column_maps_reference(query, key, weights, bias, scale)
-    return _column_maps_torch(query, key, weights, bias, scale)
+    if head_weights is not None and head_weights.shape != query.shape[1:2]:
+        raise ConfigError(f"head_weights is {tuple(head_weights.shape)}; expected [{query.shape[1]}], one weight per head")
 
 
-def column_maps_reference(
-    query: torch.Tensor, key: torch.Tensor, word_weights: torch.Tensor, bias: torch.Tensor | None, scale: float
-) -> torch.Tensor:
-    """The specification of `column_maps`, by plain differentiable operations; `bias` is additive, 4-D."""
-    scores = scale * query.to(word_weights.dtype) @ key.to(word_weights.dtype).mT
-    probabilities = masked_softmax(scores if bias is None else scores + bias)
-    return word_weights[:, None] @ probabilities.mT
+def _triton_reasons(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, impl: str) -> list[str]:
+    reasons = triton_reasons(query, max(query.shape[3], value.shape[3]), 64, impl == "triton")
+    if value.shape[3] and key.shape[2] > ONE_PASS_KEYS:
+        reasons.append(f"there are {key.shape[2]} keys; with more than {ONE_PASS_KEYS} it gives maps, but no attention output")
+    return reasons
 
 
-def _probabilities(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, scale: float) -> torch.Tensor:
-    scores = (query @ key.mT).mul_(scale)
-    if bias is not None:
-        scores += bias
-    return masked_softmax_(scores)
+class _Chunks:
+    """Some heads' queries against their keys, or a part of one head's queries: what forward and backward share."""
+
+    def __init__(self, query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, scale: float, dtype: torch.dtype) -> None:
+        self.batch, self.heads = query.shape[:2]
+        self.query = query.flatten(0, 1)
+        self.scaled_key = (key.to(dtype) * scale).flatten(0, 1)
+        self.bias = None if bias is None else bias.expand(self.batch, self.heads, *bias.shape[2:]).flatten(0, 1)
+
+    def __iter__(self) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
+        """Slices of [B * H] and of queries, those queries, and their probabilities [.., q, N] to be used up."""
+        total, num_queries = self.query.shape[:2]
+        num_keys, dtype = self.scaled_key.shape[1], self.scaled_key.dtype
+        fitting = max(1, BYTE_BUDGET // max(1, num_keys * self.scaled_key.element_size()))
+        head_step, query_step = min(total, max(1, fitting // num_queries)), min(num_queries, fitting)
+        # One buffer for every chunk: fresh memory of this size is paged in anew each time, which costs more than the softmax.
+        buffer = self.scaled_key.new_empty(head_step * query_step * num_keys)
+        for start in range(0, total, head_step):
+            s = slice(start, min(start + head_step, total))
+            for first in range(0, num_queries, query_step):
+                i = slice(first, min(first + query_step, num_queries))
+                queries = self.query[s, i].to(dtype)
+                bias = self.bias
+                if bias is not None:
+                    bias = bias[s] if bias.shape[1] == 1 else bias[s, i]
+                shape = (queries.shape[0], queries.shape[1], num_keys)
+                scores = buffer[: queries.shape[0] * queries.shape[1] * num_keys].view(shape)
+                yield s, i, queries, masked_softmax_(torch.bmm(queries, self.scaled_key[s].mT, out=scores), bias)
 
 
-def _queries_per_chunk(query: torch.Tensor, key: torch.Tensor, itemsize: int) -> int:
-    return max(16, BYTE_BUDGET // max(1, query.shape[0] * query.shape[1] * key.shape[2] * itemsize))
-
-
-def _slice_queries(bias: torch.Tensor | None, start: int, stop: int) -> torch.Tensor | None:
-    return bias if bias is None or bias.shape[2] == 1 else bias[:, :, start:stop]
+def _extended_values(value: torch.Tensor, word_weights: torch.Tensor) -> torch.Tensor:
+    """Values with the words as extra columns, [B * H, N, E + W]."""
+    words = word_weights.mT[:, None].expand(-1, value.shape[1], -1, -1)
+    return torch.cat([value.to(words.dtype), words], dim=-1).flatten(0, 1)
 
 
 @torch.library.custom_op("lavender::column_maps_torch", mutates_args=())
 def _column_maps_torch(
-    query: torch.Tensor, key: torch.Tensor, word_weights: torch.Tensor, bias: torch.Tensor | None, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, word_weights: torch.Tensor, bias: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    dtype = word_weights.dtype
-    batch, heads, num_queries, _ = query.shape
-    maps = query.new_empty((batch, heads, word_weights.shape[1], num_queries), dtype=dtype)
-    full_key = key.to(dtype)
-    step = _queries_per_chunk(query, key, maps.element_size())
-    for start in range(0, num_queries, step):
-        stop = min(start + step, num_queries)
-        chunk = query[:, :, start:stop].to(dtype)
-        probabilities = _probabilities(chunk, full_key, _slice_queries(bias, start, stop), scale)
-        maps[..., start:stop] = word_weights[:, None] @ probabilities.mT
-    return maps
+    """Output and maps side by side, [B, H, Q, E + W]: an operation may not return two views of one tensor."""
+    extended = _extended_values(value, word_weights)
+    both = extended.new_empty(query.shape[0] * query.shape[1], query.shape[2], extended.shape[2])
+    for s, i, _, probabilities in _Chunks(query, key, bias, scale, extended.dtype):
+        torch.bmm(probabilities, extended[s], out=both[s, i])
+    return both.unflatten(0, query.shape[:2])
 
 
 @_column_maps_torch.register_fake
-def _(query, key, word_weights, bias, scale):  # type: ignore[no-untyped-def]
-    shape = (query.shape[0], query.shape[1], word_weights.shape[1], query.shape[2])
-    return query.new_empty(shape, dtype=word_weights.dtype)
+def _(query, key, value, word_weights, bias, scale):  # type: ignore[no-untyped-def]
+    return word_weights.new_empty(*query.shape[:3], value.shape[3] + word_weights.shape[1])
 
 
 @torch.library.custom_op("lavender::column_maps_torch_backward", mutates_args=())
@@ -117,35 +224,41 @@ def _column_maps_torch_backward(
     gradient: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
+    value: torch.Tensor,
     word_weights: torch.Tensor,
     bias: torch.Tensor | None,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    dtype = word_weights.dtype
-    full_key = key.to(dtype)
-    query_gradient = torch.empty_like(query)
-    key_gradient = torch.zeros_like(full_key)
-    step = _queries_per_chunk(query, key, full_key.element_size())
-    for start in range(0, query.shape[2], step):
-        stop = min(start + step, query.shape[2])
-        chunk = query[:, :, start:stop].to(dtype)
-        probabilities = _probabilities(chunk, full_key, _slice_queries(bias, start, stop), scale)
-        wanted = gradient[..., start:stop].mT @ word_weights[:, None]
-        delta = (probabilities * wanted).sum(dim=-1, keepdim=True)
-        scores_gradient = probabilities.mul_(wanted.sub_(delta)).mul_(scale)
-        query_gradient[:, :, start:stop] = scores_gradient @ full_key
-        key_gradient += scores_gradient.mT @ chunk
-    return query_gradient, key_gradient.to(key.dtype, copy=True)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    extended = _extended_values(value, word_weights)
+    chunks = _Chunks(query, key, bias, scale, extended.dtype)
+    gradient = gradient.flatten(0, 1)
+    width = value.shape[3]
+    query_gradient = torch.empty(chunks.query.shape, dtype=query.dtype, device=query.device)
+    key_gradient = torch.zeros_like(chunks.scaled_key)
+    value_gradient = extended.new_zeros(*extended.shape[:2], width)
+    for s, i, queries, probabilities in chunks:
+        wanted = torch.bmm(gradient[s, i], extended[s].mT)
+        value_gradient[s] += torch.bmm(probabilities.mT, gradient[s, i, :width])
+        delta = torch.einsum("sin,sin->si", probabilities, wanted)[..., None]
+        scores_gradient = probabilities.mul_(wanted.sub_(delta))
+        query_gradient[s, i] = torch.bmm(scores_gradient, chunks.scaled_key[s])
+        key_gradient[s] += torch.bmm(scores_gradient.mT, queries)
+    heads = query.shape[:2]
+    return (
+        query_gradient.unflatten(0, heads),
+        key_gradient.mul_(scale).to(key.dtype, copy=True).unflatten(0, heads),
+        value_gradient.to(value.dtype, copy=True).unflatten(0, heads),
+    )
 
 
 @_column_maps_torch_backward.register_fake
-def _(gradient, query, key, word_weights, bias, scale):  # type: ignore[no-untyped-def]
-    return torch.empty_like(query), torch.empty_like(key)
+def _(gradient, query, key, value, word_weights, bias, scale):  # type: ignore[no-untyped-def]
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value))
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    query, key, word_weights, bias, ctx.scale = inputs
-    ctx.save_for_backward(query, key, word_weights, bias)
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, gradient):  # type: ignore[no-untyped-def]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
 from collections.abc import Callable, Mapping
 from functools import cache
+
+import torch
 
 from ..errors import ConfigError
 
@@ -46,3 +50,38 @@ def _log_choice(op: str, name: str) -> None:
 def able() -> list[str]:
     """The reasons of an implementation that runs everywhere: none."""
     return []
+
+
+def triton_reasons(tensor: torch.Tensor, width: int, widest_float32: int, by_name: bool) -> list[str]:
+    """Why no attention kernel in Triton can run on tensors like this one, with heads of this width.
+
+    `widest_float32` is the operation's limit in float32, where registers run out early; it is 256 in half precision.
+
+    On a CPU the kernels run in Triton's interpreter, which is a test and no implementation to choose: it counts only if it is asked for
+    `by_name` and the environment has `TRITON_INTERPRET=1` since before triton was imported.
+    """
+    reasons = []
+    if not _has_triton():
+        reasons.append("triton is not installed (pip install triton)")
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        reasons.append(f"the dtype is {tensor.dtype}; its kernels take float16, bfloat16 and float32")
+    widest = widest_float32 if tensor.dtype == torch.float32 else 256
+    if width > widest:
+        reasons.append(f"the head width is {width}; its kernels take up to {widest} in {tensor.dtype}")
+    if tensor.device.type == "cuda":
+        capability = _capability(tensor.device.index or 0)
+        if capability < (8, 0):
+            reasons.append(f"compute capability {capability[0]}.{capability[1]} is below 8.0, where Triton has no tensor cores")
+    elif not (by_name and tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        reasons.append(f"the tensors are on {tensor.device.type}, not on cuda")
+    return reasons
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)

@@ -11,10 +11,13 @@ def accumulator(tensor: torch.Tensor) -> torch.dtype:
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A boolean (True may be seen) or additive mask as an additive one of this dtype, -inf where nothing may be seen."""
+    """A boolean (True may be seen) or additive mask as an additive one of this dtype, -inf where nothing may be seen.
+
+    The lowest finite number of an additive mask's dtype means -inf, as in transformers' masks.
+    """
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-    return mask.to(dtype)
+    return mask.to(dtype).masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
 
 
 def masked_softmax(scores: torch.Tensor) -> torch.Tensor:
@@ -23,7 +26,9 @@ def masked_softmax(scores: torch.Tensor) -> torch.Tensor:
     return scores.masked_fill(blind, 0).softmax(dim=-1).masked_fill(blind, 0)
 
 
-def masked_softmax_(scores: torch.Tensor) -> torch.Tensor:
-    """`masked_softmax` in place, without autograd."""
-    lse = scores.logsumexp(dim=-1, keepdim=True)
-    return scores.sub_(lse.masked_fill_(lse == -torch.inf, torch.inf)).exp_()
+def masked_softmax_(scores: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`masked_softmax(scores + bias)` in place, without autograd; `bias` broadcasts to `scores`."""
+    if bias is None:
+        return torch.softmax(scores, dim=-1, out=scores)
+    torch.softmax(scores.add_(bias), dim=-1, out=scores)
+    return scores.masked_fill_((bias == -torch.inf).all(dim=-1, keepdim=True), 0)

@@ -1,29 +1,33 @@
 r"""Word maps of the rows orientation: words own query rows, the map runs over keys (a vision-language model's attention).
 
     P[b,h,i,n] = exp(scale * q[b,h,i].k[b,g(h),n] + mask - LSE[b,h,i])
-    A[b,h,w,m] = sum over rows i of word w of weight[i] * P[b,h,i,columns[m]]
+    A[b,c,w,m] = sum over heads h of a[c,h] * sum over rows i of word w of weight[i] * P[b,h,i,columns[m]]
 
-The softmax runs over every key that a row may see; only the chosen columns are kept. Backward, with G = dLoss/dA and
-Ghat[i,n] = sum over w of weight[i] G[w,n] (zero outside the columns):
+The softmax runs over every key that a row may see; only the chosen columns are kept. Heads are kept (C = H, a = 1) or summed by
+`head_weights` (C = 1). Backward, with G = dLoss/dA and Ghat[i,n] = weight[i] G[w(i),n] (zero outside the columns):
 
-    delta[i] = sum over n of P Ghat,    dS = P (Ghat - delta),    dq = scale dS k,    dk = scale dS^T q.
+    delta[h,i] = sum over n of P Ghat,    dS = a P (Ghat - delta),    dq = scale dS k,    dk = scale dS^T q,
+    da[h] = sum over rows i of delta[h,i].
 
-Nothing of size [B, H, T, N] exists: only word rows are ever multiplied with keys, and `torch` does that in chunks of heads that
-respect a byte budget and recomputes them in the backward pass. Implementations: `reference`, `torch`. Sums run in float32, or
-in float64 for float64 inputs.
+This is route R4 of a flash backward: it recomputes the word rows alone and never touches the model's own attention. Nothing of
+size [B, H, T, N] exists. Implementations: `reference`; `torch`, chunked under a byte budget, any device; `triton`, compute
+capability 8.0 and newer. Sums run in float32, or in float64 for float64 inputs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from ..errors import ConfigError
 from ..types import WordRows
-from .dispatch import able, choose
+from .dispatch import able, choose, triton_reasons
 from .numerics import accumulator, additive, masked_softmax, masked_softmax_
 
-BYTE_BUDGET = 64 * 2**20
-"""Bytes that one chunk's probabilities may take in the `torch` implementation."""
+BYTE_BUDGET = 3 * 2**20
+"""Bytes that one chunk's probabilities may take in the `torch` implementation: about what a processor's caches hold."""
 
 
 def row_maps(
@@ -36,9 +40,11 @@ def row_maps(
     causal: bool = False,
     scale: float | None = None,
     renormalize: bool = False,
+    head_weights: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Per-head maps of words over key columns, differentiable in `query` and `key`.
+    """Maps of words over key columns, differentiable in `query`, `key` and `head_weights`.
 
     Args:
         query: [B, H, T, D], float16, bfloat16, float32 or float64.
@@ -49,31 +55,42 @@ def row_maps(
         causal: whether row i sees keys 0, ..., i only. Not together with `mask`.
         scale: softmax scale; D ** -0.5 when None.
         renormalize: whether the softmax runs over the columns alone.
-        impl: `"auto"`, `"torch"` or `"reference"`.
+        head_weights: floating point [H], what each head adds to one map per word; None keeps the heads apart.
+        lse: [B, H, T], the natural log-sum-exp of each row's scaled and masked scores, if the model's attention gave it; it
+            saves a pass. Gradients are those of the whole softmax all the same. Not together with `renormalize`.
+        impl: `"auto"`, `"triton"`, `"torch"` or `"reference"`.
 
     Returns:
-        [B, H, W, M], float32 (float64 for float64 inputs). Words without rows, and rows that may see nothing, give zeros.
+        [B, C, W, M], float32 (float64 for float64 inputs); C is H, or 1 with `head_weights`. Words without rows, and rows that
+        may see nothing, give zeros.
 
     Raises:
-        ConfigError: shapes or dtypes do not fit, `causal` comes with `mask`, or `impl` is unknown.
+        ConfigError: shapes or dtypes do not fit, `causal` comes with `mask`, or `impl` is unknown or cannot run here.
     """
-    _validate(query, key, rows, columns, mask, causal)
+    _validate(query, key, rows, columns, mask, causal, head_weights, lse, renormalize)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    bias = _bias_of_rows(query, key, rows, mask, causal)
+    dtype = accumulator(query)
+    index = rows.rows.clamp_min(0)
+    if lse is not None:
+        lse = lse.gather(2, index[:, None].expand(-1, query.shape[1], -1)).to(dtype)
+    if causal and renormalize:  # the columns are about to change places: let the mask go with them
+        causal, mask = False, torch.arange(key.shape[2], device=key.device) <= torch.arange(query.shape[2], device=key.device)[:, None]
+    bias = _bias_of_rows(mask, index, dtype)
     if renormalize:
-        valid = columns >= 0
-        index = columns.clamp_min(0)
-        key = key.gather(2, index[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3]))
-        if bias is not None:
-            bias = bias.expand(len(key), -1, -1, -1)
-            bias = bias.gather(3, index[:, None, None].expand(-1, *bias.shape[1:3], -1))
-        unseen = additive(valid, accumulator(query))[:, None, None]
-        bias = unseen if bias is None else bias + unseen
-        columns = torch.where(valid, torch.arange(columns.shape[1], device=columns.device), -1)
-    chosen = choose("row_maps", impl, {"torch": able, "reference": able})
+        key, bias, columns = _columns_alone(key, bias, columns, dtype)
+    if head_weights is not None:
+        head_weights = head_weights.to(dtype)
+    triton = partial(triton_reasons, query, query.shape[3], 128, impl == "triton")
+    chosen = choose("row_maps", impl, {"triton": triton, "torch": able, "reference": able})
     if chosen == "reference":
-        return row_maps_reference(query, key, rows, columns, bias, scale)
-    return _row_maps_torch(query, key, rows.rows, rows.indicator(accumulator(query)), columns, bias, scale)
+        return row_maps_reference(query, key, rows, columns, bias, causal, scale, head_weights, lse)
+    if chosen == "triton":
+        from .row_maps_triton import row_maps_triton
+
+        return row_maps_triton(query, key, rows, columns, bias, causal, scale, head_weights, lse)
+    if causal:
+        bias = _causal_bias(index, key.shape[2], dtype)
+    return _row_maps_torch(query, key, rows.rows, rows.indicator(dtype), columns, bias, scale, head_weights, lse)
 
 
 def row_maps_reference(
@@ -82,18 +99,28 @@ def row_maps_reference(
     rows: WordRows,
     columns: torch.Tensor,
     bias: torch.Tensor | None,
+    causal: bool,
     scale: float,
+    head_weights: torch.Tensor | None,
+    lse: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The specification of `row_maps`, by plain differentiable operations; `bias` is additive, [B or 1, H or 1, R, N]."""
+    """The specification of `row_maps`, by plain differentiable operations.
+
+    `bias` is additive, broadcastable to [B, H, R, N]; `lse` is [B, H, R] and only its value is used, not its gradient.
+    """
     dtype = accumulator(query)
-    groups = query.shape[1] // key.shape[1]
-    index = rows.rows.clamp_min(0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-    chosen = query.gather(2, index).to(dtype)
-    scores = scale * chosen @ key.to(dtype).repeat_interleave(groups, dim=1).mT
-    probabilities = masked_softmax(scores if bias is None else scores + bias)
+    if causal:
+        bias = _causal_bias(rows.rows.clamp_min(0), key.shape[2], dtype)
+    scores = scale * _gather_rows(query, rows.rows) @ key.to(dtype).repeat_interleave(query.shape[1] // key.shape[1], dim=1).mT
+    scores = scores if bias is None else scores + bias
+    probabilities = masked_softmax(scores)
+    if lse is not None:  # the softmax's gradient with the given normalizer's value
+        given = (scores - lse[..., None]).exp().nan_to_num(0.0, posinf=0.0)
+        probabilities = probabilities * (given / probabilities).detach().nan_to_num(0.0, posinf=0.0)
     column_index = columns.clamp_min(0)[:, None, None].expand(-1, *probabilities.shape[1:3], -1)
     kept = probabilities.gather(3, column_index) * (columns >= 0)[:, None, None].to(dtype)
-    return rows.indicator(dtype)[:, None] @ kept
+    maps = rows.indicator(dtype)[:, None] @ kept
+    return maps if head_weights is None else torch.einsum("h,bhwm->bwm", head_weights, maps)[:, None]
 
 
 def _validate(
@@ -103,6 +130,9 @@ def _validate(
     columns: torch.Tensor,
     mask: torch.Tensor | None,
     causal: bool,
+    head_weights: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    renormalize: bool,
 ) -> None:
     if query.ndim != 4 or key.ndim != 4 or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
         raise ConfigError(
@@ -119,68 +149,102 @@ def _validate(
         )
     if causal and mask is not None:
         raise ConfigError("causal=True comes with a mask; put causality into the mask")
+    if head_weights is not None and head_weights.shape != query.shape[1:2]:
+        raise ConfigError(f"head_weights is {tuple(head_weights.shape)}; expected [{query.shape[1]}], one weight per query head")
+    if lse is not None and renormalize:
+        raise ConfigError("lse comes with renormalize=True; it belongs to a softmax over every key")
+    if lse is not None and lse.shape != query.shape[:3]:
+        raise ConfigError(f"lse is {tuple(lse.shape)}; expected [B, H, T], {tuple(query.shape[:3])}")
 
 
-def _bias_of_rows(
-    query: torch.Tensor, key: torch.Tensor, rows: WordRows, mask: torch.Tensor | None, causal: bool
-) -> torch.Tensor | None:
-    """The mask of the word rows alone, additive, [B or 1, H or 1, R, N]; None if there is none."""
-    dtype = accumulator(query)
-    index = rows.rows.clamp_min(0)
-    if causal:
-        visible = torch.arange(key.shape[2], device=query.device) <= index[:, None, :, None]
-        return additive(visible, dtype)
+def _bias_of_rows(mask: torch.Tensor | None, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """The mask of the word rows alone, additive, [B or 1, H or 1, R or 1, N or 1]; None if there is none."""
     if mask is None:
         return None
     mask = mask[(None,) * (4 - mask.ndim)]
     if mask.shape[2] > 1:
-        mask = mask.expand(query.shape[0], -1, -1, -1)
+        mask = mask.expand(len(index), -1, -1, -1)
         mask = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
     return additive(mask, dtype)
 
 
-def _heads_per_chunk(batch: int, num_rows: int, num_keys: int, group: int, itemsize: int) -> int:
-    """How many query heads fit the byte budget, a multiple of the group that shares a key head."""
-    fitting = BYTE_BUDGET // max(1, batch * num_rows * num_keys * itemsize)
-    return max(group, fitting // group * group)
+def _causal_bias(index: torch.Tensor, num_keys: int, dtype: torch.dtype) -> torch.Tensor:
+    """[B, 1, R, N]: rows see the keys up to their own number."""
+    return additive(torch.arange(num_keys, device=index.device) <= index[:, None, :, None], dtype)
 
 
-def _slice_heads(bias: torch.Tensor | None, start: int, stop: int) -> torch.Tensor | None:
-    return bias if bias is None or bias.shape[1] == 1 else bias[:, start:stop]
-
-
-class _Chunk:
-    """Word rows of a few heads against all keys: the part that forward and backward share."""
-
-    def __init__(
-        self,
-        query_rows: torch.Tensor,
-        key: torch.Tensor,
-        bias: torch.Tensor | None,
-        scale: float,
-        start: int,
-        stop: int,
-    ) -> None:
-        group = query_rows.shape[1] // key.shape[1]
-        self.rows = query_rows[:, start:stop]
-        self.key = key[:, start // group : stop // group]
-        self.group = group
-        scores = self.product(self.rows, self.key.mT).mul_(scale)
-        bias = _slice_heads(bias, start, stop)
-        if bias is not None:
-            scores += bias
-        self.probabilities = masked_softmax_(scores)
-
-    def product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """[B, heads, R, X] @ [B, key heads, X, Y] in the accumulator's precision; heads of a group are stacked as rows."""
-        batch, heads, num_rows, width = left.shape
-        stacked = left.reshape(batch, heads // self.group, self.group * num_rows, width)
-        return (stacked @ right.to(left.dtype)).view(batch, heads, num_rows, right.shape[-1])
+def _columns_alone(
+    key: torch.Tensor, bias: torch.Tensor | None, columns: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys, bias and columns of a softmax over the columns alone; padded columns may not be seen."""
+    valid, index = columns >= 0, columns.clamp_min(0)
+    key = key.gather(2, index[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3]))
+    seen = additive(valid, dtype)[:, None, None]
+    if bias is not None:
+        if bias.shape[3] > 1:
+            bias = bias.expand(len(key), -1, -1, -1)
+            bias = bias.gather(3, index[:, None, None].expand(-1, *bias.shape[1:3], -1))
+        seen = bias + seen
+    return key, seen, torch.where(valid, torch.arange(columns.shape[1], device=columns.device), -1)
 
 
 def _gather_rows(query: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     index = rows.clamp_min(0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
     return query.gather(2, index).to(accumulator(query))
+
+
+class _Chunks:
+    """The word rows against all keys, some samples, key heads or rows at a time: what forward and backward share."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        rows: torch.Tensor,
+        bias: torch.Tensor | None,
+        scale: float,
+        lse: torch.Tensor | None,
+    ) -> None:
+        self.rows = _gather_rows(query, rows).mul_(scale)
+        self.key, self.bias, self.lse = key, bias, lse
+        self.group = query.shape[1] // key.shape[1]
+
+    def __iter__(self) -> Iterator[tuple[slice, slice, slice, slice, torch.Tensor]]:
+        """Slices of samples, query heads, key heads and rows, and their probabilities [b, h, r, N] to be used up."""
+        batch, _, num_rows, _ = self.rows.shape
+        groups, num_keys = self.key.shape[1:3]
+        fitting = max(1, BYTE_BUDGET // max(1, self.group * num_keys * self.rows.element_size()))
+        row_step = min(num_rows, fitting)
+        key_head_step = max(1, min(groups, fitting // num_rows))
+        batch_step = max(1, fitting // (num_rows * groups))
+        for b in _slices(batch, batch_step):
+            for g in _slices(groups, key_head_step):
+                h = slice(g.start * self.group, g.stop * self.group)
+                for r in _slices(num_rows, row_step):
+                    yield b, h, g, r, self._probabilities(b, h, g, r)
+
+    def _probabilities(self, b: slice, h: slice, g: slice, r: slice) -> torch.Tensor:
+        rows = self.rows[b, h, r]
+        scores = product(rows, self.key[b, g].mT, self.group)
+        bias = self.bias
+        if bias is not None:
+            bias = bias[tuple(whole if n == 1 else s for n, s, whole in zip(bias.shape[:3], (b, h, r), [slice(None)] * 3, strict=True))]
+        if self.lse is None:
+            return masked_softmax_(scores, bias)
+        scores = scores if bias is None else scores.add_(bias)
+        lse = self.lse[b, h, r, None]
+        return scores.sub_(lse.masked_fill(lse == -torch.inf, torch.inf)).exp_()
+
+
+def _slices(length: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def product(left: torch.Tensor, right: torch.Tensor, group: int) -> torch.Tensor:
+    """[b, heads, r, X] @ [b, key heads, X, Y] in the left side's precision; the heads of a group are stacked as rows."""
+    batch, heads, num_rows, width = left.shape
+    stacked = left.reshape(batch, heads // group, group * num_rows, width)
+    return (stacked @ right.to(left.dtype)).view(batch, heads, num_rows, right.shape[-1])
 
 
 @torch.library.custom_op("lavender::row_maps_torch", mutates_args=())
@@ -192,25 +256,30 @@ def _row_maps_torch(
     columns: torch.Tensor,
     bias: torch.Tensor | None,
     scale: float,
+    head_weights: torch.Tensor | None,
+    lse: torch.Tensor | None,
 ) -> torch.Tensor:
-    query_rows = _gather_rows(query, rows)
-    batch, heads, num_rows, _ = query_rows.shape
-    maps = query_rows.new_empty(batch, heads, indicator.shape[1], columns.shape[1])
+    channels = query.shape[1] if head_weights is None else 1
+    maps = indicator.new_zeros(query.shape[0], channels, indicator.shape[1], key.shape[2] if channels == 1 else columns.shape[1])
+    valid = (columns >= 0).to(maps.dtype)[:, None, None]
     index = columns.clamp_min(0)[:, None, None]
-    valid = (columns >= 0)[:, None, None].to(maps.dtype)
-    step = _heads_per_chunk(batch, num_rows, key.shape[2], heads // key.shape[1], maps.element_size())
-    for start in range(0, heads, step):
-        stop = min(start + step, heads)
-        chunk = _Chunk(query_rows, key, bias, scale, start, stop)
-        kept = chunk.probabilities.gather(3, index.expand(-1, stop - start, num_rows, -1))
-        maps[:, start:stop] = (indicator[:, None] @ kept) * valid
-    return maps
+    for b, h, _, r, probabilities in _Chunks(query, key, rows, bias, scale, lse):
+        shares = indicator[b, None, :, r]
+        if head_weights is not None:
+            shares = (shares * head_weights[h, None, None]).transpose(1, 2).flatten(2)
+            maps[b, 0] += shares @ probabilities.flatten(1, 2)
+        else:
+            summed = shares @ probabilities
+            maps[b, h] += summed.gather(3, index[b].expand(-1, *summed.shape[1:3], -1))
+    if head_weights is not None:
+        maps = maps.gather(3, index.expand(-1, *maps.shape[1:3], -1))
+    return maps.mul_(valid)
 
 
 @_row_maps_torch.register_fake
-def _(query, key, rows, indicator, columns, bias, scale):  # type: ignore[no-untyped-def]
-    shape = (query.shape[0], query.shape[1], indicator.shape[1], columns.shape[1])
-    return query.new_empty(shape, dtype=accumulator(query))
+def _(query, key, rows, indicator, columns, bias, scale, head_weights, lse):  # type: ignore[no-untyped-def]
+    channels = query.shape[1] if head_weights is None else 1
+    return indicator.new_empty(query.shape[0], channels, indicator.shape[1], columns.shape[1])
 
 
 @torch.library.custom_op("lavender::row_maps_torch_backward", mutates_args=())
@@ -223,47 +292,49 @@ def _row_maps_torch_backward(
     columns: torch.Tensor,
     bias: torch.Tensor | None,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    query_rows = _gather_rows(query, rows)
-    batch, heads, num_rows, width = query_rows.shape
-    group = heads // key.shape[1]
-    query_gradient = torch.zeros(query.shape, dtype=query_rows.dtype, device=query.device)
-    key_gradient = torch.empty(key.shape, dtype=query_rows.dtype, device=key.device)
+    head_weights: torch.Tensor | None,
+    lse: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    chunks = _Chunks(query, key, rows, bias, scale, lse)
+    rows_gradient = torch.zeros_like(chunks.rows)
+    key_gradient = torch.zeros(key.shape, dtype=rows_gradient.dtype, device=key.device)
+    head_gradient = rows_gradient.new_zeros(query.shape[1])
+    # G over every key, zero outside the columns.
     gradient = gradient * (columns >= 0)[:, None, None].to(gradient.dtype)
-    index = columns.clamp_min(0)[:, None, None]
-    row_index = rows.clamp_min(0)[:, None, :, None]
-    step = _heads_per_chunk(batch, num_rows, key.shape[2], group, query_rows.element_size())
-    for start in range(0, heads, step):
-        stop = min(start + step, heads)
-        chunk = _Chunk(query_rows, key, bias, scale, start, stop)
-        column_index = index.expand(-1, stop - start, num_rows, -1)
-        wanted = indicator.mT[:, None] @ gradient[:, start:stop]
-        kept = chunk.probabilities.gather(3, column_index)
-        delta = (kept * wanted).sum(dim=-1, keepdim=True)
-        # dS = P (Ghat - delta), written over P: Ghat is zero outside the columns. Padded columns have zero gradient.
-        scores_gradient = chunk.probabilities * -delta
-        scores_gradient.scatter_add_(3, column_index, kept * wanted)
-        rows_gradient = chunk.product(scores_gradient, chunk.key).mul_(scale)
-        query_gradient[:, start:stop].scatter_add_(2, row_index.expand(-1, stop - start, -1, width), rows_gradient)
-        stacked = (batch, (stop - start) // group, group * num_rows)
-        key_rows = scores_gradient.reshape(*stacked, -1).mT @ chunk.rows.reshape(*stacked, width)
-        key_gradient[:, start // group : stop // group] = key_rows.mul_(scale)
-    return query_gradient.to(query.dtype), key_gradient.to(key.dtype)
+    full = gradient.new_zeros(*gradient.shape[:3], key.shape[2])
+    full.scatter_add_(3, columns.clamp_min(0)[:, None, None].expand_as(gradient), gradient)
+    for b, h, g, r, probabilities in chunks:
+        wanted = indicator[b, None, :, r].mT @ full[b, h if head_weights is None else slice(None)]
+        delta = torch.einsum("bhrn,bhrn->bhr", probabilities, wanted.expand_as(probabilities))[..., None]
+        head_gradient[h] += delta.sum(dim=(0, 2, 3))
+        scores_gradient = probabilities.mul_(wanted - delta)
+        if head_weights is not None:
+            scores_gradient *= head_weights[h, None, None]
+        rows_gradient[b, h, r] = product(scores_gradient, chunks.key[b, g], chunks.group)
+        shape = (*chunks.key[b, g].shape[:2], -1)
+        key_gradient[b, g] += scores_gradient.reshape(*shape, key.shape[2]).mT @ chunks.rows[b, h, r].reshape(*shape, key.shape[3])
+    query_gradient = torch.zeros_like(query, dtype=rows_gradient.dtype)
+    valid = (rows >= 0)[:, None, :, None].to(rows_gradient.dtype)
+    row_index = rows.clamp_min(0)[:, None, :, None].expand_as(rows_gradient)
+    query_gradient.scatter_add_(2, row_index, rows_gradient.mul_(valid * scale))
+    return query_gradient.to(query.dtype), key_gradient.to(key.dtype), head_gradient
 
 
 @_row_maps_torch_backward.register_fake
-def _(gradient, query, key, rows, indicator, columns, bias, scale):  # type: ignore[no-untyped-def]
-    return torch.empty_like(query), torch.empty_like(key)
+def _(gradient, query, key, rows, indicator, columns, bias, scale, head_weights, lse):  # type: ignore[no-untyped-def]
+    return torch.empty_like(query), torch.empty(key.shape, dtype=key.dtype, device=key.device), gradient.new_empty(query.shape[1])
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    query, key, rows, indicator, columns, bias, ctx.scale = inputs
-    ctx.save_for_backward(query, key, rows, indicator, columns, bias)
+    *tensors, ctx.scale, head_weights, lse = inputs
+    ctx.save_for_backward(*tensors, head_weights, lse)
 
 
 def _backward(ctx, gradient):  # type: ignore[no-untyped-def]
-    query_gradient, key_gradient = _row_maps_torch_backward(gradient.contiguous(), *ctx.saved_tensors, ctx.scale)
-    return query_gradient, key_gradient, None, None, None, None, None
+    *tensors, head_weights, lse = ctx.saved_tensors
+    arguments = (gradient.contiguous(), *tensors, ctx.scale, head_weights, lse)
+    query_gradient, key_gradient, head_gradient = _row_maps_torch_backward(*arguments)
+    return query_gradient, key_gradient, None, None, None, None, None, head_gradient if head_weights is not None else None, None
 
 
 _row_maps_torch.register_autograd(_backward, setup_context=_setup_context)

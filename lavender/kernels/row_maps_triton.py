@@ -1,0 +1,587 @@
+"""`row_maps` in Triton. Every output has one writer and every sum a fixed order: results are bitwise deterministic.
+
+Word rows are read through their indices; nothing is gathered first. Where a kernel walks along the keys, the rows of all heads
+that share a key head are stacked into one tile (stacked row s is row s % R of the group's head s // R), so that each key is
+loaded once for them; the keys are split over programs, and a second, small kernel adds the parts up.
+
+Passes over word rows and keys: `_lse` (unless the caller has it), `_maps`; backward: `_delta`, `_query_gradient`,
+`_key_gradient`. Each costs one product of the word rows with the keys; the last two cost one more.
+"""
+
+# Triton's kernels take long lists of sizes and strides.
+# fmt: off
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..types import WordRows
+from .tiles import LOG2E, Blocks, blocks_for, dot, last_axis_dense, load_tile, power_of_two, splits_for, store_tile, widths
+
+# Chosen by compiling for sm_80, sm_90 and sm_100 without spills (tests/kernels/test_compile_budget.py); not timed yet.
+LSE_BLOCKS = {
+    "default": {128: Blocks(64, 64, 4, 2), 256: Blocks(64, 32, 4, 2)},
+    "float32": {128: Blocks(16, 32, 8, 1)},
+}
+MAPS_BLOCKS = {
+    "default": {256: Blocks(64, 64, 8, 2)},
+    "float32": {128: Blocks(16, 32, 4, 1)},
+}
+DELTA_BLOCKS = {
+    "default": {64: Blocks(64, 64, 4, 2), 128: Blocks(32, 64, 4, 2), 256: Blocks(64, 32, 8, 2)},
+    "float32": {128: Blocks(16, 32, 8, 1)},
+}
+QUERY_GRADIENT_BLOCKS = {
+    "default": {128: Blocks(64, 64, 8, 2), 256: Blocks(32, 32, 8, 1)},
+    "float32": {128: Blocks(16, 32, 8, 1)},
+}
+KEY_GRADIENT_BLOCKS = {
+    "default": {128: Blocks(32, 64, 4, 2), 256: Blocks(32, 32, 8, 2)},
+    "float32": {128: Blocks(16, 16, 4, 1)},
+}
+WORD_BLOCK = 64
+"""Most words of one program's map."""
+
+
+@triton.jit
+def _stacked_rows(rows, b, g, block, num_rows, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """One tile of a key head's stacked rows: heads, numbers among the R, query rows (padding: 0), and which exist."""
+    stacked = block * BLOCK + tl.arange(0, BLOCK)
+    valid = stacked < GROUP * num_rows
+    h, r = g * GROUP + stacked // num_rows, stacked % num_rows
+    row = tl.load(rows + b * num_rows + r, mask=valid, other=0).to(tl.int32)
+    return h, r, tl.maximum(row, 0), valid
+
+
+@triton.jit
+def _products(q_first, q_second, k_first, k_second, scale, SECOND: tl.constexpr):
+    """Scores [rows, keys] in base 2; each operand is one or two tiles of the head width."""
+    products = dot(q_first, tl.trans(k_first))
+    if SECOND > 0:
+        products += dot(q_second, tl.trans(k_second))
+    return products * (scale * LOG2E)
+
+
+@triton.jit
+def _masked(scores, row, key, seen, bias, bias_row, bias_n, CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Scores with the mask's bias, -inf where a row does not see a key; `bias_row` is where a row's bias begins."""
+    if HAS_BIAS:
+        scores += tl.load(bias + (bias_row + key * bias_n), mask=seen, other=0.0) * LOG2E
+    if CAUSAL:
+        seen = seen & (key <= row)
+    return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
+def _lse(
+    q, k, rows, bias, partial,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kn, bias_b, bias_h, bias_r, bias_n,
+    num_groups, num_rows, num_keys, scale,
+    UNIT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):
+    """Base-2 log-sum-exp of rows over one split of the keys, partial[split, b, h, r]; +inf where nothing is seen."""
+    split = tl.program_id(0)
+    b, g = (tl.program_id(2) // num_groups).to(tl.int64), tl.program_id(2) % num_groups
+    h, r, row, valid = _stacked_rows(rows, b, g, tl.program_id(1), num_rows, GROUP, ROWS)
+    place = (h * stride_qh + row * stride_qt) * UNIT
+    q_first = load_tile(q + b * stride_qb * UNIT, place, valid, 1, D, 0, FIRST)
+    q_second = q_first
+    if SECOND > 0:
+        q_second = load_tile(q + b * stride_qb * UNIT, place, valid, 1, D, FIRST, SECOND)
+    bias += b * bias_b
+    k += (b * stride_kb + g * stride_kg) * UNIT
+    bias_row = h * bias_h + r * bias_r
+
+    reach = tl.cdiv(tl.cdiv(num_keys, KEYS), tl.num_programs(0)) * KEYS
+    stop = tl.minimum(num_keys, (split + 1) * reach)
+    if CAUSAL:
+        stop = tl.minimum(stop, tl.max(row) + 1)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for start in range(split * reach, stop, KEYS):
+        key = start + tl.arange(0, KEYS)
+        exists = key < num_keys
+        k_first = load_tile(k, key, exists, stride_kn * UNIT, D, 0, FIRST)
+        k_second = k_first
+        if SECOND > 0:
+            k_second = load_tile(k, key, exists, stride_kn * UNIT, D, FIRST, SECOND)
+        scores = _products(q_first, q_second, k_first, k_second, scale, SECOND)
+        seen = valid[:, None] & exists[None, :]
+        scores = _masked(scores, row[:, None], key[None, :], seen, bias, bias_row[:, None], bias_n, CAUSAL, HAS_BIAS)
+        risen = tl.maximum(peak, tl.max(scores, 1))
+        shift = tl.where(risen == float("-inf"), 0.0, risen)
+        total = total * tl.exp2(peak - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
+        peak = risen
+    lse = tl.where(total > 0, peak + tl.log2(tl.where(total > 0, total, 1.0)), float("inf"))
+    num_samples = tl.num_programs(2) // num_groups
+    out = partial + ((split * num_samples + b) * num_groups * GROUP + h) * num_rows + r
+    tl.store(out, lse, mask=valid)
+
+
+@triton.jit
+def _combine_lse(partial, lse, num_splits, size, BLOCK: tl.constexpr):
+    """Log-sum-exp over the splits, +inf where no split saw anything."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = place < size
+    peak = tl.full([BLOCK], float("-inf"), tl.float32)
+    for split in range(num_splits):
+        value = tl.load(partial + split * size + place, mask=valid, other=float("inf"))
+        peak = tl.maximum(peak, tl.where(value == float("inf"), float("-inf"), value))
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(num_splits):
+        value = tl.load(partial + split * size + place, mask=valid, other=float("inf"))
+        total += tl.where(value == float("inf"), 0.0, tl.exp2(value - peak))
+    tl.store(lse + place, tl.where(total > 0, peak + tl.log2(total), float("inf")), mask=valid)
+
+
+@triton.jit
+def _maps(
+    q, k, rows, words, weights, columns, bias, lse, head_weights, out,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kn, bias_b, bias_h, bias_r, bias_n,
+    num_heads, num_rows, num_words, num_columns, heads_per_part, scale,
+    UNIT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
+    WORDS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):
+    """out[b, part, w, m]: the sum over a part's heads and a word's rows, for one tile of columns."""
+    blocks = tl.cdiv(num_columns, KEYS)
+    part, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    m = (tl.program_id(0) % blocks) * KEYS + tl.arange(0, KEYS)
+    w = (tl.program_id(0) // blocks) * WORDS + tl.arange(0, WORDS)
+    key = tl.load(columns + b * num_columns + m, mask=m < num_columns, other=-1).to(tl.int32)
+    exists = key >= 0
+    key = tl.maximum(key, 0)
+    maps = tl.zeros([WORDS, KEYS], tl.float32)
+    bias += b * bias_b
+    for first_row in range(0, num_rows, ROWS):
+        r = first_row + tl.arange(0, ROWS)
+        valid = r < num_rows
+        row = tl.maximum(tl.load(rows + b * num_rows + r, mask=valid, other=0).to(tl.int32), 0)
+        shares = tl.zeros([ROWS, KEYS], tl.float32)
+        for h in range(part * heads_per_part, tl.minimum((part + 1) * heads_per_part, num_heads)):
+            q_head = q + (b * stride_qb + h * stride_qh) * UNIT
+            k_head = k + (b * stride_kb + (h // GROUP) * stride_kg) * UNIT
+            q_first = load_tile(q_head, row, valid, stride_qt * UNIT, D, 0, FIRST)
+            k_first = load_tile(k_head, key, exists, stride_kn * UNIT, D, 0, FIRST)
+            q_second = q_first
+            k_second = k_first
+            if SECOND > 0:
+                q_second = load_tile(q_head, row, valid, stride_qt * UNIT, D, FIRST, SECOND)
+                k_second = load_tile(k_head, key, exists, stride_kn * UNIT, D, FIRST, SECOND)
+            scores = _products(q_first, q_second, k_first, k_second, scale, SECOND)
+            seen = valid[:, None] & exists[None, :]
+            bias_row = h * bias_h + r * bias_r
+            scores = _masked(scores, row[:, None], key[None, :], seen, bias, bias_row[:, None], bias_n, CAUSAL, HAS_BIAS)
+            normalizer = tl.load(lse + (b * num_heads + h) * num_rows + r, mask=valid, other=float("inf"))
+            probabilities = tl.exp2(scores - normalizer[:, None])
+            if WEIGHTED:
+                probabilities *= tl.load(head_weights + h)
+            shares += probabilities
+        word = tl.load(words + b * num_rows + r, mask=valid, other=-1).to(tl.int32)
+        weight = tl.load(weights + b * num_rows + r, mask=valid, other=0.0)
+        belongs = (w[:, None] == word[None, :]).to(tl.float32)
+        maps += dot(belongs, shares * weight[:, None])
+    place = ((b * tl.num_programs(1) + part) * num_words + w[:, None]) * num_columns + m[None, :]
+    tl.store(out + place, maps, mask=(w < num_words)[:, None] & (m < num_columns)[None, :])
+
+
+@triton.jit
+def _delta(
+    q, k, rows, words, weights, columns, bias, lse, gradient, partial,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kn, bias_b, bias_h, bias_r, bias_n, gradient_b, gradient_h,
+    num_groups, num_rows, num_columns, scale,
+    UNIT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):
+    """partial[split, b, h, r]: the sum over one split of the columns of P Ghat, the head's weight left out."""
+    split = tl.program_id(0)
+    b, g = (tl.program_id(2) // num_groups).to(tl.int64), tl.program_id(2) % num_groups
+    h, r, row, valid = _stacked_rows(rows, b, g, tl.program_id(1), num_rows, GROUP, ROWS)
+    place = (h * stride_qh + row * stride_qt) * UNIT
+    q_first = load_tile(q + b * stride_qb * UNIT, place, valid, 1, D, 0, FIRST)
+    q_second = q_first
+    if SECOND > 0:
+        q_second = load_tile(q + b * stride_qb * UNIT, place, valid, 1, D, FIRST, SECOND)
+    bias += b * bias_b
+    k += (b * stride_kb + g * stride_kg) * UNIT
+    bias_row = h * bias_h + r * bias_r
+    word = tl.load(words + b * num_rows + r, mask=valid, other=-1).to(tl.int32)
+    weight = tl.load(weights + b * num_rows + r, mask=valid, other=0.0)
+    gradient += b * gradient_b
+    wanted_row = h * gradient_h + word * num_columns
+    normalizer = tl.load(lse + (b * num_groups * GROUP + h) * num_rows + r, mask=valid, other=float("inf"))
+
+    reach = tl.cdiv(tl.cdiv(num_columns, KEYS), tl.num_programs(0)) * KEYS
+    delta = tl.zeros([ROWS], tl.float32)
+    for start in range(split * reach, tl.minimum(num_columns, (split + 1) * reach), KEYS):
+        m = start + tl.arange(0, KEYS)
+        key = tl.load(columns + b * num_columns + m, mask=m < num_columns, other=-1).to(tl.int32)
+        exists = key >= 0
+        key = tl.maximum(key, 0)
+        k_first = load_tile(k, key, exists, stride_kn * UNIT, D, 0, FIRST)
+        k_second = k_first
+        if SECOND > 0:
+            k_second = load_tile(k, key, exists, stride_kn * UNIT, D, FIRST, SECOND)
+        scores = _products(q_first, q_second, k_first, k_second, scale, SECOND)
+        seen = valid[:, None] & exists[None, :]
+        scores = _masked(scores, row[:, None], key[None, :], seen, bias, bias_row[:, None], bias_n, CAUSAL, HAS_BIAS)
+        wanted = tl.load(gradient + (wanted_row[:, None] + m[None, :]), mask=seen & (word >= 0)[:, None], other=0.0)
+        delta += tl.sum(tl.exp2(scores - normalizer[:, None]) * wanted, 1)
+    num_samples = tl.num_programs(2) // num_groups
+    out = partial + ((split * num_samples + b) * num_groups * GROUP + h) * num_rows + r
+    tl.store(out, delta * weight, mask=valid)
+
+
+@triton.jit
+def _query_gradient(
+    q, k, rows, words, weights, bias, lse, delta, head_weights, full, partial,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kn, bias_b, bias_h, bias_r, bias_n, full_b, full_h,
+    num_groups, num_rows, num_keys, scale,
+    UNIT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):
+    """partial[split, b, h, r, :]: the sum over one split of the keys of dS k, the softmax scale left out."""
+    split = tl.program_id(0)
+    b, g = (tl.program_id(2) // num_groups).to(tl.int64), tl.program_id(2) % num_groups
+    h, r, row, valid = _stacked_rows(rows, b, g, tl.program_id(1), num_rows, GROUP, ROWS)
+    place = (h * stride_qh + row * stride_qt) * UNIT
+    q_first = load_tile(q + b * stride_qb * UNIT, place, valid, 1, D, 0, FIRST)
+    q_second = q_first
+    if SECOND > 0:
+        q_second = load_tile(q + b * stride_qb * UNIT, place, valid, 1, D, FIRST, SECOND)
+    bias += b * bias_b
+    k += (b * stride_kb + g * stride_kg) * UNIT
+    bias_row = h * bias_h + r * bias_r
+    word = tl.load(words + b * num_rows + r, mask=valid, other=-1).to(tl.int32)
+    weight = tl.load(weights + b * num_rows + r, mask=valid, other=0.0)
+    full += b * full_b
+    wanted_row = h * full_h + word * num_keys
+    index = (b * num_groups * GROUP + h) * num_rows + r
+    normalizer = tl.load(lse + index, mask=valid, other=float("inf"))
+    shift = tl.load(delta + index, mask=valid, other=0.0)
+
+    reach = tl.cdiv(tl.cdiv(num_keys, KEYS), tl.num_programs(0)) * KEYS
+    stop = tl.minimum(num_keys, (split + 1) * reach)
+    if CAUSAL:
+        stop = tl.minimum(stop, tl.max(row) + 1)
+    sum_first = tl.zeros([ROWS, FIRST], tl.float32)
+    sum_second = sum_first
+    if SECOND > 0:
+        sum_second = tl.zeros([ROWS, SECOND], tl.float32)
+    for start in range(split * reach, stop, KEYS):
+        key = start + tl.arange(0, KEYS)
+        exists = key < num_keys
+        k_first = load_tile(k, key, exists, stride_kn * UNIT, D, 0, FIRST)
+        k_second = k_first
+        if SECOND > 0:
+            k_second = load_tile(k, key, exists, stride_kn * UNIT, D, FIRST, SECOND)
+        scores = _products(q_first, q_second, k_first, k_second, scale, SECOND)
+        seen = valid[:, None] & exists[None, :]
+        scores = _masked(scores, row[:, None], key[None, :], seen, bias, bias_row[:, None], bias_n, CAUSAL, HAS_BIAS)
+        wanted = tl.load(full + (wanted_row[:, None] + key[None, :]), mask=seen & (word >= 0)[:, None], other=0.0)
+        scores_gradient = tl.exp2(scores - normalizer[:, None]) * (wanted * weight[:, None] - shift[:, None])
+        scores_gradient = scores_gradient.to(k_first.dtype)
+        sum_first += dot(scores_gradient, k_first)
+        if SECOND > 0:
+            sum_second += dot(scores_gradient, k_second)
+    if WEIGHTED:
+        head_weight = tl.load(head_weights + h, mask=valid, other=0.0)[:, None]
+        sum_first *= head_weight
+        if SECOND > 0:
+            sum_second *= head_weight
+    num_samples = tl.num_programs(2) // num_groups
+    out = (split * num_samples * num_groups * GROUP * num_rows + index) * D
+    store_tile(partial, out, valid, 1, sum_first, D, 0, FIRST)
+    if SECOND > 0:
+        store_tile(partial, out, valid, 1, sum_second, D, FIRST, SECOND)
+
+
+@triton.jit
+def _add_rows(
+    partial, rows, peak, out,
+    out_b, out_h, out_row, num_heads, num_rows, num_splits, scale,
+    D: tl.constexpr, WIDTH: tl.constexpr, RESCALED: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """out[b, h, rows[r]]: the parts of every entry that names this row, added up; such entries all write the same value."""
+    b, h = (tl.program_id(1) // num_heads).to(tl.int64), tl.program_id(1) % num_heads
+    row = tl.load(rows + b * num_rows + tl.program_id(0))
+    d = tl.arange(0, WIDTH)
+    total = tl.zeros([WIDTH], tl.float32)
+    num_samples = tl.num_programs(1) // num_heads
+    for first in range(0, num_rows, BLOCK):
+        r = first + tl.arange(0, BLOCK)
+        same = tl.load(rows + b * num_rows + r, mask=r < num_rows, other=-1) == row
+        for split in range(num_splits):
+            place = (((split * num_samples + b) * num_heads + h) * num_rows + r) * D
+            seen = (same & (r < num_rows))[:, None] & (d < D)[None, :]
+            total += tl.sum(tl.load(partial + place[:, None] + d[None, :], mask=seen, other=0.0), 0)
+    total *= scale
+    if RESCALED:
+        total *= tl.load(peak)
+    if row >= 0:
+        tl.store(out + b * out_b + h * out_h + row * out_row + d, total.to(out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _key_gradient(
+    q, k, rows, words, weights, bias, lse, delta, head_weights, full, peak, out,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kn, bias_b, bias_h, bias_r, bias_n, full_b, full_h,
+    num_groups, num_rows, num_keys, scale,
+    UNIT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr, RESCALED: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+):
+    """out[b, g, n, :], contiguous: scale dS^T q over the group's heads. Scores are [keys, rows] here: dS is a left operand."""
+    b, g = (tl.program_id(1) // num_groups).to(tl.int64), tl.program_id(1) % num_groups
+    key = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    exists = key < num_keys
+    bias += b * bias_b
+    full += b * full_b
+    k += (b * stride_kb + g * stride_kg) * UNIT
+    k_first = load_tile(k, key, exists, stride_kn * UNIT, D, 0, FIRST)
+    k_second = k_first
+    if SECOND > 0:
+        k_second = load_tile(k, key, exists, stride_kn * UNIT, D, FIRST, SECOND)
+    sum_first = tl.zeros([KEYS, FIRST], tl.float32)
+    sum_second = sum_first
+    if SECOND > 0:
+        sum_second = tl.zeros([KEYS, SECOND], tl.float32)
+    for block in range(tl.cdiv(GROUP * num_rows, ROWS)):
+        h, r, row, valid = _stacked_rows(rows, b, g, block, num_rows, GROUP, ROWS)
+        place = (h * stride_qh + row * stride_qt) * UNIT
+        q_first = load_tile(q + b * stride_qb * UNIT, place, valid, 1, D, 0, FIRST)
+        q_second = q_first
+        if SECOND > 0:
+            q_second = load_tile(q + b * stride_qb * UNIT, place, valid, 1, D, FIRST, SECOND)
+        scores = _products(k_first, k_second, q_first, q_second, scale, SECOND)
+        seen = exists[:, None] & valid[None, :]
+        bias_row = h * bias_h + r * bias_r
+        scores = _masked(scores, row[None, :], key[:, None], seen, bias, bias_row[None, :], bias_n, CAUSAL, HAS_BIAS)
+        index = (b * num_groups * GROUP + h) * num_rows + r
+        normalizer = tl.load(lse + index, mask=valid, other=float("inf"))
+        shift = tl.load(delta + index, mask=valid, other=0.0)
+        word = tl.load(words + b * num_rows + r, mask=valid, other=-1).to(tl.int32)
+        weight = tl.load(weights + b * num_rows + r, mask=valid, other=0.0)
+        wanted_row = h * full_h + word * num_keys
+        wanted = tl.load(full + (wanted_row[None, :] + key[:, None]), mask=seen & (word >= 0)[None, :], other=0.0)
+        scores_gradient = tl.exp2(scores - normalizer[None, :]) * (wanted * weight[None, :] - shift[None, :])
+        if WEIGHTED:
+            scores_gradient *= tl.load(head_weights + h, mask=valid, other=0.0)[None, :]
+        scores_gradient = scores_gradient.to(k_first.dtype)
+        sum_first += dot(scores_gradient, q_first)
+        if SECOND > 0:
+            sum_second += dot(scores_gradient, q_second)
+    factor = scale
+    if RESCALED:
+        factor *= tl.load(peak)
+    place = ((b * num_groups + g) * num_keys + key) * D
+    store_tile(out, place, exists, 1, sum_first * factor, D, 0, FIRST)
+    if SECOND > 0:
+        store_tile(out, place, exists, 1, sum_second * factor, D, FIRST, SECOND)
+
+
+# fmt: on
+
+
+class _Call:
+    """What every launch of one call shares: dense tensors, strides, sizes."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        rows: torch.Tensor,
+        bias: torch.Tensor | None,
+        causal: bool,
+        scale: float,
+    ) -> None:
+        self.query, self.key, self.rows = last_axis_dense(query), last_axis_dense(key), rows
+        self.batch, self.heads, _, self.width = query.shape
+        self.groups, self.num_keys = key.shape[1:3]
+        self.num_rows = rows.shape[1]
+        self.scale, self.device = scale, query.device
+        self.bias = query if bias is None else bias.expand(self.batch, self.heads, self.num_rows, self.num_keys)
+        bias_strides = (0, 0, 0, 0) if bias is None else self.bias.stride()
+        strides = (*self.query.stride()[:3], *self.key.stride()[:3])
+        # In units of eight elements, where they divide: so the compiler knows that whole vectors can be loaded.
+        unit = next(n for n in (8, 4, 2, 1) if not any(stride % n for stride in strides))
+        self.strides = (*(stride // unit for stride in strides), *bias_strides)
+        first, second = widths(self.width, query.dtype)
+        self.constants = {
+            "UNIT": unit,
+            "GROUP": self.heads // self.groups,
+            "D": self.width,
+            "FIRST": first,
+            "SECOND": second,
+            "CAUSAL": causal,
+            "HAS_BIAS": bias is not None,
+        }
+
+    def blocks(self, table: dict[str, dict[int, Blocks]], num_rows: int) -> tuple[Blocks, dict[str, int]]:
+        """A kernel's blocks, and the launch options they mean; tiles are no taller than the rows there are."""
+        found = blocks_for(table, self.device, self.query.dtype, self.width)
+        found = Blocks(min(found.rows, power_of_two(num_rows)), found.columns, found.warps, found.stages)
+        return found, {"ROWS": found.rows, "KEYS": found.columns, "num_warps": found.warps, "num_stages": found.stages}
+
+    def walk(self, table: dict[str, dict[int, Blocks]], length: int) -> tuple[tuple[int, int, int], dict[str, int]]:
+        """Grid (splits, row blocks, B * G) and options of a kernel that walks stacked rows along `length` keys or columns."""
+        stacked = self.heads // self.groups * self.num_rows
+        found, options = self.blocks(table, stacked)
+        row_blocks = triton.cdiv(stacked, found.rows)
+        splits = splits_for(row_blocks * self.batch * self.groups, triton.cdiv(length, 4 * found.columns), self.device)
+        return (splits, row_blocks, self.batch * self.groups), options
+
+    def lse(self) -> torch.Tensor:
+        """Base-2 log-sum-exp of the word rows, float32 [B, H, R]."""
+        grid, options = self.walk(LSE_BLOCKS, self.num_keys)
+        partial = self.rows.new_empty(grid[0], self.batch, self.heads, self.num_rows, dtype=torch.float32)
+        sizes = (self.groups, self.num_rows, self.num_keys, self.scale)
+        _lse[grid](self.query, self.key, self.rows, self.bias, partial, *self.strides, *sizes, **self.constants, **options)
+        if grid[0] == 1:
+            return partial[0]
+        lse = torch.empty_like(partial[0])
+        _combine_lse[(triton.cdiv(lse.numel(), 128),)](partial, lse, grid[0], lse.numel(), BLOCK=128)
+        return lse
+
+
+def row_maps_triton(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    rows: WordRows,
+    columns: torch.Tensor,
+    bias: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    head_weights: torch.Tensor | None,
+    lse: torch.Tensor | None,
+) -> torch.Tensor:
+    """`row_maps` for validated arguments; `bias` is additive, broadcastable to [B, H, R, N], and `lse` [B, H, R]."""
+    indices = (rows.rows.contiguous(), rows.words.contiguous(), rows.weights.float().contiguous(), columns.contiguous())
+    return _row_maps(query, key, *indices, rows.num_words, bias, causal, scale, head_weights, lse)[0]
+
+
+@torch.library.custom_op("lavender::row_maps_triton", mutates_args=())
+def _row_maps(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    rows: torch.Tensor,
+    words: torch.Tensor,
+    weights: torch.Tensor,
+    columns: torch.Tensor,
+    num_words: int,
+    bias: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    head_weights: torch.Tensor | None,
+    lse: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maps [B, C, W, M] and the rows' base-2 log-sum-exp [B, H, R], which the backward pass needs again."""
+    call = _Call(query, key, rows, bias, causal, scale)
+    normalizer = call.lse() if lse is None else torch.where(lse == -torch.inf, torch.inf, lse * LOG2E.value)
+    found, options = call.blocks(MAPS_BLOCKS, call.num_rows)
+    word_block = min(WORD_BLOCK, power_of_two(num_words))
+    tiles = triton.cdiv(columns.shape[1], found.columns) * triton.cdiv(num_words, word_block)
+    parts = call.heads if head_weights is None else splits_for(tiles * call.batch, call.heads, call.device)
+    heads_per_part = triton.cdiv(call.heads, parts)
+    parts = triton.cdiv(call.heads, heads_per_part)
+    maps = normalizer.new_empty(call.batch, parts, num_words, columns.shape[1])
+    _maps[(tiles, parts, call.batch)](
+        call.query, call.key, rows, words, weights, columns, call.bias, normalizer,
+        weights if head_weights is None else head_weights, maps,
+        *call.strides, call.heads, call.num_rows, num_words, columns.shape[1], heads_per_part, scale,
+        **call.constants, WEIGHTED=head_weights is not None, WORDS=word_block, **options,
+    )  # fmt: skip
+    return (maps if head_weights is None or parts == 1 else maps.sum(dim=1, keepdim=True)), normalizer
+
+
+@_row_maps.register_fake
+def _(query, key, rows, words, weights, columns, num_words, bias, causal, scale, head_weights, lse):  # type: ignore[no-untyped-def]
+    batch, heads = query.shape[:2]
+    channels = heads if head_weights is None else 1
+    maps = weights.new_empty(batch, channels, num_words, columns.shape[1])
+    return maps, weights.new_empty(batch, heads, rows.shape[1])
+
+
+@torch.library.custom_op("lavender::row_maps_triton_backward", mutates_args=())
+def _row_maps_backward(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    rows: torch.Tensor,
+    words: torch.Tensor,
+    weights: torch.Tensor,
+    columns: torch.Tensor,
+    bias: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    head_weights: torch.Tensor | None,
+    normalizer: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and head weights (those of heads that are kept mean nothing)."""
+    call = _Call(query, key, rows, bias, causal, scale)
+    gradient = gradient.masked_fill((columns < 0)[:, None, None], 0)
+    # dS is rounded to the inputs' dtype for its products: float16 needs it near one, whatever the loss's scale.
+    rescaled = query.dtype == torch.float16
+    peak = gradient.abs().amax().clamp_min(torch.finfo(torch.float32).tiny) if rescaled else gradient
+    if rescaled:
+        gradient = gradient / peak
+    head_stride = gradient.stride(1) if head_weights is None else 0
+    sizes = (call.groups, call.num_rows)
+    indices = (rows, words, weights)
+    grid, options = call.walk(DELTA_BLOCKS, columns.shape[1])
+    partial = normalizer.new_empty(grid[0], *normalizer.shape)
+    _delta[grid](
+        call.query, call.key, *indices, columns, call.bias, normalizer, gradient, partial,
+        *call.strides, gradient.stride(0), head_stride, *sizes, columns.shape[1], scale, **call.constants, **options,
+    )  # fmt: skip
+    delta = partial.sum(dim=0)
+
+    full = gradient.new_zeros(*gradient.shape[:3], call.num_keys)
+    full.scatter_add_(3, columns.clamp_min(0)[:, None, None].expand_as(gradient), gradient)
+    head_stride = full.stride(1) if head_weights is None else 0
+    shared = (call.bias, normalizer, delta, weights if head_weights is None else head_weights, full)
+    strides = (*call.strides, full.stride(0), head_stride, *sizes, call.num_keys, scale)
+    weighted = {"WEIGHTED": head_weights is not None}
+
+    grid, options = call.walk(QUERY_GRADIENT_BLOCKS, call.num_keys)
+    partial = normalizer.new_empty(grid[0], *normalizer.shape, call.width)
+    _query_gradient[grid](call.query, call.key, *indices, *shared, partial, *strides, **call.constants, **weighted, **options)
+    query_gradient = torch.zeros_like(query)
+    _add_rows[(call.num_rows, call.batch * call.heads)](
+        partial, rows, peak, query_gradient, *query_gradient.stride()[:3], call.heads, call.num_rows, grid[0], scale,
+        D=call.width, WIDTH=power_of_two(call.width), RESCALED=rescaled, BLOCK=16,
+    )  # fmt: skip
+
+    key_gradient = torch.empty(key.shape, dtype=key.dtype, device=key.device)
+    found, options = call.blocks(KEY_GRADIENT_BLOCKS, call.heads // call.groups * call.num_rows)
+    _key_gradient[(triton.cdiv(call.num_keys, found.columns), call.batch * call.groups)](
+        call.query, call.key, *indices, *shared, peak, key_gradient, *strides,
+        **call.constants, **weighted, RESCALED=rescaled, **options,
+    )  # fmt: skip
+    head_gradient = delta.sum(dim=(0, 2))
+    return query_gradient, key_gradient, head_gradient * peak if rescaled else head_gradient
+
+
+@_row_maps_backward.register_fake
+def _(gradient, query, key, rows, words, weights, columns, bias, causal, scale, head_weights, normalizer):  # type: ignore[no-untyped-def]
+    return torch.empty_like(query), torch.empty(key.shape, dtype=key.dtype, device=key.device), gradient.new_empty(query.shape[1])
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    query, key, rows, words, weights, columns, _, bias, ctx.causal, ctx.scale, head_weights, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, rows, words, weights, columns, bias, head_weights, output[1])
+
+
+def _backward(ctx, gradient, _):  # type: ignore[no-untyped-def]
+    *tensors, bias, head_weights, normalizer = ctx.saved_tensors
+    arguments = (gradient.contiguous(), *tensors, bias, ctx.causal, ctx.scale, head_weights, normalizer)
+    query_gradient, key_gradient, head_gradient = _row_maps_backward(*arguments)
+    nothing = (None,) * 8
+    return query_gradient, key_gradient, *nothing, head_gradient if head_weights is not None else None, None
+
+
+_row_maps.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,157 @@
+"""Compiles every Triton kernel, as its launchers specialize it, for GPUs that need not be there; prints what it takes as JSON.
+
+    python -m tests.kernels.compile_budget 90 [row_maps ...]
+
+The launchers run unchanged on CPU tensors; a driver without a device makes Triton compile for the given compute capability and
+launch nothing. Not importable beside interpreted kernels: `TRITON_INTERPRET` must be unset.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from lavender.kernels import tiles
+from lavender.words import collate_rows
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+class _NoDevice:
+    """A driver that knows its target and has no device."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class _Compiled:
+    """The kernels that launches asked for, each once."""
+
+    def __init__(self, monkey: type[JITFunction]) -> None:
+        self.kernels: dict[int, tuple[str, object]] = {}
+        self.label = ""
+        run = monkey.run
+
+        def compile_only(function, *args, **options):  # type: ignore[no-untyped-def]
+            options["warmup"] = True
+            kernel = run(function, *args, **options)
+            self.kernels.setdefault(id(kernel), (f"{function.fn.__name__} {self.label}", kernel))
+            return kernel
+
+        monkey.run = compile_only
+
+
+def row_maps_cases(compiled: _Compiled) -> None:
+    from lavender.kernels.row_maps import _bias_of_rows
+    from lavender.kernels.row_maps_triton import row_maps_triton
+
+    for dtype, width, weighted, masked, causal in [
+        (torch.bfloat16, 128, True, False, False),
+        (torch.bfloat16, 128, False, True, False),
+        (torch.bfloat16, 128, False, False, True),
+        (torch.float16, 64, False, True, False),
+        (torch.bfloat16, 72, True, False, True),
+        (torch.bfloat16, 80, True, True, False),
+        (torch.bfloat16, 96, False, False, True),
+        (torch.bfloat16, 256, True, True, False),
+        (torch.float16, 40, True, False, False),
+        (torch.bfloat16, 160, False, False, False),
+        (torch.float32, 32, True, True, False),
+        (torch.float32, 128, True, False, False),
+    ]:
+        compiled.label = f"{str(dtype)[6:]} D={width} weighted={weighted} masked={masked} causal={causal}"
+        heads, length = 8, 256
+        query = torch.zeros(1, length, heads, width, dtype=dtype).transpose(1, 2).requires_grad_()
+        key = torch.zeros(1, length, 2, width, dtype=dtype).transpose(1, 2).requires_grad_()
+        rows = collate_rows([[[3 * w, 3 * w + 1, 3 * w + 2] for w in range(20)]])
+        mask = torch.zeros(1, 1, 1, length) if masked else None
+        head_weights = torch.ones(heads) if weighted else None
+        columns = torch.arange(length)[None]
+        bias = _bias_of_rows(mask, rows.rows, torch.float32)
+        maps = row_maps_triton(query, key, rows, columns, bias, causal, 0.1, head_weights, None)
+        torch.autograd.grad(maps.sum(), (query, key))
+
+
+def column_maps_cases(compiled: _Compiled) -> None:
+    from lavender.kernels.column_maps_triton import column_maps_triton
+
+    for dtype, width, keys, weighted, masked, has_value in [
+        (torch.float16, 40, 77, True, False, True),
+        (torch.bfloat16, 64, 77, True, False, True),
+        (torch.bfloat16, 64, 77, False, True, True),
+        (torch.float16, 80, 77, True, True, True),
+        (torch.float16, 160, 77, True, False, True),
+        (torch.bfloat16, 64, 333, False, True, False),
+        (torch.bfloat16, 128, 333, True, False, False),
+        (torch.bfloat16, 256, 128, True, True, True),
+        (torch.float32, 40, 77, True, False, True),
+        (torch.float32, 64, 128, False, True, True),
+        (torch.float32, 64, 333, True, False, False),
+    ]:
+        compiled.label = f"{str(dtype)[6:]} D={width} N={keys} weighted={weighted} masked={masked} value={has_value}"
+        heads, places = 8, 256
+        query = torch.zeros(1, places, heads, width, dtype=dtype).transpose(1, 2).requires_grad_()
+        key, value = (torch.zeros(1, keys, heads, width, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(2))
+        value = value if has_value else key.detach()[..., :0]
+        bias = torch.zeros(1, 1, 1, keys) if masked else None
+        head_weights = torch.ones(heads) if weighted else None
+        output, maps = column_maps_triton(query, key, value, torch.ones(1, 16, keys), bias, 0.1, head_weights)
+        torch.autograd.grad(output.sum() + maps.sum(), (query, key))
+
+
+def usage(kernel: object) -> dict[str, int]:
+    """Registers, bytes of spill loads and stores' stack, shared memory and tensor-core instructions of one kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        resources = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        listing = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", resources)}
+    return {
+        "registers": found["REG"],
+        "stack_bytes": found["STACK"] + found["LOCAL"],
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", listing)),
+        "shared_bytes": kernel.metadata.shared,
+        "tensor_core": len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCMMA)\b", listing)),
+        "scalar_loads": len(re.findall(r"\bLDG\.E\.U16\b", listing)),
+    }
+
+
+CASES = {name.removesuffix("_cases"): case for name, case in list(globals().items()) if name.endswith("_cases")}
+
+
+def main() -> None:
+    capability = int(sys.argv[1])
+    driver.set_active(_NoDevice(capability))
+    tiles.architecture = lambda device: f"sm{capability}"
+    compiled = _Compiled(JITFunction)
+    for name in sys.argv[2:] or CASES:
+        CASES[name](compiled)
+    kernels = list(compiled.kernels.values())
+    with ThreadPoolExecutor(2) as pool:
+        rows = list(pool.map(lambda entry: {"kernel": entry[0], **usage(entry[1])}, kernels))
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
