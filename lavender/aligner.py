@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from .config import AlignmentConfig
 from .kernels.map_loss import map_loss
@@ -68,14 +67,8 @@ class Alignment(nn.Module):
         """The unweighted alignment loss, a scalar.
 
         Args:
-            maps: [B, L, H, W, y, x], the student's attention.
-            targets: [B, W, y', x'], the teacher's maps on their own grid.
+            maps: [B, L, H, W, y, x], the student's attention; for the identity aligner, H may be 1: their mean.
+            targets: [B, W, y', x'], the teacher's maps on their own grid, to which the aligned ones are resampled.
             present: bool [B, W], which words have a target.
         """
-        aligned = resize(self.align(maps), targets.shape[-2:])
-        return map_loss(aligned, targets, present, normalization=self.config.normalization)
-
-
-def resize(maps: torch.Tensor, size: tuple[int, int] | torch.Size) -> torch.Tensor:
-    """Bilinear, antialiased resampling of [B, W, y, x] to another height and width."""
-    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False, antialias=True)
+        return map_loss(self.align(maps), targets, present, normalization=self.config.normalization)

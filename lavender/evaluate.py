@@ -238,14 +238,13 @@ def alignment_error(
     config: AlignmentConfig,
 ) -> float:
     """Alignment loss of given maps against targets, mean over the words that both have."""
-    from .aligner import resize
     from .kernels.map_loss import map_loss
 
     errors = []
     for ours, theirs in zip(aligned, targets, strict=True):
         for span in ours.keys() & theirs.keys():
             target = torch.from_numpy(theirs[span]).float()[None, None]
-            student = resize(torch.from_numpy(ours[span]).float()[None, None], target.shape[-2:])
+            student = torch.from_numpy(ours[span]).float()[None, None]
             errors.append(float(map_loss(student, target, torch.ones(1, 1, dtype=torch.bool), normalization=config.normalization)))
     return float(np.mean(errors))
 

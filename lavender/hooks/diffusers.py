@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError, ModelError
-from ..kernels.column_maps import column_maps
+from ..kernels.column_maps import column_attention, column_maps
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Recording:
 
     word_weights: torch.Tensor
     branch: slice
+    fused: bool
     entries: list[LayerMaps] = field(default_factory=list)
 
     def mean(self, size: int) -> torch.Tensor:
@@ -60,21 +61,24 @@ class _Spy(TorchFunctionMode):
         # An IP-Adapter makes a second call with its picture's keys: the first one has the text's.
         if func is F.scaled_dot_product_attention and not self.seen:
             self.seen = True
-            self.patch._record(self.name, *_attention_arguments(*args, **kwargs))
+            output = self.patch._record(self.name, _Attention(*args, **kwargs))
+            if output is not None:
+                return output
         return func(*args, **kwargs)
 
 
-def _attention_arguments(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float | None]:
-    return query, key, attn_mask, scale
+@dataclass(frozen=True, eq=False)
+class _Attention:
+    """The arguments of one `scaled_dot_product_attention` call."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attn_mask: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
 
 
 class TeacherPatch:
@@ -117,18 +121,20 @@ class TeacherPatch:
         self.unpatch()
 
     @contextmanager
-    def capture(self, word_weights: torch.Tensor, branch: slice = slice(None)) -> Iterator[Recording]:
+    def capture(self, word_weights: torch.Tensor, branch: slice = slice(None), fused: bool = False) -> Iterator[Recording]:
         """Records the denoiser's forwards inside the `with` block.
 
         Args:
             word_weights: [B, W, N], each text token's share of each word (1 / tokens at a word's tokens for their mean).
             branch: the samples of the denoiser's batch that carry the caption; with classifier-free guidance the conditional
                 half.
+            fused: whether one pass gives the attention's output together with the map, in place of the model's own call. It is
+                faster; the denoiser's output is then equal up to rounding instead of bit-identical.
 
         Raises:
             CaptureError: on leaving the block, when a layer recorded nothing in it.
         """
-        recording = Recording(word_weights, branch)
+        recording = Recording(word_weights, branch, fused)
         self._recording = recording
         try:
             yield recording
@@ -158,14 +164,26 @@ class TeacherPatch:
         if self._spies:
             self._spies.pop().__exit__(None, None, None)
 
-    def _record(self, name: str, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float | None) -> None:
+    def _record(self, name: str, call: _Attention) -> torch.Tensor | None:
+        """Records one layer's maps; the attention's output if it came with them."""
         recording = self._recording
         assert recording is not None
-        branch, weights = recording.branch, recording.word_weights
-        if mask is not None and mask.shape[0] > 1:
-            mask = mask[branch]
-        maps = column_maps(query[branch], key[branch], weights.to(query.device), mask=mask, scale=scale)
+        branch, weights = recording.branch, recording.word_weights.to(call.query.device)
+        output = None
+        if recording.fused:
+            if call.dropout_p or call.is_causal or call.enable_gqa:
+                raise CaptureError(f"{name} attends with dropout, causally or with grouped heads; capture it with fused=False")
+            everywhere = weights.new_zeros(call.query.shape[0], *weights.shape[1:])
+            everywhere[branch] = weights
+            output, maps = column_attention(call.query, call.key, call.value, everywhere, mask=call.attn_mask, scale=call.scale)
+            maps = maps[branch]
+        else:
+            mask = call.attn_mask
+            if mask is not None and mask.ndim == 4 and mask.shape[0] > 1:
+                mask = mask[branch]
+            maps = column_maps(call.query[branch], call.key[branch], weights, mask=mask, scale=call.scale)
         recording.entries.append(LayerMaps(name, maps.unflatten(-1, _layer_grid(self._grid, maps.shape[-1]))))
+        return output
 
 
 def _layer_grid(latent: tuple[int, int], num_queries: int) -> tuple[int, int]:

@@ -43,12 +43,13 @@ SUPPORTED_ATTENTION = ("sdpa",)
 
 @dataclass(eq=False)
 class Request:
-    """What one forward is asked to record, and what it recorded: layer number -> [B, H, W, M]."""
+    """What one forward is asked to record, and what it recorded: layer number -> [B, H or 1, W, M]."""
 
     rows: WordRows
     columns: torch.Tensor
     layers: dict[nn.Module, int]
     renormalize: bool
+    keep_heads: bool
     length: int
     recorded: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -70,6 +71,7 @@ class Request:
                 "expected; capture one forward over prompt and answer with use_cache=False, not a decoding step"
             )
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        heads = query.shape[1]
         maps = row_maps(
             query,
             key,
@@ -79,6 +81,7 @@ class Request:
             causal=bool(causal) and mask is None and self.length > 1,
             scale=scaling,
             renormalize=self.renormalize,
+            head_weights=None if self.keep_heads else query.new_full((heads,), 1 / heads, dtype=torch.float32),
         )
         # Gradient checkpointing runs the layer again in the backward pass: the same operations, whose result is not needed.
         self.recorded.setdefault(layer, maps)
@@ -299,7 +302,9 @@ class _Forward:
         self.boxes = given["lavender_boxes"]
         self.num_layers = patch.num_layers
         rows = WordRows(given["lavender_rows"], given["lavender_row_words"], given["lavender_row_weights"], self.present.shape[1])
-        self.request = Request(rows, given["lavender_columns"], patch._layers, patch.config.renormalize, ids.shape[1])
+        # The identity aligner sees the mean over heads alone: then no map per head is made.
+        keep_heads = patch._captured is not None or patch.config.aligner != "identity"
+        self.request = Request(rows, given["lavender_columns"], patch._layers, patch.config.renormalize, keep_heads, ids.shape[1])
         self.share = _token_share(kwargs)
 
     def maps(self) -> torch.Tensor:

@@ -57,8 +57,8 @@ def triton_reasons(tensor: torch.Tensor, width: int, widest_float32: int, by_nam
 
     `widest_float32` is the operation's limit in float32, where registers run out early; it is 256 in half precision.
 
-    On a CPU the kernels run in Triton's interpreter, which is a test and no implementation to choose: it counts only if it is asked for
-    `by_name` and the environment has `TRITON_INTERPRET=1` since before triton was imported.
+    On a CPU the kernels run in Triton's interpreter, which is a test and no implementation to choose: it counts only if it is
+    asked for `by_name` and the environment has had `TRITON_INTERPRET=1` since before triton was imported.
     """
     reasons = []
     if not _has_triton():

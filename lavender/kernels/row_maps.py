@@ -74,7 +74,10 @@ def row_maps(
     if lse is not None:
         lse = lse.gather(2, index[:, None].expand(-1, query.shape[1], -1)).to(dtype)
     if causal and renormalize:  # the columns are about to change places: let the mask go with them
-        causal, mask = False, torch.arange(key.shape[2], device=key.device) <= torch.arange(query.shape[2], device=key.device)[:, None]
+        causal, mask = (
+            False,
+            torch.arange(key.shape[2], device=key.device) <= torch.arange(query.shape[2], device=key.device)[:, None],
+        )
     bias = _bias_of_rows(mask, index, dtype)
     if renormalize:
         key, bias, columns = _columns_alone(key, bias, columns, dtype)
@@ -228,7 +231,9 @@ class _Chunks:
         scores = product(rows, self.key[b, g].mT, self.group)
         bias = self.bias
         if bias is not None:
-            bias = bias[tuple(whole if n == 1 else s for n, s, whole in zip(bias.shape[:3], (b, h, r), [slice(None)] * 3, strict=True))]
+            bias = bias[
+                tuple(whole if n == 1 else s for n, s, whole in zip(bias.shape[:3], (b, h, r), [slice(None)] * 3, strict=True))
+            ]
         if self.lse is None:
             return masked_softmax_(scores, bias)
         scores = scores if bias is None else scores.add_(bias)

@@ -26,7 +26,8 @@ LSE_BLOCKS = {
     "float32": {128: Blocks(16, 32, 8, 1)},
 }
 MAPS_BLOCKS = {
-    "default": {256: Blocks(64, 64, 8, 2)},
+    "default": {64: Blocks(64, 64, 8, 2), 96: Blocks(32, 32, 4, 2), 128: Blocks(32, 64, 8, 2), 256: Blocks(32, 32, 4, 2)},
+    "sm100": {64: Blocks(64, 64, 8, 2), 96: Blocks(32, 32, 4, 2), 128: Blocks(32, 64, 8, 2), 256: Blocks(32, 32, 4, 1)},
     "float32": {128: Blocks(16, 32, 4, 1)},
 }
 DELTA_BLOCKS = {
@@ -34,7 +35,8 @@ DELTA_BLOCKS = {
     "float32": {128: Blocks(16, 32, 8, 1)},
 }
 QUERY_GRADIENT_BLOCKS = {
-    "default": {128: Blocks(64, 64, 8, 2), 256: Blocks(32, 32, 8, 1)},
+    "default": {128: Blocks(64, 64, 8, 2), 256: Blocks(32, 32, 4, 1)},
+    "sm100": {64: Blocks(64, 64, 4, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(32, 32, 4, 1)},
     "float32": {128: Blocks(16, 32, 8, 1)},
 }
 KEY_GRADIENT_BLOCKS = {

@@ -76,7 +76,7 @@ class Teacher:
 
             def look_by(noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
                 # diffusers' order: unconditional first, conditional last.
-                with self.patch.capture(weights, branch=slice(-1, None)) as recording:
+                with self.patch.capture(weights, branch=slice(-1, None), fused=True) as recording:
                     if guided:
                         both = self.pipe.unet(noisy.repeat(2, 1, 1, 1), timestep, torch.cat([empty, prompt])).sample
                         unconditional, conditional = both.chunk(2)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lavender.errors import ConfigError
 from lavender.kernels import column_maps as module
-from lavender.kernels.column_maps import column_maps
+from lavender.kernels.column_maps import column_attention, column_maps
 
 IMPLS = ["reference", "torch"]
 
@@ -104,8 +104,30 @@ def test_chunks_change_nothing(monkeypatch):
 
 def test_the_operation_is_registered_completely():
     query, key, weights, _ = draw(5, dtype=torch.float32)
+    value = torch.rand(2, 3, 7, 4, requires_grad=True)
     for mask in (None, torch.zeros(1, 1, 1, 7)):
-        torch.library.opcheck(torch.ops.lavender.column_maps_torch.default, (query, key, weights.float(), mask, 0.3))
+        torch.library.opcheck(torch.ops.lavender.column_maps_torch.default, (query, key, value, weights.float(), mask, 0.3))
+
+
+def test_gradcheck():
+    query, key, weights, generator = draw(8, batch=1, heads=2, queries=4, keys=3, width=2, words=2)
+    value = torch.randn(1, 2, 3, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+    heads = torch.tensor([0.3, -1.2], dtype=torch.float64, requires_grad=True)
+    for impl in IMPLS:
+        assert torch.autograd.gradcheck(
+            lambda q, k, v, a: column_attention(q, k, v, weights, head_weights=a, impl=impl),  # noqa: B023
+            (query, key, value, heads),
+        )
+
+
+def test_the_output_is_that_of_sdpa():
+    query, key, weights, generator = draw(7)
+    value = torch.randn(2, 3, 7, 5, generator=generator, dtype=torch.float64)
+    mask = torch.rand(2, 1, 20, 7, generator=generator) < 0.7
+    mask[..., 0] = True
+    output, _ = column_attention(query, key, value, weights, mask=mask)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
 
 
 def test_misuse_is_a_clear_error():
@@ -116,3 +138,7 @@ def test_misuse_is_a_clear_error():
         column_maps(query, key, weights[..., :3])
     with pytest.raises(ConfigError, match="dtype"):
         column_maps(query, key.half(), weights)
+    with pytest.raises(ConfigError, match="head_weights"):
+        column_maps(query, key, weights, head_weights=torch.ones(2))
+    with pytest.raises(ConfigError, match=r"value .* does not fit"):
+        column_attention(query, key, key[:, :, :3], weights)

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from lavender.errors import ConfigError
-from lavender.kernels.map_loss import EPSILON, map_loss, normalize
+from lavender.kernels.map_loss import EPSILON, NORMALIZATIONS, map_loss, resample
+
+IMPLS = ["reference", "torch"]
 
 
 def draw(seed=0, dtype=torch.float64):
@@ -14,22 +18,52 @@ def draw(seed=0, dtype=torch.float64):
     return student, target, torch.tensor([[True, False, True], [False, True, False]])
 
 
-def test_zscore_and_minmax_by_hand():
-    maps = torch.tensor([[[1.0, 2.0], [3.0, 6.0]]], dtype=torch.float64)
-    torch.testing.assert_close(normalize(maps, "minmax")[0, 1], torch.tensor([0.4, 1.0]).double(), rtol=0, atol=1e-6)
-    z = normalize(maps, "zscore")
-    torch.testing.assert_close(z[0, 0, 0], ((1 - 3) / torch.tensor(3.5 + EPSILON).sqrt()).double(), rtol=1e-6, atol=0)
+def by_hand(maps, normalization):
+    """One map's normal form, place by place."""
+    values = maps.detach().flatten().tolist()
+    mean = sum(values) / len(values)
+    shift, size = {
+        "zscore": (mean, (sum((v - mean) ** 2 for v in values) / len(values) + EPSILON) ** 0.5),
+        "sum": (0, sum(values) + EPSILON),
+        "minmax": (min(values), max(values) - min(values) + EPSILON),
+        "max": (0, max(values) + EPSILON),
+        "none": (0, 1),
+    }[normalization]
+    return [(v - shift) / size for v in values]
 
 
-@pytest.mark.parametrize("normalization", ["zscore", "minmax"])
-def test_loss_equals_the_formula(normalization):
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_losses_equal_their_formulas(impl, normalization):
     student, target, present = draw()
-    each = [
-        (normalize(student[b, w], normalization) - normalize(target[b, w], normalization)).square().mean()
-        for b, w in present.nonzero().tolist()
-    ]
-    loss = map_loss(student, target, present, normalization=normalization)
-    torch.testing.assert_close(loss, torch.stack(each).mean())
+    each = torch.zeros(2, 3, dtype=torch.float64)
+    for b, w in present.nonzero().tolist():
+        pairs = list(zip(by_hand(student[b, w], normalization), by_hand(target[b, w], normalization), strict=True))
+        each[b, w] = sum((s - t) ** 2 for s, t in pairs) / len(pairs)
+    for reduction, expected in (("none", each), ("sum", each.sum()), ("mean", each.sum() / 3)):
+        loss = map_loss(student, target, present, normalization=normalization, reduction=reduction, impl=impl)
+        torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_divergence_equals_its_formula(impl):
+    student, target, present = draw()
+    each = torch.zeros(2, 3, dtype=torch.float64)
+    for b, w in present.nonzero().tolist():
+        pairs = zip(by_hand(student[b, w], "sum"), by_hand(target[b, w], "sum"), strict=True)
+        each[b, w] = sum(t * math.log(t / s) for s, t in pairs)
+    loss = map_loss(student, target, present, normalization="sum", distance="kl", reduction="none", impl=impl)
+    torch.testing.assert_close(loss, each, rtol=1e-4, atol=1e-6)  # epsilon floors the smallest places
+    assert (loss[present] > 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("grid", [(9, 11), (3, 2)])
+def test_students_are_resampled_to_their_targets(impl, grid):
+    student, _, present = draw()
+    target = torch.rand(2, 3, *grid, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    loss = map_loss(student, target, present, impl=impl)
+    torch.testing.assert_close(loss, map_loss(resample(student, grid), target, present, impl=impl))
 
 
 @pytest.mark.parametrize("normalization", ["zscore", "minmax"])
@@ -58,9 +92,23 @@ def test_no_word_at_all_adds_exactly_zero():
     assert not torch.autograd.grad(loss, student)[0].any()
 
 
-def test_gradcheck():
-    student, target, present = draw()
-    assert torch.autograd.gradcheck(lambda s: map_loss(s, target, present), (student,))
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("grid", [(5, 4), (7, 3)])
+def test_gradcheck(impl, grid):
+    student, _, present = draw()
+    target = torch.rand(2, 3, *grid, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for normalization in NORMALIZATIONS:
+        options = {"normalization": normalization, "impl": impl}
+        assert torch.autograd.gradcheck(lambda s: map_loss(s, target, present, **options), (student,))  # noqa: B023
+    assert torch.autograd.gradcheck(
+        lambda s: map_loss(s, target, present, normalization="sum", distance="kl", impl=impl), (student,)
+    )
+
+
+def test_the_operation_is_registered_completely():
+    student, target, present = draw(dtype=torch.float32)
+    for grid in (target, torch.rand(2, 3, 7, 3)):
+        torch.library.opcheck(torch.ops.lavender.map_loss.default, (student, grid, present, "zscore", "mse", "torch"))
 
 
 def test_half_precision_is_summed_in_float32():
@@ -68,9 +116,19 @@ def test_half_precision_is_summed_in_float32():
     assert map_loss(student, target, present).dtype == torch.float32
 
 
-def test_misuse_is_a_clear_error():
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": torch.zeros(2, 2, 5, 4)}, "do not fit"),
+        ({"normalization": "softmax"}, "choose one of zscore, sum, minmax, max, none"),
+        ({"distance": "l1"}, "choose one of mse, kl"),
+        ({"distance": "kl"}, "use normalization='sum'"),
+        ({"reduction": "batch"}, "choose one of mean, sum, none"),
+        ({"impl": "fastest"}, "auto or one of triton, torch, reference"),
+    ],
+)
+def test_misuse_is_a_clear_error(change, message):
     student, target, present = draw()
-    with pytest.raises(ConfigError, match="do not fit"):
-        map_loss(student, target[..., :2], present)
-    with pytest.raises(ConfigError, match="zscore or minmax"):
-        map_loss(student, target, present, normalization="sum")
+    arguments = {"student": student, "target": target, "present": present} | change
+    with pytest.raises(ConfigError, match=message):
+        map_loss(**arguments)

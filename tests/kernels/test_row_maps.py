@@ -171,19 +171,26 @@ def test_non_contiguous_inputs():
     assert torch.equal(row_maps(turned, key, collate_rows(WORDS), COLUMNS), plain)
 
 
-def test_reference_passes_gradcheck():
+def test_gradcheck():
     query, key, _ = draw(6, batch=1, heads=2, groups=1, rows=4, keys=5, width=3)
     rows, columns = collate_rows([[[0, 2], [3]]]), torch.tensor([[1, 4, -1]])
-    assert torch.autograd.gradcheck(lambda q, k: row_maps(q, k, rows, columns, impl="reference"), (query, key))
-    assert torch.autograd.gradcheck(lambda q, k: row_maps(q, k, rows, columns, impl="torch"), (query, key))
+    weights = torch.tensor([0.3, -1.2], dtype=torch.float64, requires_grad=True)
+    for impl in IMPLS:
+        assert torch.autograd.gradcheck(lambda q, k: row_maps(q, k, rows, columns, impl=impl), (query, key))  # noqa: B023
+        assert torch.autograd.gradcheck(
+            lambda q, k, a: row_maps(q, k, rows, columns, head_weights=a, impl=impl),  # noqa: B023
+            (query, key, weights),
+        )
 
 
 def test_the_operation_is_registered_completely():
     query, key, _ = draw(7, dtype=torch.float32)
     rows = collate_rows(WORDS)
     bias = torch.zeros(1, 1, 1, 13)
-    for mask in (None, bias):
-        arguments = (query, key, rows.rows, rows.indicator(torch.float32), COLUMNS, mask, 0.3)
+    weights = torch.rand(4, requires_grad=True)
+    lse = torch.rand(2, 4, rows.rows.shape[1])
+    for options in ((None, 0.3, None, None), (bias, 0.3, weights, None), (None, 0.3, weights, lse)):
+        arguments = (query, key, rows.rows, rows.indicator(torch.float32), COLUMNS, *options)
         torch.library.opcheck(torch.ops.lavender.row_maps_torch.default, arguments)
 
 
@@ -207,7 +214,10 @@ def test_memory_is_that_of_the_word_rows():
         ({"key": torch.zeros(2, 2, 13, 8).half()}, "dtype"),
         ({"columns": torch.zeros(3, 2).long()}, "do not fit 2 samples"),
         ({"mask": torch.ones(9, 13).bool(), "causal": True}, "causal"),
-        ({"impl": "fastest"}, "auto or one of torch, reference"),
+        ({"head_weights": torch.ones(2)}, "one weight per query head"),
+        ({"lse": torch.zeros(2, 4, 8)}, r"lse is .*expected \[B, H, T\]"),
+        ({"lse": torch.zeros(2, 4, 9), "renormalize": True}, "renormalize"),
+        ({"impl": "fastest"}, "auto or one of triton, torch, reference"),
     ],
 )
 def test_misuse_is_a_clear_error(change, message):

@@ -1,0 +1,363 @@
+"""Every implementation against float64, forward and every gradient, in float32 and half precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lavender.kernels import column_maps as columns_module
+from lavender.kernels.column_maps import column_attention, column_maps
+from lavender.kernels.map_loss import NORMALIZATIONS, map_loss
+from lavender.kernels.row_map_loss import row_map_loss
+from lavender.kernels.row_maps import row_maps
+from lavender.words import collate_rows
+
+from .budget import DEVICE, assert_within_budget, poison_fresh_memory
+
+IMPLS = ["torch", "triton"]
+DTYPES = [torch.float32, torch.float16]
+if torch.cuda.is_available():  # the interpreter rounds bfloat16 in its own way
+    DTYPES.append(torch.bfloat16)
+
+WORDS = [[[1, 2], [4], [], [2]], [[0, 3, 8]]]
+"""A split word, one row, no row, a row that two words share; padding in the second sample."""
+
+
+def draw(seed, *shapes, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype) for shape in shapes]
+
+
+def naive_rows(query, key, rows, columns, visible=None, head_weights=None):
+    """Word maps by plain operations in the inputs' dtype."""
+    scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).mT * query.shape[-1] ** -0.5
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -1e4)
+    probabilities = scores.softmax(-1)
+    if visible is not None:
+        probabilities = probabilities.masked_fill(~visible.any(-1, keepdim=True), 0)
+    index = rows.rows.clamp_min(0)[:, None, :, None].expand(-1, query.shape[1], -1, key.shape[2])
+    chosen = probabilities.gather(2, index)
+    index = columns.clamp_min(0)[:, None, None].expand(-1, *chosen.shape[1:3], -1)
+    maps = rows.indicator(query.dtype)[:, None] @ chosen.gather(3, index) * (columns >= 0)[:, None, None].to(query.dtype)
+    return maps if head_weights is None else (maps * head_weights[:, None, None]).sum(1, keepdim=True)
+
+
+def collate(words):
+    rows = collate_rows(words)
+    return type(rows)(rows.rows.to(DEVICE), rows.words.to(DEVICE), rows.weights.to(DEVICE), rows.num_words)
+
+
+def check_rows(
+    impl, dtype, seed=0, heads=(4, 2), length=11, keys=77, width=40, words=WORDS, num_columns=50, weighted=False, **options
+):
+    batch = len(words)
+    query, key, weights = draw(seed, (batch, length, heads[0], width), (batch, keys, heads[1], width), (heads[0],), dtype=dtype)
+    query, key = query.transpose(1, 2), key.transpose(1, 2)  # a model's layout: not contiguous
+    generator = torch.Generator().manual_seed(seed)
+    columns = torch.stack([torch.randperm(keys, generator=generator)[:num_columns] for _ in range(batch)]).to(DEVICE)
+    columns[-1, num_columns // 2 :] = -1
+    rows, visible = collate(words), options.get("mask")
+    if options.get("causal"):
+        visible = torch.ones(length, keys, dtype=torch.bool, device=DEVICE).tril()
+    inputs = [query, key, *([weights] if weighted else [])]
+
+    def ours(q, k, a=None):
+        return (row_maps(q, k, rows, columns, head_weights=a, impl=impl, **options),)
+
+    def exact(q, k, a=None):
+        return (row_maps(q, k, rows, columns, head_weights=a, impl="reference", **options),)
+
+    def naive(q, k, a=None):
+        return (naive_rows(q, k, rows, columns, visible, a),)
+
+    assert_within_budget(ours, exact, naive, inputs)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows(impl, dtype, weighted, monkeypatch):
+    poison_fresh_memory(monkeypatch)
+    check_rows(impl, dtype, weighted=weighted)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("width", [64, 72, 80, 96, 128])
+def test_rows_of_every_head_width(impl, width):
+    check_rows(impl, torch.float32, heads=(2, 1), width=width, keys=33, num_columns=20)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("width", [160, 256])
+def test_rows_of_wide_heads_in_half_precision(impl, width):
+    check_rows(impl, torch.float16, heads=(2, 1), width=width, keys=33, num_columns=20, weighted=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_causal_rows(impl, dtype):
+    check_rows(impl, dtype, length=77, weighted=True, causal=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(2, 4, 11, 77), (2, 1, 1, 77), (1, 1, 11, 77), (11, 77)])
+def test_rows_under_masks(impl, shape):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(5)) < 0.6
+    mask[..., 4 if shape[-2] > 1 else 0, :] = shape[-2] == 1  # a row that may see nothing
+    check_rows(impl, torch.float32, mask=mask.to(DEVICE))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("keys", "num_columns"), [(577, 576), (1601, 1600)])
+def test_rows_over_many_keys(impl, keys, num_columns):
+    options = {"width": 16, "words": [[[3, 4], [7]]], "weighted": True}
+    check_rows(impl, torch.float32, heads=(2, 1), keys=keys, num_columns=num_columns, **options)
+
+
+def test_rows_over_the_keys_of_four_tiles():
+    check_rows("torch", torch.float32, heads=(8, 2), keys=6404, num_columns=6404, width=64, length=16, weighted=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_more_words_than_one_block_and_more_rows_than_one_tile(impl):
+    words = [[[w, w + 1] for w in range(70)]]
+    check_rows(impl, torch.float32, heads=(1, 1), length=71, keys=20, num_columns=20, width=16, words=words)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 10**6), data=st.data())
+def test_rows_of_any_shape(impl, seed, data):
+    length, keys = data.draw(st.integers(1, 9), label="T"), data.draw(st.integers(1, 40), label="N")
+    rows = st.lists(st.lists(st.integers(0, length - 1), max_size=3), max_size=3)
+    words = data.draw(st.lists(rows, min_size=1, max_size=2), label="words")
+    mask = None
+    if data.draw(st.booleans(), label="masked"):
+        mask = torch.rand(len(words), 1, length, keys, generator=torch.Generator().manual_seed(seed)) < 0.5
+        mask = mask.to(DEVICE)
+    heads = data.draw(st.sampled_from([(1, 1), (4, 2), (6, 2)]), label="heads")
+    width, num_columns = data.draw(st.sampled_from([1, 5, 8, 24]), label="D"), data.draw(st.integers(1, keys), label="M")
+    options = {} if mask is None else {"mask": mask}
+    check_rows(impl, torch.float32, seed, heads, length, keys, width, words, num_columns, data.draw(st.booleans()), **options)
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_given_normalizer_changes_nothing(impl, masked):
+    query, key = draw(3, (2, 4, 9, 16), (2, 2, 21, 16))
+    columns = torch.arange(20, device=DEVICE).expand(2, -1)
+    mask = torch.rand(2, 1, 9, 21, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.5 if masked else None
+    scores = query.double() @ key.double().repeat_interleave(2, dim=1).mT / 4
+    lse = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).logsumexp(-1)
+    results = []
+    for given_lse in (None, lse):
+        q, k = query.detach().requires_grad_(), key.detach().requires_grad_()
+        maps = row_maps(q, k, collate(WORDS), columns, mask=mask, lse=given_lse, impl=impl)
+        results.append([maps, *torch.autograd.grad(maps.sin().sum(), (q, k))])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_outside_the_picture(impl):
+    """The softmax ties every key to the map: keys outside the columns get the delta term, and only that."""
+    query, key = draw(4, (1, 2, 5, 16), (1, 1, 30, 16), dtype=torch.float32)
+    columns = torch.arange(10, 20, device=DEVICE)[None]
+    rows = collate([[[1], [3]]])
+    key.requires_grad_()
+    maps = row_maps(query, key, rows, columns, head_weights=torch.ones(2, device=DEVICE), impl=impl)
+    (found,) = torch.autograd.grad(maps.sum(), key)
+    probabilities = (query[:, :, [1, 3]].double() @ key.double().mT / 4).softmax(-1)
+    inside = torch.zeros(30, dtype=torch.float64, device=DEVICE)
+    inside[10:20] = 1
+    scores_gradient = probabilities * (inside - (probabilities * inside).sum(-1, keepdim=True))
+    expected = (scores_gradient.mT @ query[:, :, [1, 3]].double() / 4).sum(1, keepdim=True)
+    assert expected[:, :, :10].norm() > 0.1 * expected.norm()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_large_scores(impl):
+    """A softmax that does not subtract the maximum overflows here."""
+    query, key = draw(5, (1, 1, 4, 16), (1, 1, 30, 16))
+    maps = row_maps(query * 300, key, collate([[[1], [2]]]), torch.arange(30, device=DEVICE)[None], impl=impl)
+    torch.testing.assert_close(maps.sum(-1), torch.ones_like(maps.sum(-1)))
+    weights = torch.eye(30, device=DEVICE)[None]
+    total = column_maps(query * 300, key, weights, impl=impl).sum(2)
+    torch.testing.assert_close(total, torch.ones_like(total))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("size", [1e-9, 1e4])
+def test_gradients_of_any_size_survive_half_precision(impl, size):
+    query, key = draw(6, (1, 2, 8, 16), (1, 2, 40, 16), dtype=torch.float16)
+    columns, rows = torch.arange(40, device=DEVICE)[None], collate([[[1], [2, 3]]])
+    weights = torch.rand(1, 3, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for function in (
+        lambda q, k, impl: row_maps(q, k, rows, columns, impl=impl),
+        lambda q, k, impl: column_maps(q, k, weights, impl=impl),
+    ):
+        q, exact = query.detach().requires_grad_(), query.double().requires_grad_()
+        wanted = torch.autograd.grad((function(exact, key.double(), "reference") ** 2).sum(), exact)[0]
+        maps = function(q, key, impl)
+        # What a gradient scaler does: the loss is scaled before, the gradient after; in between it must fit float16.
+        scale = 1.0 if size > 1 else 2.0**24
+        found = torch.autograd.grad((maps**2).sum() * size * scale, q)[0]
+        assert torch.isfinite(found).all()
+        assert ((found.double() / (size * scale)) - wanted).norm() / wanted.norm() < 0.02
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_results_are_the_same_bits_every_time(impl):
+    query, key, value = draw(7, (2, 4, 20, 16), (2, 4, 40, 16), (2, 4, 40, 16))
+    columns, weights = torch.arange(40, device=DEVICE).expand(2, -1), torch.ones(2, 3, 40, device=DEVICE)
+    heads = torch.rand(4, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def results():
+        q, k, v, a = (t.detach().requires_grad_() for t in (query, key, value, heads))
+        maps = row_maps(q, k, collate(WORDS), columns, head_weights=a, impl=impl)
+        output, other = column_attention(q, k, v, weights, head_weights=a, impl=impl)
+        return [maps, output, other, *torch.autograd.grad(maps.sin().sum() + output.sum() + other.sin().sum(), (q, k, v, a))]
+
+    first = results()
+    for _ in range(1000 if DEVICE == "cuda" else 2):
+        assert all(torch.equal(one, other) for one, other in zip(first, results(), strict=True))
+
+
+def naive_columns(query, key, value, weights, visible=None, head_weights=None):
+    scores = query @ key.mT * query.shape[-1] ** -0.5
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -1e4)
+    probabilities = scores.softmax(-1)
+    if visible is not None:
+        probabilities = probabilities.masked_fill(~visible.any(-1, keepdim=True), 0)
+    maps = weights.to(query.dtype)[:, None] @ probabilities.mT
+    return probabilities @ value, maps if head_weights is None else (maps * head_weights[:, None, None]).sum(1, keepdim=True)
+
+
+def check_columns(impl, dtype, seed=0, heads=2, queries=50, keys=77, width=40, words=5, weighted=False, has_value=True, mask=None):
+    shapes = [(2, queries, heads, width), (2, keys, heads, width), (2, keys, heads, width), (heads,)]
+    query, key, value, head_weights = draw(seed, *shapes, dtype=dtype)
+    weights = torch.rand(2, words, keys, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    weights[:, -1] = 0  # a word without tokens
+    inputs = [query.transpose(1, 2), key.transpose(1, 2), *([value.transpose(1, 2)] if has_value else [])]
+    inputs += [head_weights] if weighted else []
+
+    def ours(q, k, *rest, impl=impl):
+        a = rest[-1] if weighted else None
+        if has_value:
+            return column_attention(q, k, rest[0], weights, head_weights=a, mask=mask, impl=impl)
+        return (column_maps(q, k, weights, head_weights=a, mask=mask, impl=impl),)
+
+    def naive(q, k, *rest):
+        results = naive_columns(q, k, rest[0] if has_value else k, weights, mask, rest[-1] if weighted else None)
+        return results if has_value else results[1:]
+
+    assert_within_budget(ours, lambda *inputs: ours(*inputs, impl="reference"), naive, inputs)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("has_value", [False, True])
+def test_columns(impl, dtype, weighted, has_value, monkeypatch):
+    poison_fresh_memory(monkeypatch)
+    check_columns(impl, dtype, weighted=weighted, has_value=has_value)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("width", "keys"), [(64, 77), (80, 16), (160, 77), (256, 128)])
+def test_columns_of_every_head_width(impl, width, keys):
+    check_columns(impl, torch.float16, heads=1, queries=20, width=width, keys=keys)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_columns_under_a_mask(impl):
+    mask = torch.rand(2, 1, 50, 77, generator=torch.Generator().manual_seed(2)) < 0.5
+    mask[:, :, 7] = False  # a query that may see nothing
+    check_columns(impl, torch.float32, weighted=True, mask=mask.to(DEVICE))
+    check_columns(impl, torch.float32, mask=mask[:, :, :1].to(DEVICE))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_columns_of_joint_attention(impl, weighted):
+    """More keys than one pass takes, most of them of no word."""
+    check_columns(impl, torch.float32, keys=200, queries=40, width=16, has_value=False, weighted=weighted)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_more_words_than_one_block(impl):
+    check_columns(impl, torch.float32, heads=1, queries=20, keys=20, width=16, words=70)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6), data=st.data())
+def test_columns_of_any_shape(impl, seed, data):
+    queries, keys = data.draw(st.integers(1, 40), label="Q"), data.draw(st.integers(1, 40), label="N")
+    mask = None
+    if data.draw(st.booleans(), label="masked"):
+        mask = (torch.rand(2, 1, queries, keys, generator=torch.Generator().manual_seed(seed)) < 0.5).to(DEVICE)
+    width, words = data.draw(st.sampled_from([1, 8, 24]), label="D"), data.draw(st.integers(1, 4), label="W")
+    flags = data.draw(st.tuples(st.booleans(), st.booleans()), label="weighted, value")
+    check_columns(impl, torch.float32, seed, 2, queries, keys, width, words, *flags, mask)
+
+
+def test_one_heads_queries_in_several_chunks(monkeypatch):
+    monkeypatch.setattr(columns_module, "BYTE_BUDGET", 2**12)
+    mask = torch.rand(2, 2, 50, 77, generator=torch.Generator().manual_seed(2)) < 0.5
+    check_columns("torch", torch.float32, mask=mask.to(DEVICE))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("normalization", "distance"), [*((name, "mse") for name in NORMALIZATIONS), ("sum", "kl")], ids=lambda name: name
+)
+@pytest.mark.parametrize("grids", [((5, 7), (5, 7)), ((8, 8), (32, 32)), ((24, 20), (9, 16))], ids=str)
+def test_losses(impl, normalization, distance, grids, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    student, target = (torch.rand(2, 3, *grid, generator=generator).to(DEVICE) for grid in grids)
+    present = torch.tensor([[True, False, True], [False, True, False]], device=DEVICE)
+    options = {"normalization": normalization, "distance": distance, "reduction": "none"}
+
+    def loss(student, impl):
+        return (map_loss(student, target.to(student.dtype), present, impl=impl, **options),)
+
+    poison_fresh_memory(monkeypatch)
+    assert_within_budget(lambda s: loss(s, impl), lambda s: loss(s, "reference"), lambda s: loss(s, "reference"), [student])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_ties_share_a_gradient_as_in_torch(impl):
+    student = torch.tensor([[[[1.0, 3.0], [3.0, 1.0]]]], device=DEVICE)
+    target, present = torch.tensor([[[[0.2, 1.0], [0.4, 0.1]]]], device=DEVICE), torch.ones(1, 1, dtype=torch.bool, device=DEVICE)
+    for normalization in ("minmax", "max"):
+        gradients = []
+        for one in ("reference", impl):
+            given_ = student.detach().requires_grad_()
+            loss = map_loss(given_, target, present, normalization=normalization, impl=one)
+            gradients.append(torch.autograd.grad(loss, given_)[0])
+        torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_from_queries_to_the_loss(impl, dtype):
+    query, key = draw(8, (2, 4, 11, 16), (2, 2, 40, 16), dtype=dtype)
+    columns = torch.arange(4, 40, device=DEVICE).expand(2, -1)
+    target = torch.rand(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    present = torch.tensor([[True, True, False, True], [True, False, False, False]], device=DEVICE)
+    rows = collate(WORDS)
+
+    def loss(query, key, impl):
+        return (row_map_loss(query, key, rows, columns, (6, 6), target.to(query.dtype), present, impl=impl),)
+
+    def naive(query, key):
+        maps = naive_rows(query, key, rows, columns).mean(1) * 36
+        return (map_loss(maps.unflatten(-1, (6, 6)), target.to(maps.dtype), present, impl="reference"),)
+
+    assert_within_budget(lambda q, k: loss(q, k, impl), lambda q, k: loss(q, k, "reference"), naive, [query, key])
