@@ -196,6 +196,24 @@ def test_the_loss_is_language_loss_plus_weighted_alignment(student, training_bat
         assert torch.equal(as_tuple[0], output.loss)
 
 
+def test_the_identity_aligner_trains_on_the_mean_over_heads_alone(student, training_batch):
+    """No map per head is made in training; term and gradients are those of the mean over maps that keep their heads."""
+    student = student.double()
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in training_batch.items() if k != "labels"}
+    with lavender.patch(student, AlignmentConfig(aligner="identity", weight=1.0)) as patch:
+        kept = patch.capture(**batch)
+        expected = student.lavender(kept, batch["lavender_targets"], batch["lavender_present"])
+        wanted = torch.autograd.grad(expected, student.model.language_model.layers[0].self_attn.q_proj.weight)[0]
+        seen = []
+        student.lavender.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[2]))
+        loss = student(**batch).loss
+        found = torch.autograd.grad(loss, student.model.language_model.layers[0].self_attn.q_proj.weight)[0]
+    assert kept.shape[2] == 4
+    assert seen == [1]
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, wanted)
+
+
 def language_gradients(model):
     layers = model.model.language_model.layers
     return {(i, n): getattr(layer.self_attn, n).weight.grad for i, layer in enumerate(layers) for n in ("q_proj", "k_proj")}

@@ -94,6 +94,32 @@ def test_a_whole_pipeline_run_is_unchanged(pipe):
     assert mean.max() < 1
 
 
+@pytest.mark.parametrize("branch", [slice(None), slice(1, 2)])
+def test_fused_capture_gives_the_same_maps_and_outputs_up_to_rounding(pipe, inputs, branch):
+    with torch.no_grad(), lavender.patch(pipe) as patch:
+        with patch.capture(WEIGHTS[branch], branch) as apart:
+            plain = pipe.unet(**inputs).sample
+        with patch.capture(WEIGHTS[branch], branch, fused=True) as fused:
+            output = pipe.unet(**inputs).sample
+    torch.testing.assert_close(output, plain, rtol=1e-4, atol=1e-5)
+    assert [e.layer for e in fused.entries] == [e.layer for e in apart.entries]
+    for one, other in zip(fused.entries, apart.entries, strict=True):
+        torch.testing.assert_close(one.maps, other.maps, rtol=1e-4, atol=1e-6)
+
+
+def test_fused_capture_refuses_an_attention_that_it_cannot_replace(pipe, inputs):
+    class Dropping:
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
+            if encoder_hidden_states is None:
+                return hidden_states
+            query = attn.to_q(hidden_states)[:, None]
+            return torch.nn.functional.scaled_dot_product_attention(query, query, query, dropout_p=0.5)[:, 0]
+
+    pipe.unet.set_attn_processor(Dropping())
+    with lavender.patch(pipe) as patch, pytest.raises(CaptureError, match="fused=False"), patch.capture(WEIGHTS, fused=True):
+        pipe.unet(**inputs)
+
+
 def test_the_branch_decides_whose_attention_is_read(pipe, inputs):
     with torch.no_grad(), lavender.patch(pipe) as patch:
         with patch.capture(WEIGHTS) as both:

@@ -123,7 +123,8 @@ def _columns(
     both = _column_maps_torch(query, key, value, weights, bias, scale)
     maps = both[..., value.shape[3] :].mT
     if head_weights is not None:
-        maps = torch.einsum("h,bhwq->bwq", head_weights, maps)[:, None]
+        # Not a matrix product: a head's gradient is a sum whose terms nearly cancel, and `sum` adds them pairwise.
+        maps = (head_weights[:, None, None] * maps).sum(dim=1, keepdim=True)
     return both[..., : value.shape[3]].to(query.dtype), maps
 
 
@@ -239,8 +240,9 @@ def _column_maps_torch_backward(
     for s, i, queries, probabilities in chunks:
         wanted = torch.bmm(gradient[s, i], extended[s].mT)
         value_gradient[s] += torch.bmm(probabilities.mT, gradient[s, i, :width])
-        delta = torch.einsum("sin,sin->si", probabilities, wanted)[..., None]
-        scores_gradient = probabilities.mul_(wanted.sub_(delta))
+        scores_gradient = wanted.mul_(probabilities)
+        delta = scores_gradient.sum(dim=-1, keepdim=True)
+        scores_gradient.addcmul_(probabilities, delta, value=-1)
         query_gradient[s, i] = torch.bmm(scores_gradient, chunks.scaled_key[s])
         key_gradient[s] += torch.bmm(scores_gradient.mT, queries)
     heads = query.shape[:2]

@@ -469,7 +469,7 @@ def _column_maps(
 
 
 @_column_maps.register_fake
-def _(query, key, value, word_weights, bias, scale, head_weights):  # type: ignore[no-untyped-def]
+def _(query, key, value, word_weights, bias, scale, head_weights):
     output = query.new_empty(*query.shape[:3], value.shape[3])
     channels = query.shape[1] if head_weights is None else 1
     maps = word_weights.new_empty(query.shape[0], channels, word_weights.shape[1], query.shape[2])
@@ -534,18 +534,18 @@ def _column_maps_backward(
 
 
 @_column_maps_backward.register_fake
-def _(output_gradient, gradient, query, key, value, word_weights, bias, scale, head_weights, lse):  # type: ignore[no-untyped-def]
+def _(output_gradient, gradient, query, key, value, word_weights, bias, scale, head_weights, lse):
     gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value)]
     return (*gradients, gradient.new_empty(query.shape[1]))
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):
     query, key, value, word_weights, bias, ctx.scale, head_weights = inputs
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(query, key, value, word_weights, bias, head_weights, output[2])
 
 
-def _backward(ctx, output_gradient, gradient, _):  # type: ignore[no-untyped-def]
+def _backward(ctx, output_gradient, gradient, _):
     *tensors, bias, head_weights, lse = ctx.saved_tensors
     arguments = (*tensors, bias, ctx.scale, head_weights, lse)
     *gradients, head_gradient = _column_maps_backward(output_gradient.contiguous(), gradient.contiguous(), *arguments)

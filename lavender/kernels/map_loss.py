@@ -1,7 +1,7 @@
 r"""Comparing a student's word maps with their targets: resample, normalize both per map, compare, reduce.
 
     loss[b,w] = distance(norm(resampled student[b,w]), norm(target[b,w])), zero where the word is not present
-    mse: mean over places of (S - T)^2          kl: sum over places of T (log T - log S), with `sum` alone
+    mse: mean over places of (S - T)^2          kl: sum over places of T log(T / S), with `sum` alone
 
     zscore: (A - mean) / sqrt(variance + eps)   sum: A / (sum + eps)   minmax: (A - min) / (max - min + eps)
     max: A / (max + eps)                        none: A
@@ -84,7 +84,7 @@ def map_loss_reference(
     if distance == "mse":
         per_word = (ours - theirs).square().mean(dim=(-2, -1))
     else:
-        per_word = (theirs * (theirs.clamp_min(EPSILON).log() - ours.clamp_min(EPSILON).log())).sum(dim=(-2, -1))
+        per_word = (theirs * (theirs.clamp_min(EPSILON) / ours.clamp_min(EPSILON)).log()).sum(dim=(-2, -1))
     return per_word.masked_fill(~present, 0)
 
 
@@ -170,7 +170,7 @@ def _map_loss(
         per_word = difference.square().mean(dim=places)
         pull = difference * (2 / (theirs.shape[2] * theirs.shape[3]))
     else:
-        per_word = (theirs * (theirs.clamp_min(EPSILON).log() - normalized.clamp_min(EPSILON).log())).sum(dim=places)
+        per_word = (theirs * (theirs.clamp_min(EPSILON) / normalized.clamp_min(EPSILON)).log()).sum(dim=places)
         pull = torch.where(normalized >= EPSILON, -theirs / normalized.clamp_min(EPSILON), 0)
     gradient = _normalize_backward(pull, ours, normalized, normalization)
     if matrices is not None:

@@ -55,12 +55,11 @@ def _word(
     maps = tl.load(student + own_place, mask=own & (i < y * flag)[:, None], other=0.0).to(tl.float32)
     target_i, target_j = tl.arange(0, TARGET_Y), tl.arange(0, TARGET_X)
     inside = (target_i < target_y)[:, None] & (target_j < target_x)[None, :]
-    y_weights = maps
-    x_weights = maps
+    y_place, y_inside = target_i[:, None] * y + i[None, :], (target_i < target_y)[:, None] & (i < y)
+    x_place, x_inside = target_j[:, None] * x + j[None, :], (target_j < target_x)[:, None] & (j < x)
     if RESAMPLED:
-        y_weights = tl.load(y_matrix + target_i[:, None] * y + i[None, :], mask=(target_i < target_y)[:, None] & (i < y), other=0.0)
-        x_weights = tl.load(x_matrix + target_j[:, None] * x + j[None, :], mask=(target_j < target_x)[:, None] & (j < x), other=0.0)
-        maps = dot(dot(y_weights, maps), tl.trans(x_weights))
+        maps = dot(maps, tl.trans(tl.load(x_matrix + x_place, mask=x_inside, other=0.0)))
+        maps = dot(tl.load(y_matrix + y_place, mask=y_inside, other=0.0), maps)
     target_place = word * target_y * target_x + target_i[:, None] * target_x + target_j[None, :]
     theirs = tl.load(target + target_place, mask=inside & (target_i < target_y * flag)[:, None], other=0.0).to(tl.float32)
 
@@ -72,7 +71,7 @@ def _word(
         pull = (ours - theirs) * (2.0 / count)
     else:
         floored = tl.maximum(ours, TINY)
-        value = _total(theirs * (tl.log(tl.maximum(theirs, TINY)) - tl.log(floored)))
+        value = _total(theirs * tl.log(tl.maximum(theirs, TINY) / floored))
         pull = tl.where(ours >= TINY, -theirs / floored, 0.0)
     along = _total(pull * ours)
     if KIND == ZSCORE:
@@ -87,9 +86,10 @@ def _word(
         if KIND == MINMAX:
             pull += lowest * ((along - total) / _total(lowest))
     pull = tl.where(inside, pull * factor * flag, 0.0)
-    if RESAMPLED:
-        pull = dot(dot(tl.trans(y_weights), pull), x_weights)
     tl.store(loss + word, value * flag)
+    if RESAMPLED:  # the matrices are read again: they do not fit into the registers meanwhile
+        pull = dot(tl.trans(tl.load(y_matrix + y_place, mask=y_inside, other=0.0)), pull)
+        pull = dot(pull, tl.load(x_matrix + x_place, mask=x_inside, other=0.0))
     tl.store(gradient + own_place, pull, mask=own)
 
 

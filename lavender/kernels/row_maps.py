@@ -264,8 +264,9 @@ def _row_maps_torch(
     head_weights: torch.Tensor | None,
     lse: torch.Tensor | None,
 ) -> torch.Tensor:
-    channels = query.shape[1] if head_weights is None else 1
-    maps = indicator.new_zeros(query.shape[0], channels, indicator.shape[1], key.shape[2] if channels == 1 else columns.shape[1])
+    # A sum over heads keeps every key until its end: columns are then chosen once.
+    channels, places = (query.shape[1], columns.shape[1]) if head_weights is None else (1, key.shape[2])
+    maps = indicator.new_zeros(query.shape[0], channels, indicator.shape[1], places)
     valid = (columns >= 0).to(maps.dtype)[:, None, None]
     index = columns.clamp_min(0)[:, None, None]
     for b, h, _, r, probabilities in _Chunks(query, key, rows, bias, scale, lse):
@@ -310,9 +311,11 @@ def _row_maps_torch_backward(
     full.scatter_add_(3, columns.clamp_min(0)[:, None, None].expand_as(gradient), gradient)
     for b, h, g, r, probabilities in chunks:
         wanted = indicator[b, None, :, r].mT @ full[b, h if head_weights is None else slice(None)]
-        delta = torch.einsum("bhrn,bhrn->bhr", probabilities, wanted.expand_as(probabilities))[..., None]
+        scores_gradient = probabilities * wanted
+        # A pairwise sum: its terms nearly cancel, and a dot product would lose them.
+        delta = scores_gradient.sum(dim=-1, keepdim=True)
         head_gradient[h] += delta.sum(dim=(0, 2, 3))
-        scores_gradient = probabilities.mul_(wanted - delta)
+        scores_gradient.addcmul_(probabilities, delta, value=-1)
         if head_weights is not None:
             scores_gradient *= head_weights[h, None, None]
         rows_gradient[b, h, r] = product(scores_gradient, chunks.key[b, g], chunks.group)

@@ -500,7 +500,7 @@ def _row_maps(
 
 
 @_row_maps.register_fake
-def _(query, key, rows, words, weights, columns, num_words, bias, causal, scale, head_weights, lse):  # type: ignore[no-untyped-def]
+def _(query, key, rows, words, weights, columns, num_words, bias, causal, scale, head_weights, lse):
     batch, heads = query.shape[:2]
     channels = heads if head_weights is None else 1
     maps = weights.new_empty(batch, channels, num_words, columns.shape[1])
@@ -568,17 +568,17 @@ def _row_maps_backward(
 
 
 @_row_maps_backward.register_fake
-def _(gradient, query, key, rows, words, weights, columns, bias, causal, scale, head_weights, normalizer):  # type: ignore[no-untyped-def]
+def _(gradient, query, key, rows, words, weights, columns, bias, causal, scale, head_weights, normalizer):
     return torch.empty_like(query), torch.empty(key.shape, dtype=key.dtype, device=key.device), gradient.new_empty(query.shape[1])
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):
     query, key, rows, words, weights, columns, _, bias, ctx.causal, ctx.scale, head_weights, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(query, key, rows, words, weights, columns, bias, head_weights, output[1])
 
 
-def _backward(ctx, gradient, _):  # type: ignore[no-untyped-def]
+def _backward(ctx, gradient, _):
     *tensors, bias, head_weights, normalizer = ctx.saved_tensors
     arguments = (gradient.contiguous(), *tensors, bias, ctx.causal, ctx.scale, head_weights, normalizer)
     query_gradient, key_gradient, head_gradient = _row_maps_backward(*arguments)

@@ -55,7 +55,9 @@ class _Compiled:
         def compile_only(function, *args, **options):  # type: ignore[no-untyped-def]
             options["warmup"] = True
             kernel = run(function, *args, **options)
-            self.kernels.setdefault(id(kernel), (f"{function.fn.__name__} {self.label}", kernel))
+            self.kernels.setdefault(
+                id(kernel), (f"{function.fn.__module__.split('.')[-1]}.{function.fn.__name__} {self.label}", kernel)
+            )
             return kernel
 
         monkey.run = compile_only
@@ -117,6 +119,26 @@ def column_maps_cases(compiled: _Compiled) -> None:
         head_weights = torch.ones(heads) if weighted else None
         output, maps = column_maps_triton(query, key, value, torch.ones(1, 16, keys), bias, 0.1, head_weights)
         torch.autograd.grad(output.sum() + maps.sum(), (query, key))
+
+
+def map_loss_cases(compiled: _Compiled) -> None:
+    from lavender.kernels.map_loss_triton import map_loss_triton
+
+    for normalization, distance, side, target_side in [
+        ("zscore", "mse", 24, 32),
+        ("zscore", "mse", 64, 64),
+        ("zscore", "mse", 16, 64),
+        ("minmax", "mse", 24, 32),
+        ("minmax", "mse", 64, 64),
+        ("sum", "kl", 64, 64),
+        ("sum", "kl", 64, 32),
+        ("max", "mse", 64, 16),
+        ("none", "mse", 40, 64),
+    ]:
+        compiled.label = f"{normalization} {distance} {side} -> {target_side}"
+        matrices = None if side == target_side else (torch.zeros(target_side, side),) * 2
+        maps, target = torch.zeros(1, 2, side, side), torch.zeros(1, 2, target_side, target_side)
+        map_loss_triton(maps, target, torch.ones(1, 2, dtype=torch.bool), normalization, distance, matrices)
 
 
 def usage(kernel: object) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -51,7 +53,18 @@ def collate(words):
 
 
 def check_rows(
-    impl, dtype, seed=0, heads=(4, 2), length=11, keys=77, width=40, words=WORDS, num_columns=50, weighted=False, **options
+    impl,
+    dtype,
+    seed=0,
+    heads=(4, 2),
+    length=11,
+    keys=77,
+    width=40,
+    words=WORDS,
+    num_columns=50,
+    weighted=False,
+    budget=True,
+    **options,
 ):
     batch = len(words)
     query, key, weights = draw(seed, (batch, length, heads[0], width), (batch, keys, heads[1], width), (heads[0],), dtype=dtype)
@@ -73,7 +86,7 @@ def check_rows(
     def naive(q, k, a=None):
         return (naive_rows(q, k, rows, columns, visible, a),)
 
-    assert_within_budget(ours, exact, naive, inputs)
+    assert_within_budget(ours, exact, naive if budget else None, inputs, math.log(keys) if impl == "triton" else 0.0)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -140,7 +153,7 @@ def test_rows_of_any_shape(impl, seed, data):
         mask = mask.to(DEVICE)
     heads = data.draw(st.sampled_from([(1, 1), (4, 2), (6, 2)]), label="heads")
     width, num_columns = data.draw(st.sampled_from([1, 5, 8, 24]), label="D"), data.draw(st.integers(1, keys), label="M")
-    options = {} if mask is None else {"mask": mask}
+    options = {"budget": False} if mask is None else {"budget": False, "mask": mask}
     check_rows(impl, torch.float32, seed, heads, length, keys, width, words, num_columns, data.draw(st.booleans()), **options)
 
 
@@ -223,7 +236,7 @@ def test_results_are_the_same_bits_every_time(impl):
         return [maps, output, other, *torch.autograd.grad(maps.sin().sum() + output.sum() + other.sin().sum(), (q, k, v, a))]
 
     first = results()
-    for _ in range(1000 if DEVICE == "cuda" else 2):
+    for _ in range(1000 if DEVICE == "cuda" else 1):
         assert all(torch.equal(one, other) for one, other in zip(first, results(), strict=True))
 
 
@@ -238,7 +251,9 @@ def naive_columns(query, key, value, weights, visible=None, head_weights=None):
     return probabilities @ value, maps if head_weights is None else (maps * head_weights[:, None, None]).sum(1, keepdim=True)
 
 
-def check_columns(impl, dtype, seed=0, heads=2, queries=50, keys=77, width=40, words=5, weighted=False, has_value=True, mask=None):
+def check_columns(
+    impl, dtype, seed=0, heads=2, queries=50, keys=77, width=40, words=5, weighted=False, has_value=True, mask=None, budget=True
+):
     shapes = [(2, queries, heads, width), (2, keys, heads, width), (2, keys, heads, width), (heads,)]
     query, key, value, head_weights = draw(seed, *shapes, dtype=dtype)
     weights = torch.rand(2, words, keys, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
@@ -256,7 +271,14 @@ def check_columns(impl, dtype, seed=0, heads=2, queries=50, keys=77, width=40, w
         results = naive_columns(q, k, rest[0] if has_value else k, weights, mask, rest[-1] if weighted else None)
         return results if has_value else results[1:]
 
-    assert_within_budget(ours, lambda *inputs: ours(*inputs, impl="reference"), naive, inputs)
+    keeps_lse = impl == "triton"
+    assert_within_budget(
+        ours,
+        lambda *inputs: ours(*inputs, impl="reference"),
+        naive if budget else None,
+        inputs,
+        math.log(keys) if keeps_lse else 0.0,
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -304,7 +326,7 @@ def test_columns_of_any_shape(impl, seed, data):
         mask = (torch.rand(2, 1, queries, keys, generator=torch.Generator().manual_seed(seed)) < 0.5).to(DEVICE)
     width, words = data.draw(st.sampled_from([1, 8, 24]), label="D"), data.draw(st.integers(1, 4), label="W")
     flags = data.draw(st.tuples(st.booleans(), st.booleans()), label="weighted, value")
-    check_columns(impl, torch.float32, seed, 2, queries, keys, width, words, *flags, mask)
+    check_columns(impl, torch.float32, seed, 2, queries, keys, width, words, *flags, mask, budget=False)
 
 
 def test_one_heads_queries_in_several_chunks(monkeypatch):
@@ -320,8 +342,8 @@ def test_one_heads_queries_in_several_chunks(monkeypatch):
 @pytest.mark.parametrize("grids", [((5, 7), (5, 7)), ((8, 8), (32, 32)), ((24, 20), (9, 16))], ids=str)
 def test_losses(impl, normalization, distance, grids, monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    student, target = (torch.rand(2, 3, *grid, generator=generator).to(DEVICE) for grid in grids)
-    present = torch.tensor([[True, False, True], [False, True, False]], device=DEVICE)
+    student, target = (torch.rand(2, 12, *grid, generator=generator).to(DEVICE) for grid in grids)
+    present = torch.rand(2, 12, generator=generator).to(DEVICE) < 0.7
     options = {"normalization": normalization, "distance": distance, "reduction": "none"}
 
     def loss(student, impl):

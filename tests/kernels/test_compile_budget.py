@@ -1,0 +1,62 @@
+"""What every Triton kernel takes on each architecture, with the shipped block sizes: compiled here, no GPU needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
+"""The most shared memory that a block may take."""
+WITHOUT_PRODUCTS = {"row_maps_triton._add_rows", "row_maps_triton._combine_lse"}
+"""Kernels that only add."""
+
+
+@pytest.fixture(scope="module")
+def compilations():
+    """One process for each architecture, all at once; in them nothing is interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # Spelled out, or Triton warns that a default is going to change.
+    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
+    processes = {
+        capability: subprocess.Popen(
+            [sys.executable, "-m", "tests.kernels.compile_budget", str(capability)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for capability in SHARED_BYTES
+    }
+    yield processes
+    for process in processes.values():
+        process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_every_kernel_stays_within_its_budget(compilations, capability):
+    output, _ = compilations[capability].communicate()
+    assert compilations[capability].returncode == 0
+    kernels = json.loads(output)
+    names = {kernel["kernel"].split()[0] for kernel in kernels}
+    assert names == {
+        *(
+            "row_maps_triton." + n
+            for n in ("_lse", "_combine_lse", "_maps", "_delta", "_query_gradient", "_add_rows", "_key_gradient")
+        ),
+        *("column_maps_triton." + n for n in ("_one_pass", "_two_passes", "_query_gradient", "_key_gradient")),
+        "map_loss_triton._word",
+    }
+    for kernel in kernels:
+        assert kernel["spills"] == 0, kernel
+        assert kernel["stack_bytes"] == 0, kernel
+        assert 0 < kernel["registers"] <= 255, kernel
+        assert kernel["shared_bytes"] <= SHARED_BYTES[capability], kernel
+        same_grid = kernel["kernel"].endswith("64 -> 64")  # a map loss without resampling
+        if kernel["kernel"].split()[0] not in WITHOUT_PRODUCTS and not same_grid:
+            assert kernel["tensor_core"] > 0, kernel
