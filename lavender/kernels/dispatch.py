@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 WhyNot = Callable[[], list[str]]
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 
 def choose(op: str, impl: str, candidates: Mapping[str, WhyNot]) -> str:
     """Name of the implementation to run.
@@ -31,7 +33,8 @@ def choose(op: str, impl: str, candidates: Mapping[str, WhyNot]) -> str:
     if impl == "auto":
         for name, why_not in candidates.items():
             if not why_not():
-                _log_choice(op, name)
+                if not torch.compiler.is_compiling():
+                    _log_choice(op, name)
                 return name
         raise ConfigError(f"no implementation of {op} can run here: { ({n: w() for n, w in candidates.items()}) }")
     if impl not in candidates:
@@ -61,7 +64,7 @@ def triton_reasons(tensor: torch.Tensor, width: int, widest_float32: int, by_nam
     asked for `by_name` and the environment has had `TRITON_INTERPRET=1` since before triton was imported.
     """
     reasons = []
-    if not _has_triton():
+    if not HAS_TRITON:
         reasons.append("triton is not installed (pip install triton)")
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(f"the dtype is {tensor.dtype}; its kernels take float16, bfloat16 and float32")
@@ -69,19 +72,9 @@ def triton_reasons(tensor: torch.Tensor, width: int, widest_float32: int, by_nam
     if width > widest:
         reasons.append(f"the head width is {width}; its kernels take up to {widest} in {tensor.dtype}")
     if tensor.device.type == "cuda":
-        capability = _capability(tensor.device.index or 0)
+        capability = torch.cuda.get_device_capability(tensor.device)
         if capability < (8, 0):
             reasons.append(f"compute capability {capability[0]}.{capability[1]} is below 8.0, where Triton has no tensor cores")
     elif not (by_name and tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         reasons.append(f"the tensors are on {tensor.device.type}, not on cuda")
     return reasons
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError
 from .dispatch import able, choose, triton_reasons
-from .numerics import accumulator
+from .numerics import accumulator, power_of_two
 
 EPSILON = 1e-6
 NORMALIZATIONS = ("zscore", "sum", "minmax", "max", "none")
@@ -29,6 +29,8 @@ DISTANCES = ("mse", "kl")
 REDUCTIONS = ("mean", "sum", "none")
 LONGEST_SIDE = 64
 """The largest height or width of `triton`'s maps, either side of the resampling."""
+LARGEST_PRODUCT = 64 * 64 * 32
+"""Multiplications in `triton`'s largest matrix product of the resampling, sizes padded: at 64 x 64 x 64 registers spill."""
 
 
 def map_loss(
@@ -135,6 +137,9 @@ def _triton_reasons(student: torch.Tensor, target: torch.Tensor, impl: str) -> l
     longest = max(*student.shape[2:], *target.shape[2:])
     if longest > LONGEST_SIDE:
         reasons.append(f"a map is {longest} places long, more than {LONGEST_SIDE}")
+    (y, x), (target_y, target_x) = (map(power_of_two, maps.shape[2:]) for maps in (student, target))
+    if student.shape != target.shape and y * target_x * max(x, target_y) > LARGEST_PRODUCT:
+        reasons.append(f"resampling {tuple(student.shape[2:])} to {tuple(target.shape[2:])} needs more registers than there are")
     return reasons
 
 

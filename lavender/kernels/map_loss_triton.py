@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from .map_loss import DISTANCES, EPSILON, NORMALIZATIONS
-from .tiles import dot, power_of_two
+from .numerics import power_of_two
+from .tiles import dot
 
 TINY = tl.constexpr(EPSILON)
 ZSCORE, SUM, MINMAX, MAX = (tl.constexpr(NORMALIZATIONS.index(name)) for name in ("zscore", "sum", "minmax", "max"))

@@ -1,4 +1,4 @@
-"""The arithmetic that the operations share: what precision sums run in, masks as additive biases, and their softmax."""
+"""The arithmetic that the operations share: the precision of sums, masks as additive biases and their softmax, padded sizes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import torch
 def accumulator(tensor: torch.Tensor) -> torch.dtype:
     """The dtype that sums over this tensor run in: float32, or float64 for float64."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two, 16 or more, that is not below a number: what a kernel's tile of this size is padded to."""
+    return max(16, 1 << (number - 1).bit_length())
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

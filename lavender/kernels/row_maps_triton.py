@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 from ..types import WordRows
-from .tiles import LOG2E, Blocks, blocks_for, dot, last_axis_dense, load_tile, power_of_two, splits_for, store_tile, widths
+from .numerics import power_of_two
+from .tiles import LOG2E, Blocks, blocks_for, dot, last_axis_dense, load_tile, splits_for, store_tile, widths
 
 # Chosen by compiling for sm_80, sm_90 and sm_100 without spills (tests/kernels/test_compile_budget.py); not timed yet.
 LSE_BLOCKS = {

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .numerics import power_of_two
+
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
 """Kernels work in base 2: exp(x) = exp2(x * LOG2E)."""
@@ -62,11 +64,6 @@ def widths(width: int, dtype: torch.dtype) -> tuple[int, int]:
     if dtype == torch.float32 or first == width or width < 16:
         return first, 0
     return first // 2, power_of_two(width - first // 2)
-
-
-def power_of_two(number: int) -> int:
-    """The smallest power of two, 16 or more, that is not below a number."""
-    return max(16, triton.next_power_of_2(number))
 
 
 def last_axis_dense(tensor: torch.Tensor) -> torch.Tensor:

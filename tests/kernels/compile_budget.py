@@ -124,20 +124,22 @@ def column_maps_cases(compiled: _Compiled) -> None:
 def map_loss_cases(compiled: _Compiled) -> None:
     from lavender.kernels.map_loss_triton import map_loss_triton
 
-    for normalization, distance, side, target_side in [
-        ("zscore", "mse", 24, 32),
-        ("zscore", "mse", 64, 64),
-        ("zscore", "mse", 16, 64),
-        ("minmax", "mse", 24, 32),
-        ("minmax", "mse", 64, 64),
-        ("sum", "kl", 64, 64),
-        ("sum", "kl", 64, 32),
-        ("max", "mse", 64, 16),
-        ("none", "mse", 40, 64),
+    for normalization, distance, grid, target_grid in [
+        ("zscore", "mse", (24, 24), (32, 32)),
+        ("zscore", "mse", (64, 64), (64, 64)),
+        ("zscore", "mse", (32, 64), (64, 64)),
+        ("minmax", "mse", (24, 24), (32, 32)),
+        ("minmax", "mse", (64, 64), (64, 64)),
+        ("minmax", "mse", (32, 32), (64, 64)),
+        ("sum", "kl", (64, 64), (64, 64)),
+        ("sum", "kl", (64, 64), (64, 32)),
+        ("max", "mse", (64, 64), (16, 16)),
+        ("none", "mse", (16, 16), (64, 64)),
     ]:
-        compiled.label = f"{normalization} {distance} {side} -> {target_side}"
-        matrices = None if side == target_side else (torch.zeros(target_side, side),) * 2
-        maps, target = torch.zeros(1, 2, side, side), torch.zeros(1, 2, target_side, target_side)
+        resampled = grid != target_grid
+        compiled.label = f"{normalization} {distance} {grid} to {target_grid}, {'' if resampled else 'not '}resampled"
+        matrices = tuple(torch.zeros(new, old) for new, old in zip(target_grid, grid, strict=True)) if resampled else None
+        maps, target = torch.zeros(1, 2, *grid), torch.zeros(1, 2, *target_grid)
         map_loss_triton(maps, target, torch.ones(1, 2, dtype=torch.bool), normalization, distance, matrices)
 
 

@@ -116,6 +116,14 @@ def test_half_precision_is_summed_in_float32():
     assert map_loss(student, target, present).dtype == torch.float32
 
 
+def test_triton_says_which_grids_it_cannot_take():
+    pytest.importorskip("triton")
+    for grid, message in (((65, 4), "65 places long"), ((64, 64), r"resampling \(40, 40\) to \(64, 64\)")):
+        student, target = torch.zeros(1, 1, 40, 40), torch.zeros(1, 1, *grid)
+        with pytest.raises(ConfigError, match=message):
+            map_loss(student, target, torch.ones(1, 1, dtype=torch.bool), impl="triton")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
