@@ -289,7 +289,7 @@ class Collator:
     def _places(self, tokens: Sequence[int], ids: torch.Tensor, attention_mask: torch.Tensor, sample: Sample) -> list[int]:
         """Position in the padded and expanded row of every token of the unexpanded text (-1 for the image's placeholder)."""
         image_token = self.processor.image_token_id
-        plain = [p for p in torch.nonzero(attention_mask).flatten().tolist() if ids[p] != image_token]
+        plain = torch.nonzero(attention_mask.bool() & (ids != image_token)).flatten().tolist()
         expected = [token for token in tokens if token != image_token]
         if ids[plain].tolist() != expected:
             raise DataError(f"sample {sample.id!r}: the processor's tokens differ from its tokenizer's; was the text cut off?")

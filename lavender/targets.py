@@ -87,9 +87,13 @@ def _to_table(targets: list[Target]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=_SCHEMA)
 
 
-def _from_row(row: Mapping[str, Any]) -> Target:
+def _from_row(table: pa.Table) -> Target:
+    """The target of a table's only row."""
+    row = table.drop_columns("maps").to_pylist()[0]
     words = tuple(Word(w["text"], w["start"], w["end"]) for w in row["words"])
-    maps = np.array(row["maps"], np.float32).reshape(len(words), *row["grid"])
+    # Not by Python's floats: they would cost a training step's collator most of its time.
+    values = table["maps"].combine_chunks().flatten().flatten().flatten().to_numpy(zero_copy_only=False)
+    maps = values.astype(np.float32).reshape(len(words), *row["grid"])
     return Target(row["id"], row["image_sha256"], WordMaps(row["caption"], words, maps, tuple(row["crop"])))
 
 
@@ -233,7 +237,7 @@ class TargetStore:
         """Raises `TargetError` naming the sample that is missing."""
         if sample_id not in self._row_of:
             raise TargetError(f"{self.folder} has no targets for sample {sample_id!r}; extract them, or drop the sample")
-        return _from_row(self._table.slice(self._row_of[sample_id], 1).to_pylist()[0])
+        return _from_row(self._table.slice(self._row_of[sample_id], 1))
 
     def checked(self, sample_id: str, image: Image.Image) -> Target:
         """The targets of a sample after a look at its picture. Raises `TargetError` if they were made from another one."""
