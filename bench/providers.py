@@ -85,7 +85,6 @@ CUDA_SHAPES = [
 CPU_SHAPES = [
     self_attention("llava-self", 8, 8, 1024),
     cross_attention("mllama-cross", 256, 6404, (80, 80)),
-    cross_attention("mllama-cross-512", 512, 6404, (80, 80)),
     text_attention("sd15-64", 8, 64, 40),
     text_attention("sd15-32", 8, 32, 80),
     text_attention("sd15-16", 8, 16, 160),

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch.nn import functional as F
 
 from ..errors import ConfigError
 from .dispatch import able, choose, triton_reasons
@@ -31,6 +32,10 @@ BYTE_BUDGET = 3 * 2**19
 
 ONE_PASS_KEYS = 128
 """The most keys of `triton`'s one-pass kernel."""
+
+KEY_MULTIPLE = 8
+"""What the `torch` implementation pads the number of keys to. Matrix products with 77 keys take up to 1.5 times as long as with 80 on a
+CPU: more than the maps cost."""
 
 
 def column_maps(
@@ -124,7 +129,7 @@ def _columns(
     maps = both[..., value.shape[3] :].mT
     if head_weights is not None:
         # Not a matrix product: a head's gradient is a sum whose terms nearly cancel, and `sum` adds them pairwise.
-        maps = (head_weights[:, None, None] * maps).sum(dim=1, keepdim=True)
+        maps = (head_weights[:, None, None] * maps.mT).sum(dim=1, keepdim=True).mT
     return both[..., : value.shape[3]].to(query.dtype), maps
 
 
@@ -172,18 +177,22 @@ class _Chunks:
 
     def __init__(self, query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, scale: float, dtype: torch.dtype) -> None:
         self.batch, self.heads = query.shape[:2]
+        self.num_keys = key.shape[2]
         self.query = query.flatten(0, 1)
-        self.scaled_key = (key.to(dtype) * scale).flatten(0, 1)
-        self.bias = None if bias is None else bias.expand(self.batch, self.heads, *bias.shape[2:]).flatten(0, 1)
+        self.scaled_key = (_padded_keys(key).to(dtype) * scale).flatten(0, 1)
+        if bias is not None:
+            bias = _padded_keys(bias.mT, -torch.inf).mT if bias.shape[3] > 1 else bias
+            bias = bias.expand(self.batch, self.heads, *bias.shape[2:]).flatten(0, 1)
+        self.bias = bias
 
     def __iter__(self) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
-        """Slices of [B * H] and of queries, those queries, and their probabilities [.., q, N] to be used up."""
+        """Slices of [B * H] and of queries, those queries, and their probabilities [.., q, padded N] to be used up."""
         total, num_queries = self.query.shape[:2]
-        num_keys, dtype = self.scaled_key.shape[1], self.scaled_key.dtype
-        fitting = max(1, BYTE_BUDGET // max(1, num_keys * self.scaled_key.element_size()))
+        width, dtype = self.scaled_key.shape[1], self.scaled_key.dtype
+        fitting = max(1, BYTE_BUDGET // max(1, width * self.scaled_key.element_size()))
         head_step, query_step = min(total, max(1, fitting // num_queries)), min(num_queries, fitting)
         # One buffer for every chunk: fresh memory of this size is paged in anew each time, which costs more than the softmax.
-        buffer = self.scaled_key.new_empty(head_step * query_step * num_keys)
+        buffer = self.scaled_key.new_empty(head_step * query_step * width)
         for start in range(0, total, head_step):
             s = slice(start, min(start + head_step, total))
             for first in range(0, num_queries, query_step):
@@ -192,15 +201,22 @@ class _Chunks:
                 bias = self.bias
                 if bias is not None:
                     bias = bias[s] if bias.shape[1] == 1 else bias[s, i]
-                shape = (queries.shape[0], queries.shape[1], num_keys)
-                scores = buffer[: queries.shape[0] * queries.shape[1] * num_keys].view(shape)
-                yield s, i, queries, masked_softmax_(torch.bmm(queries, self.scaled_key[s].mT, out=scores), bias)
+                shape = (queries.shape[0], queries.shape[1], width)
+                scores = buffer[: queries.shape[0] * queries.shape[1] * width].view(shape)
+                torch.bmm(queries, self.scaled_key[s].mT, out=scores)
+                scores[..., self.num_keys :] = -torch.inf
+                yield s, i, queries, masked_softmax_(scores, bias)
+
+
+def _padded_keys(tensor: torch.Tensor, value: float = 0.0) -> torch.Tensor:
+    """[B, H, N, X] with N padded to a multiple of `KEY_MULTIPLE`."""
+    return F.pad(tensor, (0, 0, 0, -tensor.shape[2] % KEY_MULTIPLE), value=value)
 
 
 def _extended_values(value: torch.Tensor, word_weights: torch.Tensor) -> torch.Tensor:
-    """Values with the words as extra columns, [B * H, N, E + W]."""
+    """Values with the words as extra columns, [B * H, padded N, E + W]."""
     words = word_weights.mT[:, None].expand(-1, value.shape[1], -1, -1)
-    return torch.cat([value.to(words.dtype), words], dim=-1).flatten(0, 1)
+    return _padded_keys(torch.cat([value.to(words.dtype), words], dim=-1)).flatten(0, 1)
 
 
 @torch.library.custom_op("lavender::column_maps_torch", mutates_args=())
@@ -245,11 +261,11 @@ def _column_maps_torch_backward(
         scores_gradient.addcmul_(probabilities, delta, value=-1)
         query_gradient[s, i] = torch.bmm(scores_gradient, chunks.scaled_key[s])
         key_gradient[s] += torch.bmm(scores_gradient.mT, queries)
-    heads = query.shape[:2]
+    heads, num_keys = query.shape[:2], key.shape[2]
     return (
         query_gradient.unflatten(0, heads),
-        key_gradient.mul_(scale).to(key.dtype, copy=True).unflatten(0, heads),
-        value_gradient.to(value.dtype, copy=True).unflatten(0, heads),
+        key_gradient[:, :num_keys].mul_(scale).to(key.dtype, copy=True).unflatten(0, heads),
+        value_gradient[:, :num_keys].to(value.dtype, copy=True).unflatten(0, heads),
     )
 
 
