@@ -262,11 +262,8 @@ def main() -> int:
         return 1 if dry_run(arguments.shape, arguments.provider) else 0
     device = torch.device(arguments.device)
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    name = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"CPU, {arguments.threads} thread{'s' if arguments.threads > 1 else ''}"
-    )
+    threads = f"{arguments.threads} thread" + ("s" if arguments.threads > 1 else "")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {threads}"
     reached = ceilings(device, dtype)
     print(
         f"{name}, {str(dtype)[6:]}: reaches {reached['tflops']} TFLOP/s in a matrix product, {reached['gb_per_s']} GB/s in a copy"
