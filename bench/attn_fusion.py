@@ -3,10 +3,11 @@
     python bench/attn_fusion.py [--device cuda|cpu] [--dtype DTYPE] [--shape NAME ...] [--provider NAME ...] [--json OUT.json]
     python bench/attn_fusion.py --dry-run      # every shape's kind and every provider once, small, without timing
 
-Every provider first passes a correctness gate against float64: output, maps and the gradients of both together. One that fails is
-reported, is not timed, and makes the run end with status 1. Then providers take turns within one run. `x sdpa` is the median of
-a round's ratios to `sdpa`, attention without capture by the fastest backend. Peak memory is what one call adds. TFLOP/s and GB/s
-count the attention's own work (its matrix products; q, k, v, output and their gradients once), whatever else a provider does.
+Every provider first passes a correctness gate against float64: output, maps and the gradients of both together (attention without
+capture: its output). One that fails is reported, is not timed, and makes the run end with status 1. Then providers take turns in
+one run. `x sdpa` is the median of a round's ratios to `sdpa`, attention without capture by the fastest backend. Peak memory is what
+one call adds. TFLOP/s and GB/s count the attention's own work (its matrix products; q, k, v, output and their gradients once),
+whatever else a provider does.
 """
 
 from __future__ import annotations

@@ -16,9 +16,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
+from lavender.kernels import column_maps as column_module
+from lavender.kernels import row_maps as row_module
 from lavender.kernels.column_maps import column_attention
 from lavender.kernels.dispatch import triton_reasons
-from lavender.kernels.map_loss import map_loss
+from lavender.kernels.map_loss import LONGEST_SIDE, map_loss
 from lavender.kernels.row_maps import row_maps
 from lavender.types import WordRows
 from lavender.words import collate_rows
@@ -143,9 +145,10 @@ class Case:
             return [*results, *torch.autograd.grad((output, loss), self.tensors, (self.output_gradient, None))]
 
     def loss(self, provider: Provider, maps: torch.Tensor) -> torch.Tensor:
-        """The normalized MSE: by `lavender` for its own providers, by plain operations for the others."""
+        """The normalized MSE: by `lavender` for its own providers (maps too large for Triton by `torch`), plain for the others."""
+        maps = maps * (maps.shape[-2] * maps.shape[-1])
         if getattr(provider, "impl", None):
-            impl = "torch" if max(self.shape.grid) > 64 else provider.impl
+            impl = "torch" if max(self.shape.grid) > LONGEST_SIDE else provider.impl
             return map_loss(maps, self.target, self.present, impl=impl)
         centered = maps - maps.mean((-2, -1), keepdim=True)
         target = self.target - self.target.mean((-2, -1), keepdim=True)
@@ -175,7 +178,7 @@ class Case:
         """Why a provider cannot run on this device; None if it can."""
         if name == "triton":
             by_name = os.environ.get("TRITON_INTERPRET") == "1"
-            widest = 128 if self.shape.orientation == "rows" else 64
+            widest = (row_module if self.shape.orientation == "rows" else column_module).WIDEST_FLOAT32
             reasons = triton_reasons(self.tensors[0], self.shape.width, widest, by_name)
             return "; ".join(reasons) or None
         if name == "two flex calls" and self.device.type == "cpu" and self.maybe_compile is torch.compile:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError, ModelError
 from ..kernels.column_maps import column_attention, column_maps
+from ..kernels.map_loss import resample
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,7 @@ class Recording:
         """Mean over heads, layers and forwards, each layer resampled to `size` x `size` first: [B, W, size, size]."""
         if not self.entries:
             raise CaptureError("nothing was recorded: run the denoiser inside `with patch.capture(...)`")
-        resized = [
-            F.interpolate(entry.maps.mean(dim=1), (size, size), mode="bilinear", align_corners=False, antialias=True)
-            for entry in self.entries
-        ]
+        resized = [resample(entry.maps.mean(dim=1), (size, size)) for entry in self.entries]
         return torch.stack(resized).mean(dim=0)
 
 

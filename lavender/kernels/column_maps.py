@@ -21,9 +21,11 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..errors import ConfigError
+from .checks import in_full_precision, require_attention, require_head_weights, require_mask, require_tensors
 from .dispatch import able, choose, triton_reasons
 from .numerics import accumulator, additive, masked_softmax, masked_softmax_
 
@@ -32,6 +34,9 @@ BYTE_BUDGET = 3 * 2**19
 
 ONE_PASS_KEYS = 128
 """The most keys of `triton`'s one-pass kernel."""
+
+WIDEST_FLOAT32 = 64
+"""The widest heads of `triton` in float32."""
 
 KEY_MULTIPLE = 8
 """What the `torch` implementation pads the number of keys to: on a CPU a matrix product with 77 keys takes up to 1.5 times as long
@@ -53,8 +58,9 @@ def column_maps(
     Args:
         query: [B, H, Q, D], float16, bfloat16, float32 or float64.
         key: [B, H, N, D] of the same dtype.
-        word_weights: [B, W, N], each key's share of each word; a word's mean over its tokens has 1 / tokens at each of them.
-        mask: bool (True may be seen) or additive float, broadcastable to [B, H, Q, N]; None for no mask.
+        word_weights: [B, W, N], each key's share of each word; a word's mean over its tokens has 1 / tokens at each of them. It
+            gets no gradient.
+        mask: bool (True may be seen) or additive float, broadcastable to [B, H, Q, N]; None for no mask. It gets no gradient.
         scale: softmax scale; D ** -0.5 when None.
         head_weights: floating point [H], what each head adds to one map per word; None keeps the heads apart.
         impl: `"auto"`, `"triton"`, `"torch"` or `"reference"`.
@@ -64,10 +70,11 @@ def column_maps(
         zeros.
 
     Raises:
-        ConfigError: shapes or dtypes do not fit, or `impl` is unknown or cannot run here.
+        ConfigError: shapes, dtypes or devices do not fit, something is empty, or `impl` is unknown or cannot run here.
     """
+    require_tensors(key=key)
     no_value = key.new_empty(*key.shape[:3], 0)
-    return _columns(query, key, no_value, word_weights, mask, scale, head_weights, impl)[1]
+    return _checked_columns(query, key, no_value, word_weights, mask, scale, head_weights, impl)[1]
 
 
 def column_attention(
@@ -93,11 +100,34 @@ def column_attention(
     Raises:
         ConfigError: as `column_maps`.
     """
+    require_tensors(value=value, key=key)
     if value.ndim != 4 or value.shape[:3] != key.shape[:3] or value.dtype != key.dtype:
         raise ConfigError(
             f"value {tuple(value.shape)} of {value.dtype} does not fit key {tuple(key.shape)} of {key.dtype}; expected [B, H, N, E]"
         )
-    return _columns(query, key, value, word_weights, mask, scale, head_weights, impl)
+    return _checked_columns(query, key, value, word_weights, mask, scale, head_weights, impl)
+
+
+def _checked_columns(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    word_weights: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    head_weights: torch.Tensor | None,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    require_tensors(query=query, key=key, word_weights=word_weights, mask=mask, head_weights=head_weights)
+    require_attention(query, key)
+    if query.shape[1] != key.shape[1]:
+        raise ConfigError(f"query has {query.shape[1]} heads and key {key.shape[1]}; repeat_interleave the key's, one for each")
+    if word_weights.ndim != 3 or word_weights.shape[0] != key.shape[0] or word_weights.shape[2] != key.shape[2]:
+        raise ConfigError(f"word_weights {tuple(word_weights.shape)} does not fit key {tuple(key.shape)}; expected [B, W, N]")
+    require_mask(mask, query, key)
+    require_head_weights(head_weights, query.shape[1])
+    with in_full_precision(query):
+        return _columns(query, key, value, word_weights.detach(), mask, scale, head_weights, impl)
 
 
 def _columns(
@@ -110,10 +140,9 @@ def _columns(
     head_weights: torch.Tensor | None,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _validate(query, key, word_weights, head_weights)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     dtype = accumulator(query)
-    bias = None if mask is None else additive(mask[(None,) * (4 - mask.ndim)], dtype)
+    bias = None if mask is None else additive(mask.detach()[(None,) * (4 - mask.ndim)], dtype)
     weights = word_weights.to(dtype)
     if head_weights is not None:
         head_weights = head_weights.to(dtype)
@@ -152,21 +181,10 @@ def column_maps_reference(
     return (probabilities @ value.to(dtype)).to(query.dtype), maps
 
 
-def _validate(query: torch.Tensor, key: torch.Tensor, word_weights: torch.Tensor, head_weights: torch.Tensor | None) -> None:
-    if query.ndim != 4 or key.ndim != 4 or query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
-        raise ConfigError(
-            f"query {tuple(query.shape)} and key {tuple(key.shape)} do not fit; expected [B, H, Q, D] and [B, H, N, D]"
-        )
-    if query.dtype != key.dtype or not query.is_floating_point():
-        raise ConfigError(f"query is {query.dtype} and key {key.dtype}; expected one floating-point dtype for both")
-    if word_weights.ndim != 3 or word_weights.shape[0] != key.shape[0] or word_weights.shape[2] != key.shape[2]:
-        raise ConfigError(f"word_weights {tuple(word_weights.shape)} does not fit key {tuple(key.shape)}; expected [B, W, N]")
-    if head_weights is not None and head_weights.shape != query.shape[1:2]:
-        raise ConfigError(f"head_weights is {tuple(head_weights.shape)}; expected [{query.shape[1]}], one weight per head")
-
-
 def _triton_reasons(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, impl: str) -> list[str]:
-    reasons = triton_reasons(query, max(query.shape[3], value.shape[3]), 64, impl == "triton")
+    reasons = triton_reasons(query, query.shape[3], WIDEST_FLOAT32, impl == "triton")
+    if value.shape[3] not in (0, query.shape[3]):
+        reasons.append(f"values are {value.shape[3]} wide and queries {query.shape[3]}; its kernels take equal widths")
     if value.shape[3] and key.shape[2] > ONE_PASS_KEYS:
         reasons.append(f"there are {key.shape[2]} keys; with more than {ONE_PASS_KEYS} it gives maps, but no attention output")
     return reasons
@@ -279,8 +297,10 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*tensors)
 
 
+@once_differentiable
 def _backward(ctx, gradient):  # type: ignore[no-untyped-def]
-    return (*_column_maps_torch_backward(gradient.contiguous(), *ctx.saved_tensors, ctx.scale), None, None, None)
+    with in_full_precision(gradient):
+        return (*_column_maps_torch_backward(gradient.contiguous(), *ctx.saved_tensors, ctx.scale), None, None, None)
 
 
 _column_maps_torch.register_autograd(_backward, setup_context=_setup_context)

@@ -10,13 +10,17 @@ together, and heads are summed in registers. `_two_passes` gives the maps of any
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
+from .checks import in_full_precision
 from .column_maps import ONE_PASS_KEYS
 from .numerics import power_of_two
-from .tiles import LOG2E, Blocks, blocks_for, dot, last_axis_dense, load_tile, splits_for, store_tile, widths
+from .tiles import LOG2E, SIZES, Blocks, Table, blocks_for, dot, last_axis_dense, load_tile, splits_for, store_tile, widths
 
 # Chosen by compiling for sm_80, sm_90 and sm_100 without spills (tests/kernels/test_compile_budget.py); not timed yet.
 # In `_one_pass` the tiles of keys follow from their number: `columns` has no meaning there.
@@ -29,7 +33,7 @@ TWO_PASSES_BLOCKS = {
     "float32": {64: Blocks(16, 32, 8, 1)},
 }
 QUERY_GRADIENT_BLOCKS = {
-    "default": {128: Blocks(64, 32, 8, 1), 160: Blocks(16, 32, 8, 1), 256: Blocks(16, 16, 8, 1)},
+    "default": {128: Blocks(64, 32, 8, 1), 256: Blocks(16, 16, 8, 1)},
     "float32": {64: Blocks(16, 16, 8, 1)},
 }
 KEY_GRADIENT_BLOCKS = {
@@ -63,7 +67,7 @@ def _load_wide(base, index, valid, stride, WIDTH: tl.constexpr, FIRST: tl.conste
     return first, second
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _one_pass(
     q, k, v, word_weights, bias, head_weights, output, maps, lse,
     stride_qb, stride_qh, stride_qi, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -150,7 +154,7 @@ def _one_pass(
         tl.store(target + word[None, :] * num_queries + i[:, None], result, mask=valid & exists[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _two_passes(
     q, k, word_weights, bias, maps, lse,
     stride_qb, stride_qh, stride_qi, stride_kb, stride_kh, stride_kn, bias_b, bias_h, bias_i, bias_n,
@@ -216,7 +220,7 @@ def _wanted_by_words(gradient, word_weights, i, n, exists, num_queries, num_keys
     return wanted
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _query_gradient(
     q, k, v, word_weights, bias, head_weights, lse, gradient, output_gradient, peak, out, delta, head_delta,
     stride_qb, stride_qh, stride_qi, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -290,7 +294,7 @@ def _query_gradient(
         store_tile(target, i, exists, D, sum_second * factor, D, FIRST, SECOND)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _key_gradient(
     q, k, v, word_weights, bias, head_weights, lse, delta, gradient, output_gradient, peak, key_out, value_out,
     stride_qb, stride_qh, stride_qi, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -407,7 +411,7 @@ class _Call:
         value_first, value_second = _tiles(self.value_width, query.dtype)
         self.value_constants = {"E": self.value_width, "E_FIRST": value_first, "E_SECOND": value_second}
 
-    def blocks(self, table: dict[str, dict[int, Blocks]]) -> Blocks:
+    def blocks(self, table: Mapping[str, Table]) -> Blocks:
         return blocks_for(table, self.query.device, self.query.dtype, max(self.width, self.value_width))
 
 
@@ -546,10 +550,12 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(query, key, value, word_weights, bias, head_weights, output[2])
 
 
+@once_differentiable
 def _backward(ctx, output_gradient, gradient, _):
     *tensors, bias, head_weights, lse = ctx.saved_tensors
     arguments = (*tensors, bias, ctx.scale, head_weights, lse)
-    *gradients, head_gradient = _column_maps_backward(output_gradient.contiguous(), gradient.contiguous(), *arguments)
+    with in_full_precision(gradient):
+        *gradients, head_gradient = _column_maps_backward(output_gradient.contiguous(), gradient.contiguous(), *arguments)
     return (*gradients, None, None, None, head_gradient if head_weights is not None else None)
 
 

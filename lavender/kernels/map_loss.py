@@ -17,9 +17,11 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..errors import ConfigError
+from .checks import in_full_precision, require_tensors
 from .dispatch import able, choose, triton_reasons
 from .numerics import accumulator, power_of_two
 
@@ -29,8 +31,8 @@ DISTANCES = ("mse", "kl")
 REDUCTIONS = ("mean", "sum", "none")
 LONGEST_SIDE = 64
 """The largest height or width of `triton`'s maps, either side of the resampling."""
-LARGEST_PRODUCT = 64 * 64 * 32
-"""Multiplications in `triton`'s largest matrix product of the resampling, sizes padded: at 64 x 64 x 64 registers spill."""
+LARGEST_PRODUCT = 64 * 64 * 16
+"""Multiplications in `triton`'s largest matrix product of the resampling, sizes padded: with more, registers spill."""
 
 
 def map_loss(
@@ -46,8 +48,11 @@ def map_loss(
     """Distance of a student's word maps from their targets, differentiable in `student`.
 
     Args:
-        student: [B, W, y, x], floating point; resampled (bilinear, antialiased) to the target's grid if that is another one.
-        target: [B, W, y', x']; whatever stands where `present` is False, NaN included, is ignored.
+        student: [B, W, y, x], floating point; resampled (bilinear, antialiased) to the target's grid if that is another one. Its
+            values should be of order one, or the normalizations' epsilon of 1e-6 counts: multiply attention by the number of
+            places that it runs over.
+        target: [B, W, y', x'], floating point; whatever stands where `present` is False, NaN included, is ignored. It gets no
+            gradient.
         present: bool [B, W], whether a word has both a student's map and a target.
         normalization: `"zscore"`, `"sum"`, `"minmax"`, `"max"` or `"none"`, of both sides, per map. `sum` and `max` are meant for
             maps that are not negative.
@@ -59,15 +64,16 @@ def map_loss(
         A scalar, or [B, W]; float32 (float64 for float64 inputs).
 
     Raises:
-        ConfigError: shapes do not fit, or a choice is unknown or cannot run here.
+        ConfigError: shapes, dtypes or devices do not fit, something is empty, or a choice is unknown or cannot run here.
     """
     _validate(student, target, present, normalization, distance, reduction)
     triton = partial(_triton_reasons, student, target, impl)
     chosen = choose("map_loss", impl, {"triton": triton, "torch": able, "reference": able})
-    if chosen == "reference":
-        per_word = map_loss_reference(student, target, present, normalization, distance)
-    else:
-        per_word = _map_loss(student, target, present, normalization, distance, chosen)[0]
+    with in_full_precision(student):
+        if chosen == "reference":
+            per_word = map_loss_reference(student, target.detach(), present, normalization, distance)
+        else:
+            per_word = _map_loss(student, target, present, normalization, distance, chosen)[0]
     if reduction == "none":
         return per_word
     total = per_word.sum()
@@ -116,6 +122,12 @@ def normalize(maps: torch.Tensor, normalization: str) -> torch.Tensor:
 def _validate(
     student: torch.Tensor, target: torch.Tensor, present: torch.Tensor, normalization: str, distance: str, reduction: str
 ) -> None:
+    require_tensors(student=student, target=target, present=present)
+    for name, maps in (("student", student), ("target", target)):
+        if not maps.is_floating_point():
+            raise ConfigError(f"{name} is {maps.dtype}; expected floating point")
+    if present.dtype != torch.bool:
+        raise ConfigError(f"present is {present.dtype}; expected bool, whether a word is compared")
     if student.ndim != 4 or target.ndim != 4 or not student.shape[:2] == target.shape[:2] == present.shape:
         raise ConfigError(
             f"student {tuple(student.shape)}, target {tuple(target.shape)} and present {tuple(present.shape)} do not fit; "
@@ -220,6 +232,7 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(output[1])
 
 
+@once_differentiable
 def _backward(ctx, per_word, _):  # type: ignore[no-untyped-def]
     (gradient,) = ctx.saved_tensors
     return (gradient * per_word[..., None, None]).to(ctx.dtype), None, None, None, None, None

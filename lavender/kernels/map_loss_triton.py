@@ -41,7 +41,7 @@ def _normalized(maps, inside, count, KIND: tl.constexpr):
     return tl.where(inside, shifted * factor, 0.0), factor, high, low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["y", "x", "target_y", "target_x"])
 def _word(
     student, target, present, y_matrix, x_matrix, loss, gradient, y, x, target_y, target_x,
     KIND: tl.constexpr, DISTANCE: tl.constexpr, RESAMPLED: tl.constexpr,

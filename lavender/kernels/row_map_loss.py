@@ -12,6 +12,7 @@ import torch
 
 from ..errors import ConfigError
 from ..types import WordRows
+from .checks import require_attention, require_tensors
 from .map_loss import map_loss
 from .numerics import accumulator
 from .row_maps import row_maps
@@ -45,7 +46,7 @@ def row_map_loss(
         target: [B, W, y', x'] with W = `rows.num_words`; maps are resampled to its grid.
         present: bool [B, W].
         head_weights: floating point [H]; None is the mean over heads.
-        impl: as in `row_maps`; `map_loss` runs by the same one.
+        impl: as in `row_maps`; `map_loss` runs by the same one, and in Triton takes maps of up to 64 x 64.
 
     See `row_maps` and `map_loss` for the others and for the result. Maps are multiplied by M first: attention sums to at most one
     over the picture, and so no epsilon of a normalization dominates them.
@@ -53,8 +54,14 @@ def row_map_loss(
     Raises:
         ConfigError: `grid` has not M places, or as the two operations do.
     """
+    require_tensors(query=query, columns=columns)
+    if len(grid) != 2 or min(grid) < 1 or columns.ndim != 2:
+        raise ConfigError(f"grid is {grid} and columns {tuple(columns.shape)}; expected (y, x) and [B, y * x]")
+    if target.shape[:2] != (len(columns), rows.num_words):
+        raise ConfigError(f"target {tuple(target.shape)} does not fit; expected [{len(columns)}, {rows.num_words}, y', x']")
     if grid[0] * grid[1] != columns.shape[1]:
         raise ConfigError(f"grid {grid[0]} x {grid[1]} has not the {columns.shape[1]} places of columns {tuple(columns.shape)}")
+    require_attention(query, key)
     if head_weights is None:
         head_weights = query.new_full((query.shape[1],), 1 / query.shape[1], dtype=accumulator(query))
     maps = row_maps(

@@ -11,7 +11,8 @@ The softmax runs over every key that a row may see; only the chosen columns are 
 
 This is route R4 of a flash backward: it recomputes the word rows alone and never touches the model's own attention. Nothing of
 size [B, H, T, N] exists. Implementations: `reference`; `torch`, chunked under a byte budget, any device; `triton`, compute
-capability 8.0 and newer. Sums run in float32, or in float64 for float64 inputs.
+capability 8.0 and newer. Sums run in float32, or in float64 for float64 inputs. Results are the same bits every time; of `torch` on
+CUDA only if no row belongs to three or more words (it adds their gradients in any order).
 """
 
 from __future__ import annotations
@@ -20,14 +21,19 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ..errors import ConfigError
 from ..types import WordRows
+from .checks import in_full_precision, require_attention, require_head_weights, require_mask, require_places, require_tensors
 from .dispatch import able, choose, triton_reasons
 from .numerics import accumulator, additive, masked_softmax, masked_softmax_
 
 BYTE_BUDGET = 3 * 2**20
 """Bytes that one chunk's probabilities may take in the `torch` implementation: about what a processor's caches hold."""
+
+WIDEST_FLOAT32 = 128
+"""The widest heads of `triton` in float32."""
 
 
 def row_maps(
@@ -50,8 +56,8 @@ def row_maps(
         query: [B, H, T, D], float16, bfloat16, float32 or float64.
         key: [B, G, N, D] of the same dtype; head h reads key head h // (H / G).
         rows: the words' query rows, indices in [0, T).
-        columns: int64 [B, M], indices in [0, N) of the keys that show the picture; -1 is padding and gives zeros.
-        mask: bool (True may be seen) or additive float, broadcastable to [B, H, T, N]; None for no mask.
+        columns: int64 [B, M], indices in [0, N) of the keys that show the picture, each once; -1 is padding and gives zeros.
+        mask: bool (True may be seen) or additive float, broadcastable to [B, H, T, N]; None for no mask. It gets no gradient.
         causal: whether row i sees keys 0, ..., i only. Not together with `mask`.
         scale: softmax scale; D ** -0.5 when None.
         renormalize: whether the softmax runs over the columns alone.
@@ -65,14 +71,45 @@ def row_maps(
         may see nothing, give zeros.
 
     Raises:
-        ConfigError: shapes or dtypes do not fit, `causal` comes with `mask`, or `impl` is unknown or cannot run here.
+        ConfigError: shapes, dtypes or devices do not fit, something is empty, an index is out of range (this is looked at on
+            the CPU alone), `causal` comes with `mask`, or `impl` is unknown or cannot run here.
     """
-    _validate(query, key, rows, columns, mask, causal, head_weights, lse, renormalize)
+    require_tensors(query=query, key=key, rows=rows.rows, columns=columns, mask=mask, head_weights=head_weights, lse=lse)
+    require_attention(query, key)
+    if query.shape[1] % key.shape[1]:
+        raise ConfigError(f"{query.shape[1]} query heads cannot share {key.shape[1]} key heads evenly")
+    require_places(rows, columns, query, key)
+    require_mask(mask, query, key)
+    require_head_weights(head_weights, query.shape[1])
+    if causal and mask is not None:
+        raise ConfigError("causal=True comes with a mask; put causality into the mask")
+    if lse is not None and renormalize:
+        raise ConfigError("lse comes with renormalize=True; it belongs to a softmax over every key")
+    if lse is not None and lse.shape != query.shape[:3]:
+        raise ConfigError(f"lse is {tuple(lse.shape)}; expected [B, H, T], {tuple(query.shape[:3])}")
+    with in_full_precision(query):
+        return _row_maps(query, key, rows, columns, mask, causal, scale, renormalize, head_weights, lse, impl)
+
+
+def _row_maps(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    rows: WordRows,
+    columns: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float | None,
+    renormalize: bool,
+    head_weights: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    impl: str,
+) -> torch.Tensor:
+    """`row_maps` for checked arguments: what the implementations share is done, and one of them called."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     dtype = accumulator(query)
     index = rows.rows.clamp_min(0)
     if lse is not None:
-        lse = lse.gather(2, index[:, None].expand(-1, query.shape[1], -1)).to(dtype)
+        lse = lse.detach().gather(2, index[:, None].expand(-1, query.shape[1], -1)).to(dtype)
     if causal and renormalize:  # the columns are about to change places: let the mask go with them
         causal, mask = (
             False,
@@ -83,7 +120,7 @@ def row_maps(
         key, bias, columns = _columns_alone(key, bias, columns, dtype)
     if head_weights is not None:
         head_weights = head_weights.to(dtype)
-    triton = partial(triton_reasons, query, query.shape[3], 128, impl == "triton")
+    triton = partial(triton_reasons, query, query.shape[3], WIDEST_FLOAT32, impl == "triton")
     chosen = choose("row_maps", impl, {"triton": triton, "torch": able, "reference": able})
     if chosen == "reference":
         return row_maps_reference(query, key, rows, columns, bias, causal, scale, head_weights, lse)
@@ -122,49 +159,15 @@ def row_maps_reference(
         probabilities = probabilities * (given / probabilities).detach().nan_to_num(0.0, posinf=0.0)
     column_index = columns.clamp_min(0)[:, None, None].expand(-1, *probabilities.shape[1:3], -1)
     kept = probabilities.gather(3, column_index) * (columns >= 0)[:, None, None].to(dtype)
-    maps = rows.indicator(dtype)[:, None] @ kept
+    maps = rows.indicator(dtype).detach()[:, None] @ kept
     return maps if head_weights is None else torch.einsum("h,bhwm->bwm", head_weights, maps)[:, None]
-
-
-def _validate(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    rows: WordRows,
-    columns: torch.Tensor,
-    mask: torch.Tensor | None,
-    causal: bool,
-    head_weights: torch.Tensor | None,
-    lse: torch.Tensor | None,
-    renormalize: bool,
-) -> None:
-    if query.ndim != 4 or key.ndim != 4 or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
-        raise ConfigError(
-            f"query {tuple(query.shape)} and key {tuple(key.shape)} do not fit; expected [B, H, T, D] and [B, G, N, D]"
-        )
-    if query.shape[1] % key.shape[1]:
-        raise ConfigError(f"{query.shape[1]} query heads cannot share {key.shape[1]} key heads evenly")
-    if query.dtype != key.dtype or not query.is_floating_point():
-        raise ConfigError(f"query is {query.dtype} and key {key.dtype}; expected one floating-point dtype for both")
-    if rows.rows.shape[0] != query.shape[0] or columns.ndim != 2 or columns.shape[0] != query.shape[0]:
-        raise ConfigError(
-            f"rows {tuple(rows.rows.shape)} and columns {tuple(columns.shape)} do not fit {query.shape[0]} samples; "
-            "expected [B, R] and [B, M]"
-        )
-    if causal and mask is not None:
-        raise ConfigError("causal=True comes with a mask; put causality into the mask")
-    if head_weights is not None and head_weights.shape != query.shape[1:2]:
-        raise ConfigError(f"head_weights is {tuple(head_weights.shape)}; expected [{query.shape[1]}], one weight per query head")
-    if lse is not None and renormalize:
-        raise ConfigError("lse comes with renormalize=True; it belongs to a softmax over every key")
-    if lse is not None and lse.shape != query.shape[:3]:
-        raise ConfigError(f"lse is {tuple(lse.shape)}; expected [B, H, T], {tuple(query.shape[:3])}")
 
 
 def _bias_of_rows(mask: torch.Tensor | None, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     """The mask of the word rows alone, additive, [B or 1, H or 1, R or 1, N or 1]; None if there is none."""
     if mask is None:
         return None
-    mask = mask[(None,) * (4 - mask.ndim)]
+    mask = mask.detach()[(None,) * (4 - mask.ndim)]
     if mask.shape[2] > 1:
         mask = mask.expand(len(index), -1, -1, -1)
         mask = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
@@ -338,10 +341,12 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*tensors, head_weights, lse)
 
 
+@once_differentiable
 def _backward(ctx, gradient):  # type: ignore[no-untyped-def]
     *tensors, head_weights, lse = ctx.saved_tensors
     arguments = (gradient.contiguous(), *tensors, ctx.scale, head_weights, lse)
-    query_gradient, key_gradient, head_gradient = _row_maps_torch_backward(*arguments)
+    with in_full_precision(gradient):
+        query_gradient, key_gradient, head_gradient = _row_maps_torch_backward(*arguments)
     return query_gradient, key_gradient, None, None, None, None, None, head_gradient if head_weights is not None else None, None
 
 

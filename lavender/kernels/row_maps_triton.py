@@ -13,13 +13,17 @@ Passes over word rows and keys: `_lse` (unless the caller has it), `_maps`; back
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from ..types import WordRows
+from .checks import in_full_precision
 from .numerics import power_of_two
-from .tiles import LOG2E, Blocks, blocks_for, dot, last_axis_dense, load_tile, splits_for, store_tile, widths
+from .tiles import LOG2E, SIZES, Blocks, Table, blocks_for, dot, last_axis_dense, load_tile, splits_for, store_tile, widths
 
 # Chosen by compiling for sm_80, sm_90 and sm_100 without spills (tests/kernels/test_compile_budget.py); not timed yet.
 LSE_BLOCKS = {
@@ -32,17 +36,17 @@ MAPS_BLOCKS = {
     "float32": {128: Blocks(16, 32, 4, 1)},
 }
 DELTA_BLOCKS = {
-    "default": {64: Blocks(64, 64, 4, 2), 128: Blocks(32, 64, 4, 2), 256: Blocks(64, 32, 8, 2)},
+    "default": {64: Blocks(64, 64, 4, 2), 128: Blocks(32, 64, 4, 2), 256: Blocks(32, 32, 8, 2)},
     "float32": {128: Blocks(16, 32, 8, 1)},
 }
 QUERY_GRADIENT_BLOCKS = {
-    "default": {128: Blocks(64, 64, 8, 2), 256: Blocks(32, 32, 4, 1)},
-    "sm100": {64: Blocks(64, 64, 4, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(32, 32, 4, 1)},
+    "default": {64: Blocks(64, 64, 8, 2), 96: Blocks(64, 32, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(32, 32, 4, 1)},
+    "sm100": {64: Blocks(64, 64, 4, 2), 96: Blocks(64, 32, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(32, 32, 4, 1)},
     "float32": {128: Blocks(16, 32, 8, 1)},
 }
 KEY_GRADIENT_BLOCKS = {
     "default": {128: Blocks(32, 64, 4, 2), 256: Blocks(32, 32, 8, 2)},
-    "float32": {128: Blocks(16, 16, 4, 1)},
+    "float32": {128: Blocks(16, 16, 8, 1)},
 }
 WORD_BLOCK = 64
 """Most words of one program's map."""
@@ -77,7 +81,7 @@ def _masked(scores, row, key, seen, bias, bias_row, bias_n, CAUSAL: tl.constexpr
     return tl.where(seen, scores, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _lse(
     q, k, rows, bias, partial,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kn, bias_b, bias_h, bias_r, bias_n,
@@ -124,7 +128,7 @@ def _lse(
     tl.store(out, lse, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _combine_lse(partial, lse, num_splits, size, BLOCK: tl.constexpr):
     """Log-sum-exp over the splits, +inf where no split saw anything."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -140,7 +144,7 @@ def _combine_lse(partial, lse, num_splits, size, BLOCK: tl.constexpr):
     tl.store(lse + place, tl.where(total > 0, peak + tl.log2(total), float("inf")), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _maps(
     q, k, rows, words, weights, columns, bias, lse, head_weights, out,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kn, bias_b, bias_h, bias_r, bias_n,
@@ -191,7 +195,7 @@ def _maps(
     tl.store(out + place, maps, mask=(w < num_words)[:, None] & (m < num_columns)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _delta(
     q, k, rows, words, weights, columns, bias, lse, gradient, partial,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kn, bias_b, bias_h, bias_r, bias_n, gradient_b, gradient_h,
@@ -238,7 +242,7 @@ def _delta(
     tl.store(out, delta * weight, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _query_gradient(
     q, k, rows, words, weights, bias, lse, delta, head_weights, full, partial,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kn, bias_b, bias_h, bias_r, bias_n, full_b, full_h,
@@ -302,7 +306,7 @@ def _query_gradient(
         store_tile(partial, out, valid, 1, sum_second, D, FIRST, SECOND)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _add_rows(
     partial, rows, peak, out,
     out_b, out_h, out_row, num_heads, num_rows, num_splits, scale,
@@ -328,7 +332,7 @@ def _add_rows(
         tl.store(out + b * out_b + h * out_h + row * out_row + d, total.to(out.dtype.element_ty), mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _key_gradient(
     q, k, rows, words, weights, bias, lse, delta, head_weights, full, peak, out,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kn, bias_b, bias_h, bias_r, bias_n, full_b, full_h,
@@ -423,13 +427,13 @@ class _Call:
             "HAS_BIAS": bias is not None,
         }
 
-    def blocks(self, table: dict[str, dict[int, Blocks]], num_rows: int) -> tuple[Blocks, dict[str, int]]:
+    def blocks(self, table: Mapping[str, Table], num_rows: int) -> tuple[Blocks, dict[str, int]]:
         """A kernel's blocks, and the launch options they mean; tiles are no taller than the rows there are."""
         found = blocks_for(table, self.device, self.query.dtype, self.width)
         found = Blocks(min(found.rows, power_of_two(num_rows)), found.columns, found.warps, found.stages)
         return found, {"ROWS": found.rows, "KEYS": found.columns, "num_warps": found.warps, "num_stages": found.stages}
 
-    def walk(self, table: dict[str, dict[int, Blocks]], length: int) -> tuple[tuple[int, int, int], dict[str, int]]:
+    def walk(self, table: Mapping[str, Table], length: int) -> tuple[tuple[int, int, int], dict[str, int]]:
         """Grid (splits, row blocks, B * G) and options of a kernel that walks stacked rows along `length` keys or columns."""
         stacked = self.heads // self.groups * self.num_rows
         found, options = self.blocks(table, stacked)
@@ -462,7 +466,9 @@ def row_maps_triton(
     lse: torch.Tensor | None,
 ) -> torch.Tensor:
     """`row_maps` for validated arguments; `bias` is additive, broadcastable to [B, H, R, N], and `lse` [B, H, R]."""
-    indices = (rows.rows.contiguous(), rows.words.contiguous(), rows.weights.float().contiguous(), columns.contiguous())
+    # Padding speaks for no word, whatever weight it was given.
+    weights = rows.weights.detach().float().masked_fill((rows.rows < 0) | (rows.words < 0), 0)
+    indices = (rows.rows.contiguous(), rows.words.contiguous(), weights.contiguous(), columns.contiguous())
     return _row_maps(query, key, *indices, rows.num_words, bias, causal, scale, head_weights, lse)[0]
 
 
@@ -552,7 +558,7 @@ def _row_maps_backward(
     grid, options = call.walk(QUERY_GRADIENT_BLOCKS, call.num_keys)
     partial = normalizer.new_empty(grid[0], *normalizer.shape, call.width)
     _query_gradient[grid](call.query, call.key, *indices, *shared, partial, *strides, **call.constants, **weighted, **options)
-    query_gradient = torch.zeros_like(query)
+    query_gradient = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     _add_rows[(call.num_rows, call.batch * call.heads)](
         partial, rows, peak, query_gradient, *query_gradient.stride()[:3], call.heads, call.num_rows, grid[0], scale,
         D=call.width, WIDTH=power_of_two(call.width), RESCALED=rescaled, BLOCK=16,
@@ -570,7 +576,8 @@ def _row_maps_backward(
 
 @_row_maps_backward.register_fake
 def _(gradient, query, key, rows, words, weights, columns, bias, causal, scale, head_weights, normalizer):
-    return torch.empty_like(query), torch.empty(key.shape, dtype=key.dtype, device=key.device), gradient.new_empty(query.shape[1])
+    query_gradient = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    return query_gradient, torch.empty(key.shape, dtype=key.dtype, device=key.device), gradient.new_empty(query.shape[1])
 
 
 def _setup_context(ctx, inputs, output):
@@ -579,10 +586,12 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(query, key, rows, words, weights, columns, bias, head_weights, output[1])
 
 
+@once_differentiable
 def _backward(ctx, gradient, _):
     *tensors, bias, head_weights, normalizer = ctx.saved_tensors
     arguments = (gradient.contiguous(), *tensors, bias, ctx.causal, ctx.scale, head_weights, normalizer)
-    query_gradient, key_gradient, head_gradient = _row_maps_backward(*arguments)
+    with in_full_precision(gradient):
+        query_gradient, key_gradient, head_gradient = _row_maps_backward(*arguments)
     nothing = (None,) * 8
     return query_gradient, key_gradient, *nothing, head_gradient if head_weights is not None else None, None
 

@@ -17,6 +17,13 @@ LOG2E = tl.constexpr(1.4426950408889634)
 """Kernels work in base 2: exp(x) = exp2(x * LOG2E)."""
 
 
+SIZES = (
+    "heads_per_part", "num_columns", "num_groups", "num_heads", "num_keys", "num_queries", "num_rows", "num_splits", "num_words",
+    "size",
+)  # fmt: skip
+"""Arguments that Triton must not compile anew for: captions differ in length, and what was compiled in a test is what runs."""
+
+
 @dataclass(frozen=True)
 class Blocks:
     """Sizes of one kernel's tiles: rows and columns of the scores, warps, and stages of the loads' pipeline."""

@@ -70,7 +70,6 @@ def row_maps_cases(compiled: _Compiled) -> None:
     for dtype, width, weighted, masked, causal in [
         (torch.bfloat16, 128, True, False, False),
         (torch.bfloat16, 128, False, True, False),
-        (torch.bfloat16, 128, False, False, True),
         (torch.float16, 64, False, True, False),
         (torch.bfloat16, 72, True, False, True),
         (torch.bfloat16, 80, True, True, False),
@@ -127,12 +126,12 @@ def map_loss_cases(compiled: _Compiled) -> None:
     for normalization, distance, grid, target_grid in [
         ("zscore", "mse", (24, 24), (32, 32)),
         ("zscore", "mse", (64, 64), (64, 64)),
-        ("zscore", "mse", (32, 64), (64, 64)),
+        ("zscore", "mse", (32, 32), (32, 64)),
         ("minmax", "mse", (24, 24), (32, 32)),
         ("minmax", "mse", (64, 64), (64, 64)),
-        ("minmax", "mse", (32, 32), (64, 64)),
+        ("minmax", "mse", (64, 32), (32, 32)),
         ("sum", "kl", (64, 64), (64, 64)),
-        ("sum", "kl", (64, 64), (64, 32)),
+        ("sum", "kl", (64, 64), (16, 16)),
         ("max", "mse", (64, 64), (16, 16)),
         ("none", "mse", (16, 16), (64, 64)),
     ]:
@@ -159,7 +158,6 @@ def usage(kernel: object) -> dict[str, int]:
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", listing)),
         "shared_bytes": kernel.metadata.shared,
         "tensor_core": len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCMMA)\b", listing)),
-        "scalar_loads": len(re.findall(r"\bLDG\.E\.U16\b", listing)),
     }
 
 
@@ -170,6 +168,7 @@ def main() -> None:
     capability = int(sys.argv[1])
     driver.set_active(_NoDevice(capability))
     tiles.architecture = lambda device: f"sm{capability}"
+    tiles.num_processors = lambda device: 132  # so that loops are split, as on the cards themselves
     compiled = _Compiled(JITFunction)
     for name in sys.argv[2:] or CASES:
         CASES[name](compiled)

@@ -130,15 +130,29 @@ def test_the_output_is_that_of_sdpa():
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
 
 
-def test_misuse_is_a_clear_error():
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": torch.zeros(2, 1, 7, 8)}, "repeat_interleave"),
+        ({"key": torch.zeros(2, 3, 7, 9)}, "do not fit"),
+        ({"key": torch.zeros(2, 3, 7, 8).half()}, "cast both"),
+        ({"query": torch.zeros(2, 3, 0, 8)}, "query .* is empty"),
+        ({"word_weights": torch.zeros(2, 3, 5)}, "word_weights"),
+        ({"word_weights": torch.zeros(2, 0, 7)}, "word_weights .* is empty"),
+        ({"word_weights": torch.zeros(2, 3, 7, device="meta")}, "different devices"),
+        ({"head_weights": torch.ones(2)}, "head_weights"),
+        ({"mask": torch.ones(20, 8).bool()}, "does not broadcast"),
+        ({"mask": torch.ones(25, 7).bool()}, "does not broadcast"),
+        ({"mask": torch.ones(2, 7).bool()}, r"give mask\[:, None, None\]"),
+    ],
+)
+def test_misuse_is_a_clear_error(change, message):
+    arguments = {"query": torch.zeros(2, 3, 20, 8), "key": torch.zeros(2, 3, 7, 8), "word_weights": torch.zeros(2, 3, 7)} | change
+    with pytest.raises(ConfigError, match=message):
+        column_maps(**arguments)
+
+
+def test_values_must_fit_their_keys():
     query, key, weights, _ = draw(6)
-    with pytest.raises(ConfigError, match="do not fit"):
-        column_maps(query, key[:, :1], weights)
-    with pytest.raises(ConfigError, match="word_weights"):
-        column_maps(query, key, weights[..., :3])
-    with pytest.raises(ConfigError, match="dtype"):
-        column_maps(query, key.half(), weights)
-    with pytest.raises(ConfigError, match="head_weights"):
-        column_maps(query, key, weights, head_weights=torch.ones(2))
     with pytest.raises(ConfigError, match=r"value .* does not fit"):
         column_attention(query, key, key[:, :, :3], weights)

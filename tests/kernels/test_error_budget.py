@@ -35,6 +35,8 @@ def draw(seed, *shapes, dtype=torch.float32):
 def naive_rows(query, key, rows, columns, visible=None, head_weights=None):
     """Word maps by plain operations in the inputs' dtype."""
     scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).mT * query.shape[-1] ** -0.5
+    if visible is not None and visible.is_floating_point():
+        visible, scores = visible > torch.finfo(visible.dtype).min, scores + visible.clamp_min(-1e4)
     if visible is not None:
         scores = scores.masked_fill(~visible, -1e4)
     probabilities = scores.softmax(-1)
@@ -116,10 +118,15 @@ def test_causal_rows(impl, dtype):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("shape", [(2, 4, 11, 77), (2, 1, 1, 77), (1, 1, 11, 77), (11, 77)])
-def test_rows_under_masks(impl, shape):
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(5)) < 0.6
-    mask[..., 4 if shape[-2] > 1 else 0, :] = shape[-2] == 1  # a row that may see nothing
+@pytest.mark.parametrize("shape", [(2, 4, 11, 77), (2, 1, 1, 77), (1, 1, 11, 77), (11, 77), (1, 1, 11, 1)], ids=str)
+@pytest.mark.parametrize("additive", [False, True])
+def test_rows_under_masks(impl, shape, additive):
+    generator = torch.Generator().manual_seed(5)
+    mask = torch.rand(shape, generator=generator) < 0.6
+    if shape[-2] > 1:
+        mask[..., 4, :] = False  # a row that may see nothing
+    if additive:
+        mask = torch.randn(shape, generator=generator).masked_fill(~mask, torch.finfo(torch.float32).min)
     check_rows(impl, torch.float32, mask=mask.to(DEVICE))
 
 
@@ -172,6 +179,79 @@ def test_a_given_normalizer_changes_nothing(impl, masked):
         results.append([maps, *torch.autograd.grad(maps.sin().sum(), (q, k))])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_inputs_of_any_strides(impl):
+    """A last axis that is not dense, a broadcast one, and a model's [B, T, H, D]: the gradients too."""
+    query, key, value, weights = draw(9, (1, 2, 16, 9), (1, 1, 16, 13), (1, 9, 2, 16), (2,))
+    rows, columns = collate([[[1, 2], [4]]]), torch.arange(6, device=DEVICE)[None]
+    word_weights = torch.rand(1, 3, 13, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def rows_of(q, k, v, a, impl=impl):
+        return (row_maps(q.mT, k.mT.expand(1, 2, 13, 16), rows, columns, head_weights=a, impl=impl),)
+
+    def columns_of(q, k, v, a, impl=impl):
+        key = k.mT.expand(1, 2, 13, 16)
+        return column_attention(q.mT, key, key, word_weights, head_weights=a, impl=impl)
+
+    def rows_of_a_model(q, k, v, a, impl=impl):
+        q = v.transpose(1, 2)
+        return (row_maps(q, q[:, :1], rows, columns, head_weights=a, impl=impl),)
+
+    for function in (rows_of, columns_of, rows_of_a_model):
+        used = [t.detach().requires_grad_() for t in (query, key, value, weights)]
+        exact = [t.detach().double().requires_grad_() for t in used]
+        results = []
+        for inputs, by in ((used, impl), (exact, "reference")):
+            total = sum(r.sin().sum() for r in function(*inputs, impl=by))
+            results.append(torch.autograd.grad(total, inputs, allow_unused=True))
+        assert sum(g is not None for g in results[0]) >= 2
+        for one, other in zip(*results, strict=True):
+            if one is not None:
+                torch.testing.assert_close(one.double(), other, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_autocast_rounds_nothing(impl):
+    query, key, value, heads = draw(10, (1, 2, 9, 16), (1, 2, 140, 16), (1, 2, 20, 16), (2,))
+    target = torch.rand(1, 2, 9, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    word_weights = torch.rand(1, 3, 140, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    rows, columns = collate([[[1, 2], [4]]]), torch.arange(20, device=DEVICE)[None]
+    results = []
+    for enabled in (False, True):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=enabled):
+            q, k, v, a = (t.detach().requires_grad_() for t in (query, key, value, heads))
+            maps = row_maps(q, k, rows, columns, head_weights=a, impl=impl)
+            loss = map_loss(
+                maps[:, 0].unflatten(-1, (4, 5)) * 20, target, torch.ones(1, 2, dtype=torch.bool, device=DEVICE), impl=impl
+            )
+            many = column_maps(q, k, word_weights, head_weights=a, impl=impl)
+            output, few = column_attention(q, v, v, word_weights[..., :20], impl=impl)
+            total = loss + many.sin().sum() + few.sin().sum() + output.sin().sum()
+        # Backward passes do not belong under autocast: the reference's plain operations would be rounded there.
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=enabled and impl != "reference"):
+            results.append([maps, loss, many, few, output, *torch.autograd.grad(total, (q, k, v, a))])
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype == torch.float32
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_second_derivative_is_refused(impl):
+    query, key = draw(11, (1, 2, 9, 16), (1, 2, 20, 16))
+    query.requires_grad_()
+    maps = row_maps(query, key, collate([[[1], [2]]]), torch.arange(20, device=DEVICE)[None], impl=impl)
+    present = torch.ones(1, 2, dtype=torch.bool, device=DEVICE)
+    student = maps[:, 0].detach().unflatten(-1, (4, 5)).requires_grad_()
+    for result, by in (
+        (maps.square().sum(), query),
+        (column_maps(query, key, torch.ones(1, 1, 20, device=DEVICE).cumsum(-1), impl=impl).square().sum(), query),
+        (map_loss(student, torch.rand(1, 2, 4, 5).to(DEVICE), present, impl=impl).square(), student),
+    ):
+        (gradient,) = torch.autograd.grad(result, by, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.square().sum().backward()
 
 
 @pytest.mark.parametrize("impl", IMPLS)

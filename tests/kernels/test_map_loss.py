@@ -128,6 +128,9 @@ def test_triton_says_which_grids_it_cannot_take():
     ("change", "message"),
     [
         ({"target": torch.zeros(2, 2, 5, 4)}, "do not fit"),
+        ({"target": torch.zeros(2, 3, 5, 4).int()}, "target is torch.int32; expected floating point"),
+        ({"target": torch.zeros(2, 3, 0, 4)}, "target .* is empty"),
+        ({"present": torch.ones(2, 3)}, "present is torch.float32; expected bool"),
         ({"normalization": "softmax"}, "choose one of zscore, sum, minmax, max, none"),
         ({"distance": "l1"}, "choose one of mse, kl"),
         ({"distance": "kl"}, "use normalization='sum'"),

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lavender.errors import ConfigError
 from lavender.kernels import row_maps as module
 from lavender.kernels.row_maps import row_maps
+from lavender.types import WordRows
 from lavender.words import collate_rows
 
 IMPLS = ["reference", "torch"]
@@ -206,14 +207,35 @@ def test_memory_is_that_of_the_word_rows():
     assert 0 < largest < attention / 8
 
 
+def broken(rows=None, words=None, weights=None, num_words=3):
+    """The usual word rows with one part replaced."""
+    whole = collate_rows(WORDS)
+    return {"rows": WordRows(*(own if new is None else new for own, new in (
+        (whole.rows, rows), (whole.words, words), (whole.weights, weights))), num_words)}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"key": torch.zeros(2, 3, 13, 8)}, "cannot share"),
         ({"key": torch.zeros(2, 2, 13, 9)}, "do not fit"),
-        ({"key": torch.zeros(2, 2, 13, 8).half()}, "dtype"),
+        ({"key": torch.zeros(2, 2, 13, 8).half()}, "cast both"),
+        ({"query": torch.zeros(2, 4, 9, 8).int(), "key": torch.zeros(2, 2, 13, 8).int()}, "cast both"),
+        ({"query": torch.zeros(2, 4, 0, 8)}, "query .* is empty"),
+        ({"query": [1.0]}, "query is a list; expected a tensor"),
+        ({"key": torch.zeros(2, 2, 13, 8, device="meta")}, "different devices"),
         ({"columns": torch.zeros(3, 2).long()}, "do not fit 2 samples"),
+        ({"columns": COLUMNS.float()}, "columns are torch.float32; expected int64"),
+        ({"columns": COLUMNS + 1}, r"columns lie in \[0, 13\]; expected indices in \[0, 13\)"),
+        (broken(rows=torch.full((2, 3), 9)), r"rows lie in \[9, 9\]"),
+        (broken(num_words=1), r"words lie in \[0, 1\]"),
+        (broken(num_words=0), "num_words .* is 0"),
+        (broken(weights=torch.ones(2, 2)), "expected three times"),
         ({"mask": torch.ones(9, 13).bool(), "causal": True}, "causal"),
+        ({"mask": torch.ones(14, 13).bool()}, "does not broadcast"),
+        ({"mask": torch.ones(2, 13).bool()}, r"give mask\[:, None, None\]"),
+        ({"mask": torch.ones(1, 2, 1, 9, 13).bool()}, "does not broadcast"),
+        ({"mask": torch.ones(9, 13).long()}, "the mask is torch.int64"),
         ({"head_weights": torch.ones(2)}, "one weight per query head"),
         ({"lse": torch.zeros(2, 4, 8)}, r"lse is .*expected \[B, H, T\]"),
         ({"lse": torch.zeros(2, 4, 9), "renormalize": True}, "renormalize"),
@@ -222,8 +244,28 @@ def test_memory_is_that_of_the_word_rows():
 )
 def test_misuse_is_a_clear_error(change, message):
     arguments = {"query": torch.zeros(2, 4, 9, 8), "key": torch.zeros(2, 2, 13, 8), "columns": COLUMNS} | change
+    arguments.setdefault("rows", collate_rows(WORDS))
     with pytest.raises(ConfigError, match=message):
-        row_maps(rows=collate_rows(WORDS), **arguments)
+        row_maps(**arguments)
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "triton"])
+def test_padding_speaks_for_no_word_whatever_its_weight(impl):
+    query, key, _ = draw(10, dtype=torch.float32)
+    rows = collate_rows(WORDS)
+    rows.weights[rows.rows < 0] = 1.0
+    rows.words[rows.rows < 0] = 0
+    maps = row_maps(query, key, rows, COLUMNS, impl=impl)
+    torch.testing.assert_close(maps, row_maps(query, key, collate_rows(WORDS), COLUMNS, impl=impl), rtol=0, atol=0)
+    torch.autograd.grad(maps.sum(), query)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_masks_get_no_gradient(impl):
+    query, key, _ = draw(11)
+    mask = torch.zeros(9, 13, dtype=torch.float64, requires_grad=True)
+    maps = row_maps(query.detach(), key.detach(), collate_rows(WORDS), COLUMNS, mask=mask, impl=impl)
+    assert not maps.requires_grad
 
 
 def test_agrees_with_the_attention_that_sdpa_computes():
