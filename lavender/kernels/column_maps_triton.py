@@ -26,6 +26,7 @@ from .tiles import LOG2E, SIZES, Blocks, Table, blocks_for, dot, last_axis_dense
 # In `_one_pass` the tiles of keys follow from their number: `columns` has no meaning there.
 ONE_PASS_BLOCKS = {
     "default": {64: Blocks(64, 0, 8, 1), 128: Blocks(32, 0, 8, 1), 256: Blocks(16, 0, 8, 1)},
+    "sm100": {128: Blocks(32, 0, 8, 1), 256: Blocks(16, 0, 8, 1)},
     "float32": {64: Blocks(16, 0, 8, 1)},
 }
 TWO_PASSES_BLOCKS = {

@@ -31,7 +31,7 @@ DISTANCES = ("mse", "kl")
 REDUCTIONS = ("mean", "sum", "none")
 LONGEST_SIDE = 64
 """The largest height or width of `triton`'s maps, either side of the resampling."""
-LARGEST_PRODUCT = 64 * 64 * 16
+LARGEST_PRODUCT = 32 * 32 * 32
 """Multiplications in `triton`'s largest matrix product of the resampling, sizes padded: with more, registers spill."""
 
 

@@ -126,14 +126,14 @@ def map_loss_cases(compiled: _Compiled) -> None:
     for normalization, distance, grid, target_grid in [
         ("zscore", "mse", (24, 24), (32, 32)),
         ("zscore", "mse", (64, 64), (64, 64)),
-        ("zscore", "mse", (32, 32), (32, 64)),
+        ("zscore", "mse", (16, 16), (32, 64)),
         ("minmax", "mse", (24, 24), (32, 32)),
         ("minmax", "mse", (64, 64), (64, 64)),
-        ("minmax", "mse", (64, 32), (32, 32)),
+        ("minmax", "mse", (64, 16), (16, 32)),
         ("sum", "kl", (64, 64), (64, 64)),
-        ("sum", "kl", (64, 64), (16, 16)),
-        ("max", "mse", (64, 64), (16, 16)),
-        ("none", "mse", (16, 16), (64, 64)),
+        ("sum", "kl", (32, 32), (16, 16)),
+        ("max", "mse", (24, 24), (32, 32)),
+        ("none", "mse", (32, 64), (16, 16)),
     ]:
         resampled = grid != target_grid
         compiled.label = f"{normalization} {distance} {grid} to {target_grid}, {'' if resampled else 'not '}resampled"
