@@ -34,7 +34,7 @@ TWO_PASSES_BLOCKS = {
     "float32": {64: Blocks(16, 32, 8, 1)},
 }
 QUERY_GRADIENT_BLOCKS = {
-    "default": {128: Blocks(64, 32, 8, 1), 256: Blocks(16, 16, 8, 1)},
+    "default": {128: Blocks(64, 32, 8, 1), 160: Blocks(32, 16, 8, 1), 256: Blocks(16, 16, 8, 1)},
     "float32": {64: Blocks(16, 16, 8, 1)},
 }
 KEY_GRADIENT_BLOCKS = {
