@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lavender.kernels import column_maps as columns_module
 from lavender.kernels.column_maps import column_attention, column_maps
+from lavender.kernels.dispatch import HAS_TRITON
 from lavender.kernels.map_loss import NORMALIZATIONS, map_loss
 from lavender.kernels.row_map_loss import row_map_loss
 from lavender.kernels.row_maps import row_maps
@@ -18,7 +19,7 @@ from lavender.words import collate_rows
 
 from .budget import DEVICE, assert_within_budget, poison_fresh_memory
 
-IMPLS = ["torch", "triton"]
+IMPLS = ["torch", *(["triton"] if HAS_TRITON else [])]
 DTYPES = [torch.float32, torch.float16]
 if torch.cuda.is_available():  # the interpreter rounds bfloat16 in its own way
     DTYPES.append(torch.bfloat16)
