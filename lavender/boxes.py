@@ -15,14 +15,40 @@ def square_boxes(height: int, width: int) -> torch.Tensor:
     return torch.stack([top, left, top + 1 / height, left + 1 / width], dim=1)
 
 
+def tiled_boxes(rows: int, columns: int, lattice: torch.Tensor) -> torch.Tensor:
+    """Boxes [rows * columns * N, 4] of one lattice [N, 4] put into every tile, tile after tile, row by row."""
+    corners = square_boxes(rows, columns)[:, :2].repeat(1, 2)
+    return (corners[:, None] + lattice / torch.tensor([rows, columns, rows, columns])).flatten(0, 1)
+
+
+def shown_boxes(boxes: torch.Tensor) -> torch.Tensor:
+    """Boxes cut at the picture's border; those that show only what is outside, padding, have no place."""
+    inside = boxes.clamp(0, 1)
+    empty = (inside[:, 2:] - inside[:, :2] < 1e-4).any(dim=1, keepdim=True)
+    return inside.masked_fill(empty, torch.nan)
+
+
+def unframed_boxes(boxes: torch.Tensor, frame: tuple[int, int], start: tuple[int, int], shown: tuple[int, int]) -> torch.Tensor:
+    """Boxes of a frame as boxes of the picture in it.
+
+    Args:
+        boxes: [N, 4] in fractions of the frame.
+        frame: height and width of the frame in pixels.
+        start: top and left of the picture in it; negative where it is cropped.
+        shown: height and width of the whole picture at the frame's scale.
+    """
+    sides, corner, inner = (torch.tensor(pair).repeat(2) for pair in (frame, start, shown))
+    return (boxes * sides - corner) / inner
+
+
 def lattice_of(boxes: torch.Tensor) -> tuple[int, int]:
-    """Rows and columns of the finest lattice that the boxes [..., 4] of a batch stand on; rows of NaN have no place."""
-    known = boxes.reshape(-1, 4)
-    known = known[~known.isnan().any(dim=1)]
-    if not len(known):
-        return 1, 1
-    size = (known[:, 2:] - known[:, :2]).amin(dim=0)
-    rows, columns = (1 / size).round().int().tolist()
+    """Rows and columns of the lattice that most boxes [..., M, 4] of a picture stand on, the finest of a batch's pictures.
+
+    Rows of NaN have no place. Boxes at a padding's edge may be slivers, and a thumbnail's are large: neither decides.
+    """
+    pictures = boxes.reshape(-1, *boxes.shape[-2:])
+    sizes = (pictures[..., 2:] - pictures[..., :2]).nanmedian(dim=1).values.nan_to_num(1.0).amin(dim=0)
+    rows, columns = (1 / sizes).round().int().tolist()
     return rows, columns
 
 

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.nn.utils.rnn import pad_sequence
 
 from .config import AlignmentConfig
 from .errors import ConfigError, DataError, TargetError
-from .families import student_family
+from .families import STUDENTS, Family, Pictures, student_family
 from .types import Word
-from .words import FUNCTION_WORDS, collate_rows, match_words, tokens_of, words_of
+from .words import FUNCTION_WORDS, align, collate_rows, match_words, tokens_of, words_of
 
 if TYPE_CHECKING:
     from .targets import Target, TargetStore
@@ -207,10 +208,19 @@ class Collator:
     W counts the answer's words (`Collator.words`) without function words.
     """
 
-    def __init__(self, processor: Any, targets: TargetStore | None = None, config: AlignmentConfig | None = None) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        targets: TargetStore | None = None,
+        config: AlignmentConfig | None = None,
+        model_config: Any = None,
+    ) -> None:
         """`processor` is the student's; `targets` are needed for training only; `config` is the one given to `lavender.patch`.
 
-        Raises `ConfigError` when the processor has no chat template or no fast tokenizer.
+        `model_config` is the student's `model.config`; families whose processor does not know the patch size (mllama) need it.
+
+        Raises `ConfigError` when the processor has no chat template or no fast tokenizer, `ModelError` when nobody knows where
+        this family's image tokens lie.
         """
         if not getattr(processor, "chat_template", None):
             raise ConfigError("the processor has no chat template; set processor.chat_template to the model's")
@@ -219,7 +229,8 @@ class Collator:
         self.processor = processor
         self.targets = targets
         self.config = config or AlignmentConfig()
-        self._boxes = student_family(_model_type(processor)).boxes
+        self.model_config = model_config
+        self._family = student_family(model_type_of(processor, model_config))
 
     @staticmethod
     def words(answer: str) -> tuple[Word, ...]:
@@ -231,14 +242,20 @@ class Collator:
         samples = [_as_sample(sample) for sample in given]
         images = [load_image(sample.image) for sample in samples]
         prompts, texts = zip(*(self._render(sample) for sample in samples), strict=True)
-        batch = dict(self.processor(images=images, text=list(texts), padding=True, add_special_tokens=False, return_tensors="pt"))
-        ids, image_token = batch["input_ids"], self.processor.image_token_id
+        batch = dict(
+            self.processor(
+                images=[[image] for image in images], text=list(texts), padding=True, add_special_tokens=False, return_tensors="pt"
+            )
+        )
+        ids = batch["input_ids"]
         labels, all_rows, all_present, all_words = torch.full_like(ids, -100), [], [], []
         for b, sample in enumerate(samples):
             encoded = self.processor.tokenizer(texts[b], add_special_tokens=False, return_offsets_mapping=True)
             places = self._places(encoded.input_ids, ids[b], batch["attention_mask"][b], sample)
             start = len(prompts[b])
             answered = [i for i, (left, right) in enumerate(encoded.offset_mapping) if left >= start and right > left]
+            if any(places[i] < 0 for i in answered):
+                raise DataError(f"sample {sample.id!r}: the processor's tokens differ from its tokenizer's; was the text cut off?")
             labels[b, [places[i] for i in answered]] = ids[b, [places[i] for i in answered]]
             words = self.words(sample.answer)
             begin = texts[b].find(sample.answer, start)
@@ -262,7 +279,7 @@ class Collator:
         for b, flags in enumerate(all_present):
             present[b, : len(flags)] = torch.tensor(flags, dtype=torch.bool)
         batch["lavender_present"] = present
-        self._add_columns(batch, images, ids == image_token, samples)
+        self._add_columns(batch, images, samples)
         if self.targets is not None:
             self._add_targets(batch, samples, images, all_words)
         return batch
@@ -273,10 +290,10 @@ class Collator:
             raise DataError(f"sample {sample.id!r} has an empty answer")
         for name, own in (("question", sample.question), ("answer", sample.answer)):
             require_unicode(own, f"sample {sample.id!r}: the {name}")
-            if self.processor.image_token in own:
+            placeholder = getattr(self.processor, "image_token", None)
+            if placeholder is not None and placeholder in own:
                 raise DataError(
-                    f"sample {sample.id!r}: the {name} holds {self.processor.image_token!r}, which stands for the picture; "
-                    "the collator adds it"
+                    f"sample {sample.id!r}: the {name} holds {placeholder!r}, which stands for the picture; the collator adds it"
                 )
         ask = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.question}]}
         reply = {"role": "assistant", "content": [{"type": "text", "text": sample.answer}]}
@@ -288,34 +305,22 @@ class Collator:
 
     def _places(self, tokens: Sequence[int], ids: torch.Tensor, attention_mask: torch.Tensor, sample: Sample) -> list[int]:
         """Position in the padded and expanded row of every token of the unexpanded text (-1 for the image's placeholder)."""
-        image_token = self.processor.image_token_id
-        plain = torch.nonzero(attention_mask.bool() & (ids != image_token)).flatten().tolist()
-        expected = [token for token in tokens if token != image_token]
-        if ids[plain].tolist() != expected:
-            raise DataError(f"sample {sample.id!r}: the processor's tokens differ from its tokenizer's; was the text cut off?")
-        remaining = iter(plain)
-        return [-1 if token == image_token else next(remaining) for token in tokens]
+        plain = torch.nonzero(attention_mask.bool() & (ids != self._image_token)).flatten().tolist()
+        places = align(tokens, ids[plain].tolist())
+        return [-1 if place < 0 else plain[place] for place in places]
 
-    def _add_columns(
-        self,
-        batch: dict[str, torch.Tensor],
-        images: Sequence[Image.Image],
-        is_image: torch.Tensor,
-        samples: Sequence[Sample],
-    ) -> None:
-        boxes = self._boxes(self.processor, [(image.height, image.width) for image in images])
-        width = max(len(b) for b in boxes)
-        columns = torch.full((len(images), width), -1)
-        padded = torch.full((len(images), width, 4), torch.nan)
-        for b, own in enumerate(boxes):
-            positions = torch.nonzero(is_image[b]).flatten()
-            if len(positions) != len(own):
-                raise DataError(
-                    f"sample {samples[b].id!r}: {len(positions)} image tokens but {len(own)} places for them; "
-                    "do the processor's patch_size and the model's agree?"
-                )
-            columns[b, : len(own)], padded[b, : len(own)] = positions, own
-        batch["lavender_columns"], batch["lavender_boxes"] = columns, padded
+    @property
+    def _image_token(self) -> int:
+        return image_token_of(self.processor, self.model_config)
+
+    def _add_columns(self, batch: dict[str, torch.Tensor], images: Sequence[Image.Image], samples: Sequence[Sample]) -> None:
+        sizes = [(image.height, image.width) for image in images]
+        boxes = self._family.boxes(Pictures(self.processor, batch, sizes, self.model_config))
+        try:
+            placed = place_columns(batch["input_ids"], boxes, self._family, self.processor, self.model_config)
+        except DataError as error:
+            raise DataError(f"samples {', '.join(repr(s.id) for s in samples)}: {error}") from None
+        batch["lavender_columns"], batch["lavender_boxes"] = placed
 
     def _add_targets(
         self,
@@ -369,12 +374,57 @@ def _target_maps(target: Target, sample: Sample, words: Sequence[Word]) -> list[
     return result
 
 
-def _model_type(processor: Any) -> str:
-    """The model type that a processor belongs to, by its class: `LlavaProcessor` serves `llava`."""
+def place_columns(
+    input_ids: torch.Tensor, boxes: Sequence[torch.Tensor], family: Family, processor: Any, model_config: Any = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of the image tokens, int64 [B, M], and the family's boxes [B, M, 4], padded with -1 and NaN.
+
+    Columns are the tokens of `input_ids` [B, T] that stand for the picture; of a family that reads it by cross-attention, the
+    picture's keys. Boxes are those of the columns; of a family with a resampler, those of the patches behind them.
+
+    Raises:
+        DataError: a sample has another number of image tokens than of boxes.
+    """
+    if family.cross:
+        positions = [torch.arange(len(own)) for own in boxes]
+    else:
+        is_image = (input_ids == image_token_of(processor, model_config)).cpu()
+        positions = [torch.nonzero(row).flatten() for row in is_image]
+    for found, own in zip(positions, boxes, strict=True):
+        if len(found) != len(own) and family.resamplers is None:
+            raise DataError(
+                f"{len(found)} image tokens but {len(own)} places for them; do the processor's settings and the model's agree, "
+                "and was the text not cut off?"
+            )
+    columns = pad_sequence(positions, batch_first=True, padding_value=-1)
+    return columns, pad_sequence(list(boxes), batch_first=True, padding_value=torch.nan)
+
+
+def image_token_of(processor: Any, model_config: Any = None) -> int:
+    """The id that stands for a picture's tokens. Raises `ConfigError` if neither processor nor config names it."""
+    for owner in (model_config, processor, processor.tokenizer):
+        found = getattr(owner, "image_token_id", None)
+        if found is not None:
+            return int(found)
+    raise ConfigError(f"{type(processor).__name__} does not say which token stands for a picture; set its image_token_id")
+
+
+def model_type_of(processor: Any, model_config: Any = None) -> str:
+    """The model type whose family places a processor's image tokens: `LlavaProcessor` serves `llava`.
+
+    A processor class that transformers lists decides (a llava that sees with Pixtral has Pixtral's processor); else the model's
+    config. Raises `ConfigError` if neither tells.
+    """
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
     name = type(processor).__name__
-    for model_type, class_name in PROCESSOR_MAPPING_NAMES.items():
-        if class_name == name:
+    own = getattr(model_config, "model_type", None)
+    listed = [model_type for model_type, class_name in PROCESSOR_MAPPING_NAMES.items() if class_name == name]
+    if own in listed or (own is not None and not any(model_type in STUDENTS for model_type in listed)):
+        return str(own)
+    for model_type in listed:
+        if model_type in STUDENTS:
             return model_type
-    raise ConfigError(f"{name} is no processor that transformers knows a model type for")
+    if listed:
+        return listed[0]
+    raise ConfigError(f"{name} is no processor that transformers knows a model type for; pass the model's config")

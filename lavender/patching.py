@@ -8,20 +8,27 @@ from torch import nn
 
 from .config import AlignmentConfig
 from .errors import ModelError
-from .families import student_family, teacher_family
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from .hooks.diffusers import TeacherPatch
+    from .hooks.pipelines import TeacherPatch
     from .hooks.transformers import StudentPatch
 
 
 @overload
-def patch(model: nn.Module, config: AlignmentConfig | None = None) -> StudentPatch: ...
+def patch(model: nn.Module, config: AlignmentConfig | None = None, *, processor: Any = None) -> StudentPatch: ...
 @overload
-def patch(model: DiffusionPipeline, *, layers: tuple[str, ...] = ()) -> TeacherPatch: ...
-def patch(model: Any, config: AlignmentConfig | None = None, *, layers: tuple[str, ...] = ()) -> Any:
+def patch(model: DiffusionPipeline, *, layers: tuple[str, ...] = (), heads: bool = False, steps: bool = False) -> TeacherPatch: ...
+def patch(
+    model: Any,
+    config: AlignmentConfig | None = None,
+    *,
+    processor: Any = None,
+    layers: tuple[str, ...] = (),
+    heads: bool = False,
+    steps: bool = False,
+) -> Any:
     """Makes a model's attention readable, word by word, without changing what the model computes.
 
     Args:
@@ -30,39 +37,43 @@ def patch(model: Any, config: AlignmentConfig | None = None, *, layers: tuple[st
             `lavender.Collator` that has targets add the alignment loss to `outputs.loss`. Patch before `get_peft_model`, which
             must be told to train and save the aligner: `modules_to_save=["lavender"]`. Without a config attention can be
             captured, and nothing is added.
-        layers: pipelines only: the cross-attention modules to read, as fragments of their names; empty for all.
+        processor: transformers models only: the model's processor, with which `look` shows it pictures.
+        layers: pipelines only: the attention modules to read, as fragments of their names; empty for all.
+        heads: pipelines only: whether heads are kept apart. It takes memory times their number.
+        steps: pipelines only: whether denoising steps are kept apart. It takes memory times their number.
 
     Returns:
-        A handle: `.capture(...)` reads maps, `.unpatch()` undoes everything, `with` does so at the end. Patching a patched
-        transformers model again returns the handle that it has, and a `with` around that leaves the first patch in place; with
-        another config, the model is patched anew.
+        A handle. Of a pipeline, `maps` has the heat maps of the words of whatever was drawn last; of a language model, those of
+        the answer that it gave when it was asked to `look`. `capture(...)` reads raw maps, `unpatch()` undoes everything, `with`
+        does so at the end. Patching a patched model again returns the handle that it has, and a `with` around that leaves the
+        first patch in place; with other settings, the model is patched anew.
 
     Raises:
         ModelError: the model is of no kind, family or attention implementation that lavender can read.
     """
     if isinstance(model, nn.Module):
-        return _patch_student(model, config)
-    denoiser = getattr(model, "unet", None) or getattr(model, "transformer", None)
-    if denoiser is None:
-        raise ModelError(
-            f"cannot patch a {type(model).__name__}; expected a transformers image-text-to-text model or a diffusers pipeline"
-        )
-    from .hooks.diffusers import TeacherPatch
+        return _patch_student(model, config, processor)
+    from .hooks.pipelines import TeacherPatch
 
-    return TeacherPatch(denoiser, teacher_family(denoiser), layers)
+    present = getattr(model, "_lavender_patch", None)
+    if present is not None:
+        if present.settings == (layers, heads, steps):
+            return present.borrowed()
+        present.unpatch()
+    return TeacherPatch(model, layers, heads, steps)
 
 
-def _patch_student(model: nn.Module, config: AlignmentConfig | None) -> StudentPatch:
-    from .hooks.transformers import StudentPatch, base_model_of
+def _patch_student(model: nn.Module, config: AlignmentConfig | None, processor: Any) -> StudentPatch:
+    from .hooks.discovery import base_model_of
+    from .hooks.transformers import StudentPatch
 
     base = base_model_of(model)
     present = getattr(base, "_lavender_patch", None)
     if present is not None:
         if config is None or (present.trains and config == present.config):
+            present.processor = processor or present.processor
             return present.borrowed()
         present.unpatch()
-    model_type = getattr(getattr(base, "config", None), "model_type", None)
-    if model_type is None:
+    if getattr(getattr(base, "config", None), "model_type", None) is None:
         raise ModelError(f"cannot patch a {type(base).__name__}; expected a transformers image-text-to-text model")
-    student_family(model_type)  # refuses a model whose image tokens nobody could place, before anything is attached
-    return StudentPatch(base, config or AlignmentConfig(), train=config is not None)
+    return StudentPatch(base, config or AlignmentConfig(), train=config is not None, processor=processor)

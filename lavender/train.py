@@ -35,7 +35,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from .config import AlignmentConfig, TrainingConfig, to_dict
 from .data import Collator, Sample
 from .errors import DataError, ModelError, TargetError
-from .hooks.transformers import StudentPatch, base_model_of
+from .hooks.discovery import base_model_of
+from .hooks.transformers import StudentPatch
 from .patching import patch
 from .targets import TargetStore
 

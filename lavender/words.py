@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from difflib import SequenceMatcher
 
 import torch
 
@@ -35,6 +36,52 @@ def tokens_of(span: Span, offsets: Sequence[Span], text: str) -> list[int]:
         if left < end and start < right:
             found.append(index)
     return found
+
+
+def offsets_of_ids(decode: Callable[[Sequence[int]], str], ids: Sequence[int]) -> tuple[str, list[Span]]:
+    """The text of sampled tokens and each token's characters in it, by decoding growing prefixes: nothing is tokenized again.
+
+    Args:
+        decode: a tokenizer's `decode`.
+        ids: the tokens that a model generated.
+
+    Returns:
+        The decoded text, and per token its characters `[start, end)`; tokens that share a character of several bytes all have it,
+        tokens that decode to nothing are empty.
+    """
+    text = decode(ids)
+    ends, reached = [], 0
+    for count in range(1, len(ids) + 1):
+        prefix = decode(ids[:count])
+        # The last character may be unfinished, shown as a replacement character: its bytes are still to come.
+        while prefix and not text.startswith(prefix):
+            prefix = prefix[:-1]
+        reached = max(reached, len(prefix))
+        ends.append(reached)
+    offsets: list[Span] = []
+    waiting = 0  # tokens whose character is not finished yet
+    start = 0
+    for end in ends:
+        if end == start:
+            waiting += 1
+            continue
+        offsets.extend([(start, start + 1)] * waiting)
+        offsets.append((start, end))
+        waiting, start = 0, end
+    return text, offsets + [(start, start)] * waiting
+
+
+def align(tokens: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """Where the tokens of a text stand in the sequence that a processor made of it: -1 for tokens that are not there.
+
+    A processor expands a picture's placeholder to many tokens, with separators around them, and pads; the rest of the text keeps
+    its tokens and their order.
+    """
+    places = [-1] * len(tokens)
+    for block in SequenceMatcher(None, tokens, ids, autojunk=False).get_matching_blocks():
+        for i in range(block.size):
+            places[block.a + i] = block.b + i
+    return places
 
 
 def match_words(text: str, words: Iterable[str]) -> list[list[Word]]:

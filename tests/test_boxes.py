@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lavender.boxes import lattice_of, rasterize, square_boxes
-from lavender.families.llava import boxes
+from lavender.families import Pictures
+from lavender.families.square import CROPPED
 
 
 def test_a_square_lattice_is_a_reshape():
@@ -48,17 +49,17 @@ def llava_processor(crop):
 
 
 def test_llava_boxes_of_a_square_picture_cover_it():
-    (own,) = boxes(llava_processor(crop=True), [(200, 200)])
+    (own,) = CROPPED.boxes(Pictures(llava_processor(crop=True), {}, [(200, 200)]))
     torch.testing.assert_close(own, square_boxes(8, 8))
 
 
 def test_llava_boxes_know_the_center_crop():
-    (own,) = boxes(llava_processor(crop=True), [(64, 128)])
+    (own,) = CROPPED.boxes(Pictures(llava_processor(crop=True), {}, [(64, 128)]))
     assert own[:, 0].min() == 0
     assert own[:, 2].max() == 1
     assert own[:, 1].min() == 0.25
     assert own[:, 3].max() == 0.75
-    (own,) = boxes(llava_processor(crop=False), [(64, 128)])
+    (own,) = CROPPED.boxes(Pictures(llava_processor(crop=False), {}, [(64, 128)]))
     assert own[:, 1].min() == 0
     assert own[:, 3].max() == 1
 
@@ -72,6 +73,6 @@ def test_llava_boxes_lie_where_the_pixels_come_from(processor, student):
     painted.paste((255, 0, 0), (40, 16, 56, 32))
     values = [processor(images=[p], text=["<image>"], return_tensors="pt").pixel_values[0] for p in (plain, painted)]
     changed = (values[0] != values[1]).any(0).view(8, 8, 8, 8).any(3).any(1).flatten()
-    (own,) = boxes(processor, [(64, 96)])
+    (own,) = CROPPED.boxes(Pictures(processor, {}, [(64, 96)]))
     meets = (own[:, 0] < 32 / 64) & (own[:, 2] > 16 / 64) & (own[:, 1] < 56 / 96 - 1e-6) & (own[:, 3] > 40 / 96 + 1e-6)
     assert torch.equal(changed, meets)

@@ -17,6 +17,7 @@ RANKS = [
     {"config"},
     {"words", "boxes"},
     {"kernels"},
+    {"maps"},
     {"families"},
     {"aligner", "hooks"},
     {"patching"},

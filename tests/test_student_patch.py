@@ -13,6 +13,7 @@ import lavender
 from lavender.config import AlignmentConfig
 from lavender.data import Collator
 from lavender.errors import CaptureError, ModelError
+from lavender.families import student_family
 
 from .conftest import without_lavender
 
@@ -372,12 +373,11 @@ def test_models_that_cannot_be_patched_are_named(student):
         lavender.patch(torch.nn.Linear(2, 2))
     with pytest.raises(ModelError, match="int"):
         lavender.patch(3)
-    student.set_attn_implementation("eager")
+    student.model.language_model.config._attn_implementation = "paged|eager"
     with pytest.raises(ModelError, match="set_attn_implementation"):
         lavender.patch(student)
-    student.set_attn_implementation("sdpa")
+    student.model.language_model.config._attn_implementation = "sdpa"
     with pytest.raises(ModelError, match="layers 0 to 3"):
         lavender.patch(student, AlignmentConfig(layers=(4,)))
-    student.config.model_type = "qwen9_vl"
     with pytest.raises(ModelError, match="qwen9_vl"):
-        lavender.patch(student)
+        student_family("qwen9_vl")

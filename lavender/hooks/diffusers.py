@@ -2,13 +2,14 @@
 
 No attention processor is replaced, so LoRA, IP-Adapter, ControlNet, offloading and fused projections keep working and outputs
 are bit-identical. While a module runs, a `TorchFunctionMode` sees its first `scaled_dot_product_attention` call and computes word
-maps beside it; outside `capture` the hooks do nothing.
+maps beside it; outside a recording the hooks do nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,48 +19,87 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError, ModelError
+from ..families.denoisers import Layout, layout_of, level_grid, sequence_of
+from ..families.denoisers import Sequence as Places
 from ..kernels.column_maps import column_attention, column_maps
 from ..kernels.map_loss import resample
-
-
-@dataclass(frozen=True)
-class LayerMaps:
-    """Word maps of one cross-attention layer in one forward: `maps` is [B, H, W, y, x], `layer` the module's name."""
-
-    layer: str
-    maps: torch.Tensor
+from ..maps import LayerMaps, chosen_names
 
 
 @dataclass(eq=False)
 class Recording:
-    """What the forwards inside one `capture` recorded, in the order in which the layers ran."""
+    """What the denoiser's forwards recorded while it was open, in the order in which the layers ran.
+
+    Attributes:
+        word_weights: [B, W, N], each text token's share of each word.
+        heads: whether heads are kept apart; else their mean is.
+        steps: whether forwards are kept apart; else their mean is.
+        fused: whether one pass gives the attention's output together with the map.
+    """
 
     word_weights: torch.Tensor
-    branch: slice
-    fused: bool
-    entries: list[LayerMaps] = field(default_factory=list)
+    heads: bool = True
+    steps: bool = True
+    fused: bool = False
+    num_forwards: int = 0
+    _sums: dict[tuple[str, int | None], tuple[torch.Tensor, int]] = field(default_factory=dict)
+
+    @property
+    def entries(self) -> list[LayerMaps]:
+        """Maps [B, H or 1, W, y, x] (with F before y for videos) per layer, and per forward if steps are kept."""
+        return [LayerMaps(layer, total / count, step) for (layer, step), (total, count) in self._sums.items()]
+
+    def add(self, layer: str, maps: torch.Tensor) -> None:
+        """Adds one layer's maps of the current forward."""
+        key = (layer, self.num_forwards - 1 if self.steps else None)
+        total, count = self._sums.get(key, (None, 0))
+        self._sums[key] = (maps if total is None else total + maps, count + 1)
 
     def mean(self, size: int) -> torch.Tensor:
         """Mean over heads, layers and forwards, each layer resampled to `size` x `size` first: [B, W, size, size]."""
-        if not self.entries:
+        if not self._sums:
             raise CaptureError("nothing was recorded: run the denoiser inside `with patch.capture(...)`")
         resized = [resample(entry.maps.mean(dim=1), (size, size)) for entry in self.entries]
         return torch.stack(resized).mean(dim=0)
+
+    def require_layers(self, layers: Mapping[str, nn.Module]) -> None:
+        """Raises `CaptureError` naming what kept layers from recording."""
+        missing = sorted(set(layers) - {layer for layer, _ in self._sums})
+        if missing:
+            raise CaptureError(
+                f"{len(missing)} of {len(layers)} attention layers recorded nothing ({', '.join(missing[:3])}); "
+                f"{_remedy(layers[missing[0]])}"
+            )
+
+
+def _remedy(module: Any) -> str:
+    """What keeps an attention module from calling `scaled_dot_product_attention`, and how to switch it off."""
+    processor = getattr(module, "processor", None)
+    name = type(processor).__name__
+    backend = getattr(processor, "_attention_backend", None)
+    if "XFormers" in name:
+        return f"its processor is {name}: call pipe.disable_xformers_memory_efficient_attention()"
+    if "Sliced" in name:
+        return f"its processor is {name}: call pipe.disable_attention_slicing()"
+    if backend is not None:
+        value = getattr(backend, "value", backend)
+        return f"its attention backend is {value!r}: call reset_attention_backend() on the denoiser, or set it to 'native'"
+    return f"its processor is {name}, which does not call torch's scaled_dot_product_attention: call set_default_attn_processor()"
 
 
 class _Spy(TorchFunctionMode):
     """Sees the attention call of one module; lives while that module runs."""
 
-    def __init__(self, patch: TeacherPatch, name: str) -> None:
+    def __init__(self, record: Callable[[str, _Attention], torch.Tensor | None], name: str) -> None:
         super().__init__()
-        self.patch, self.name, self.seen = patch, name, False
+        self.record, self.name, self.seen = record, name, False
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # An IP-Adapter makes a second call with its picture's keys: the first one has the text's.
         if func is F.scaled_dot_product_attention and not self.seen:
             self.seen = True
-            output = self.patch._record(self.name, _Attention(*args, **kwargs))
+            output = self.record(self.name, _Attention(*args, **kwargs))
             if output is not None:
                 return output
         return func(*args, **kwargs)
@@ -78,81 +118,75 @@ class _Attention:
     scale: float | None = None
     enable_gqa: bool = False
 
+    def of_samples(self, branch: slice) -> _Attention:
+        """The same call for some samples of the batch, every query head with a key head of its own."""
+        mask = self.attn_mask
+        if mask is not None and mask.ndim == 4 and mask.shape[0] > 1:
+            mask = mask[branch]
+        key, value = self.key[branch], self.value[branch]
+        if self.enable_gqa:
+            share = self.query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(share, dim=1), value.repeat_interleave(share, dim=1)
+        return _Attention(self.query[branch], key, value, mask, scale=self.scale)
 
-class TeacherPatch:
-    """A patched text-to-image pipeline: what `lavender.patch(pipe)` returns for diffusers pipelines.
 
-    Usable as a context manager. One patch serves one thread.
+class DenoiserHooks:
+    """Hooks on one denoiser: they hand each forward of it to `opened`, which may give a recording and the samples to record.
 
     Attributes:
-        denoiser: the patched model, `pipe.unet`.
-        layers: names of the cross-attention modules that are read.
+        denoiser: the model.
+        modules: the attention modules that are read, by name.
     """
 
-    def __init__(self, denoiser: nn.Module, family: Any, layers: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        layers: tuple[str, ...],
+        opened: Callable[[Mapping[str, Any]], tuple[Recording, slice] | None],
+    ) -> None:
         self.denoiser = denoiser
-        modules = _chosen(family.attention_modules(denoiser), layers)
-        self.layers = tuple(modules)
-        self._recording: Recording | None = None
+        self.layout: Layout = layout_of(denoiser)
+        self.modules = _chosen(_attention_modules(denoiser, self.layout), layers)
+        self._opened = opened
+        self._signature = inspect.signature(type(denoiser).forward)
+        self._current: tuple[Recording, slice, Places] | None = None
         self._spies: list[_Spy] = []
-        self._grid: tuple[int, int] = (0, 0)
-        self._handles: list[Any] = [denoiser.register_forward_pre_hook(self._before_denoiser, with_kwargs=True)]
-        for name, module in modules.items():
+        self._handles: list[Any] = [
+            denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
+            denoiser.register_forward_hook(self._after, always_call=True),
+        ]
+        for name, module in self.modules.items():
             self._handles.append(module.register_forward_pre_hook(self._enter(name)))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
 
     @property
-    def is_patched(self) -> bool:
+    def attached(self) -> bool:
         """Whether the hooks are in place."""
         return bool(self._handles)
 
-    def unpatch(self) -> None:
+    def remove(self) -> None:
         """Removes every hook. A second call does nothing."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def __enter__(self) -> TeacherPatch:
-        return self
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs = self._signature.bind(module, *args, **kwargs).arguments
+        opened = self._opened(inputs)
+        if opened is None:
+            self._current = None
+            return
+        recording, branch = opened
+        recording.num_forwards += 1
+        self._current = (recording, branch, sequence_of(self.layout, module, inputs))
 
-    def __exit__(self, *_: object) -> None:
-        self.unpatch()
-
-    @contextmanager
-    def capture(self, word_weights: torch.Tensor, branch: slice = slice(None), fused: bool = False) -> Iterator[Recording]:
-        """Records the denoiser's forwards inside the `with` block.
-
-        Args:
-            word_weights: [B, W, N], each text token's share of each word (1 / tokens at a word's tokens for their mean).
-            branch: the samples of the denoiser's batch that carry the caption; with classifier-free guidance the conditional
-                half.
-            fused: whether one pass gives the attention's output together with the map, in place of the model's own call. It is
-                faster; the denoiser's output is then equal up to rounding instead of bit-identical.
-
-        Raises:
-            CaptureError: on leaving the block, when a layer recorded nothing in it.
-        """
-        recording = Recording(word_weights, branch, fused)
-        self._recording = recording
-        try:
-            yield recording
-        finally:
-            self._recording = None
-        missing = sorted(set(self.layers) - {entry.layer for entry in recording.entries})
-        if missing:
-            raise CaptureError(
-                f"{len(missing)} of {len(self.layers)} cross-attention layers recorded nothing ({', '.join(missing[:3])}); "
-                "switch off attention slicing and xformers, which do not call scaled_dot_product_attention"
-            )
-
-    def _before_denoiser(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        sample = kwargs["sample"] if "sample" in kwargs else args[0]
-        self._grid = tuple(sample.shape[-2:])
+    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._current = None
 
     def _enter(self, name: str) -> Any:
         def enter(module: nn.Module, args: tuple) -> None:
-            if self._recording is not None:
-                spy = _Spy(self, name)
+            if self._current is not None:
+                spy = _Spy(self._record, name)
                 spy.__enter__()
                 self._spies.append(spy)
 
@@ -164,42 +198,77 @@ class TeacherPatch:
 
     def _record(self, name: str, call: _Attention) -> torch.Tensor | None:
         """Records one layer's maps; the attention's output if it came with them."""
-        recording = self._recording
-        assert recording is not None
-        branch, weights = recording.branch, recording.word_weights.to(call.query.device)
+        assert self._current is not None
+        recording, branch, places = self._current
+        weights = recording.word_weights.to(call.query.device)
+        heads = None
+        if not recording.heads:
+            heads = call.query.new_full((call.query.shape[1],), 1 / call.query.shape[1], dtype=torch.float32)
         output = None
         if recording.fused:
-            if call.dropout_p or call.is_causal or call.enable_gqa:
-                raise CaptureError(f"{name} attends with dropout, causally or with grouped heads; capture it with fused=False")
+            if call.dropout_p or call.is_causal or call.enable_gqa or self.layout.order != "cross":
+                raise CaptureError(
+                    f"{name} attends with dropout, causally, with grouped heads or to text and picture at once; capture it with "
+                    "fused=False"
+                )
+            _require_columns(name, weights, call.key.shape[2])
             everywhere = weights.new_zeros(call.query.shape[0], *weights.shape[1:])
             everywhere[branch] = weights
-            output, maps = column_attention(call.query, call.key, call.value, everywhere, mask=call.attn_mask, scale=call.scale)
+            output, maps = column_attention(
+                call.query, call.key, call.value, everywhere, mask=call.attn_mask, scale=call.scale, head_weights=heads
+            )
             maps = maps[branch]
         else:
-            mask = call.attn_mask
-            if mask is not None and mask.ndim == 4 and mask.shape[0] > 1:
-                mask = mask[branch]
-            maps = column_maps(call.query[branch], call.key[branch], weights, mask=mask, scale=call.scale)
-        recording.entries.append(LayerMaps(name, maps.unflatten(-1, _layer_grid(self._grid, maps.shape[-1]))))
+            call = call.of_samples(branch)
+            query, mask, weights = self._image_rows(name, call, weights, places, branch)
+            maps = column_maps(query, call.key, weights, mask=mask, scale=call.scale, head_weights=heads)
+        frames, rows, columns = level_grid(places.grid, maps.shape[-1])
+        recording.add(name, maps.unflatten(-1, (frames, rows, columns) if frames > 1 else (rows, columns)))
         return output
 
+    def _image_rows(
+        self, name: str, call: _Attention, weights: torch.Tensor, places: Places, branch: slice
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Of a joint attention, the queries that are image tokens, their mask, and the words' weights over all keys."""
+        query, mask = call.query, call.attn_mask
+        num_keys = call.key.shape[2]
+        if self.layout.order == "cross":
+            _require_columns(name, weights, num_keys)
+            return query, mask, weights
+        num_tokens = places.grid[0] * places.grid[1] * places.grid[2]
+        starts = places.image_start[branch].to(query.device)
+        after = num_keys - places.text_start - weights.shape[2]
+        if query.shape[2] != num_keys or (self.layout.order == "image first" and after < 0):
+            raise CaptureError(
+                f"{name} has {query.shape[2]} queries and {num_keys} keys; expected a joint sequence of {num_tokens} image tokens "
+                f"and {weights.shape[2]} text tokens"
+            )
+        # Text that a ragged sequence has no room for is padding, whose weights are zero.
+        weights = F.pad(weights, (places.text_start, after))
+        rows = starts[:, None] + torch.arange(num_tokens, device=query.device)
+        query = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+        if mask is not None and mask.shape[-2] > 1:
+            mask = mask[(None,) * (4 - mask.ndim)].expand(len(rows), -1, -1, -1)
+            mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+        return query, mask, weights
 
-def _layer_grid(latent: tuple[int, int], num_queries: int) -> tuple[int, int]:
-    """Height and width of a layer whose queries are the latent's places, halved some times (odd sides round up)."""
-    height, width = latent
-    while height * width > num_queries:
-        height, width = (height + 1) // 2, (width + 1) // 2
-    if height * width != num_queries:
-        raise CaptureError(f"{num_queries} queries are no halving of a latent of {latent[0]}x{latent[1]}")
-    return height, width
+
+def _require_columns(name: str, weights: torch.Tensor, num_keys: int) -> None:
+    if weights.shape[2] != num_keys:
+        raise CaptureError(f"{name} attends to {num_keys} text tokens, but the words' weights are for {weights.shape[2]}")
+
+
+def _attention_modules(denoiser: nn.Module, layout: Layout) -> dict[str, nn.Module]:
+    pattern = re.compile(layout.modules)
+    return {name: module for name, module in denoiser.named_modules() if pattern.fullmatch(name)}
 
 
 def _chosen(modules: dict[str, nn.Module], layers: tuple[str, ...]) -> dict[str, nn.Module]:
     if not modules:
-        raise ModelError("the denoiser has no cross-attention module")
+        raise ModelError("the denoiser has no attention module that reads the text")
     if not layers:
         return modules
-    chosen = {name: m for name, m in modules.items() if any(fragment in name for fragment in layers)}
+    chosen = {name: modules[name] for name in chosen_names(list(modules), layers)}
     if not chosen:
-        raise ModelError(f"no cross-attention layer is named like {', '.join(layers)}; there are: {', '.join(modules)}")
+        raise ModelError(f"no attention layer is named like {', '.join(layers)}; there are: {', '.join(modules)}")
     return chosen

@@ -1,0 +1,160 @@
+"""Where denoisers keep text and picture in their attention: one layout per denoiser class of diffusers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CaptureError, ModelError
+
+Grid = tuple[int, int, int]
+"""Frames, rows and columns of the image tokens; one frame for pictures."""
+
+
+def _no_lead(denoiser: nn.Module) -> int:
+    return 0
+
+
+def _text_tokens(denoiser: nn.Module, inputs: Mapping[str, Any]) -> list[int]:
+    """Text tokens in the attention's sequence, per sample: all that the denoiser was given."""
+    text = inputs["encoder_hidden_states"]
+    return [text.shape[1]] * text.shape[0]
+
+
+def _patches(denoiser: nn.Module, inputs: Mapping[str, Any]) -> Grid:
+    """Latents [B, C, (F,) y, x] cut into patches."""
+    latents = inputs["hidden_states"]
+    config: Any = denoiser.config
+    patch = config.patch_size
+    if not isinstance(patch, int):
+        frame_patch, patch = patch[0], patch[-1]
+    else:
+        frame_patch = getattr(config, "patch_size_t", None) or 1
+    frames = latents.shape[2] // frame_patch if latents.ndim == 5 else 1
+    return frames, latents.shape[-2] // patch, latents.shape[-1] // patch
+
+
+def _latent_places(denoiser: nn.Module, inputs: Mapping[str, Any]) -> Grid:
+    """A U-Net's latents [B, C, y, x], which its levels halve."""
+    sample = inputs["sample"]
+    return 1, sample.shape[-2], sample.shape[-1]
+
+
+def _by_ids(denoiser: nn.Module, inputs: Mapping[str, Any]) -> Grid:
+    """Packed latents, whose rows and columns are told by `img_ids` [(B,) N, 3 or 4]."""
+    ids = inputs["img_ids"]
+    ids = ids[0] if ids.ndim == 3 else ids
+    own = ids[ids[:, 0] == ids[0, 0]]  # a reference picture's tokens follow, at another place in time
+    rows, columns = (own[:, 1:3].amax(dim=0) + 1).int().tolist()
+    return 1, rows, columns
+
+
+def _by_shapes(denoiser: nn.Module, inputs: Mapping[str, Any]) -> Grid:
+    """Packed latents, whose grid is told by `img_shapes`: per sample one (frames, rows, columns), or a list of them."""
+    shape = inputs["img_shapes"][0]
+    shape = shape[0] if isinstance(shape, list) else shape
+    return int(shape[0]), int(shape[1]), int(shape[2])
+
+
+def _by_numbers(denoiser: nn.Module, inputs: Mapping[str, Any]) -> Grid:
+    """Packed latents, whose grid is told by three arguments."""
+    return inputs["num_frames"], inputs["height"], inputs["width"]
+
+
+def _registers(denoiser: Any) -> int:
+    """Learned tokens that AuraFlow puts before the text."""
+    return int(denoiser.register_tokens.shape[1])
+
+
+def _unpadded(denoiser: nn.Module, inputs: Mapping[str, Any]) -> list[int]:
+    """Lumina2 leaves the padding out: the picture follows each sample's own text."""
+    lengths: list[int] = inputs["encoder_attention_mask"].sum(dim=1).int().tolist()
+    return lengths
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one class of denoisers attends to text.
+
+    Attributes:
+        modules: pattern that the names of the attention modules match whose queries are image tokens and whose keys include text.
+        order: "cross" where text alone is attended to; "text first" or "image first" where text and picture are one sequence.
+        grid: the grid of image tokens, from the denoiser and its arguments.
+        lead: tokens before the text.
+        text_tokens: text tokens in the joint sequence, per sample.
+    """
+
+    modules: str
+    order: str
+    grid: Callable[[nn.Module, Mapping[str, Any]], Grid]
+    lead: Callable[[Any], int] = _no_lead
+    text_tokens: Callable[[nn.Module, Mapping[str, Any]], list[int]] = _text_tokens
+
+
+_DOUBLE_AND_SINGLE = r"(single_)?transformer_blocks\.\d+\.attn"
+_SECOND = r"(transformer_)?blocks\.\d+\.attn2"
+
+LAYOUTS = {
+    "UNet2DConditionModel": Layout(r".*\.attn2", "cross", _latent_places),
+    "SD3Transformer2DModel": Layout(r"transformer_blocks\.\d+\.attn", "image first", _patches),
+    "FluxTransformer2DModel": Layout(_DOUBLE_AND_SINGLE, "text first", _by_ids),
+    "Flux2Transformer2DModel": Layout(_DOUBLE_AND_SINGLE, "text first", _by_ids),
+    "ChromaTransformer2DModel": Layout(_DOUBLE_AND_SINGLE, "text first", _by_ids),
+    "QwenImageTransformer2DModel": Layout(r"transformer_blocks\.\d+\.attn", "text first", _by_shapes),
+    "AuraFlowTransformer2DModel": Layout(r"(joint|single)_transformer_blocks\.\d+\.attn", "text first", _patches, lead=_registers),
+    "Lumina2Transformer2DModel": Layout(r"layers\.\d+\.attn", "text first", _patches, text_tokens=_unpadded),
+    "CogView4Transformer2DModel": Layout(r"transformer_blocks\.\d+\.attn1", "text first", _patches),
+    "HunyuanVideoTransformer3DModel": Layout(_DOUBLE_AND_SINGLE, "image first", _patches),
+    "PixArtTransformer2DModel": Layout(_SECOND, "cross", _patches),
+    "SanaTransformer2DModel": Layout(_SECOND, "cross", _patches),
+    "WanTransformer3DModel": Layout(_SECOND, "cross", _patches),
+    "LTXVideoTransformer3DModel": Layout(_SECOND, "cross", _by_numbers),
+}
+"""Class name of a denoiser -> its layout."""
+
+
+def layout_of(denoiser: object) -> Layout:
+    """The layout of a pipeline's denoiser. Raises `ModelError` naming the known classes."""
+    name = type(denoiser).__name__
+    if name not in LAYOUTS:
+        raise ModelError(f"lavender cannot read word maps from a {name}; it reads {sorted(LAYOUTS)}")
+    return LAYOUTS[name]
+
+
+def level_grid(grid: Grid, num_queries: int) -> Grid:
+    """The grid of a layer with so many queries: the denoiser's, its sides halved some times (odd sides round up)."""
+    frames, height, width = grid
+    while frames * height * width > num_queries and height * width > 1:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    if frames * height * width != num_queries:
+        raise CaptureError(f"{num_queries} queries are no halving of a grid of {grid[1]}x{grid[2]} in {grid[0]} frames")
+    return frames, height, width
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Where image tokens and words stand in one attention call.
+
+    Attributes:
+        grid: frames, rows and columns of the image tokens.
+        image_start: int64 [B], the first image token among the queries.
+        text_start: the first text token among the keys.
+    """
+
+    grid: Grid
+    image_start: torch.Tensor
+    text_start: int
+
+
+def sequence_of(layout: Layout, denoiser: nn.Module, inputs: Mapping[str, Any]) -> Sequence:
+    """Where things stand in a denoiser's attention, from the arguments of its forward."""
+    grid, lead = layout.grid(denoiser, inputs), layout.lead(denoiser)
+    if layout.order == "text first":
+        return Sequence(grid, lead + torch.tensor(layout.text_tokens(denoiser, inputs)), lead)
+    start = math.prod(grid) if layout.order == "image first" else 0
+    return Sequence(grid, torch.zeros(len(inputs["encoder_hidden_states"]), dtype=torch.long), start)

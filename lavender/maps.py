@@ -1,0 +1,237 @@
+"""What a patched model looked at: one word's heat map, laid over a picture, plotted, or differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.nn import functional as F
+
+from .errors import CaptureError
+from .kernels.map_loss import resample
+from .types import Word, WordMaps
+from .words import words_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)
+class LayerMaps:
+    """Raw word maps of one attention layer.
+
+    Attributes:
+        layer: the module's dotted name in its model.
+        maps: [..., C, W, y, x], or [..., C, W, F, y, x] of a video with F frames; C is the number of heads, or 1 for their mean.
+        step: the denoiser's forward, from 0; None for the mean over all of them, or where there was one.
+    """
+
+    layer: str
+    maps: torch.Tensor
+    step: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class HeatMap:
+    """Where one word looks: attention `values`, [y, x], raw and differentiable if the model ran with gradients."""
+
+    word: str
+    values: torch.Tensor
+
+    def mean(self) -> torch.Tensor:
+        """The mean over the picture, a scalar: `.mean().backward()` gives gradients."""
+        return self.values.mean()
+
+    def sum(self) -> torch.Tensor:
+        """The sum over the picture, a scalar; of a language model, the share of its attention that the picture gets."""
+        return self.values.sum()
+
+    def to_numpy(self, size: tuple[int, int] | None = None) -> NDArray[np.float32]:
+        """float32 [y, x]; with `size` (height, width), resampled to it."""
+        values = self.values.detach().float()
+        if size is not None:
+            values = F.interpolate(values[None, None], size=size, mode="bicubic", antialias=True)[0, 0]
+        return values.cpu().numpy()
+
+    def overlay(self, image: Image.Image, opacity: float = 0.6, colormap: str = "inferno") -> Image.Image:
+        """The picture with the map over it, stretched from its least to its largest value.
+
+        Args:
+            image: any size; the map covers all of it.
+            opacity: of the map, from 0 to 1.
+            colormap: a name that matplotlib knows.
+        """
+        from matplotlib import colormaps
+
+        values = self.to_numpy((image.height, image.width))
+        low, high = float(values.min()), float(values.max())
+        stretched = (values - low) / max(high - low, np.finfo(np.float32).tiny)
+        painted = Image.fromarray((colormaps[colormap](stretched)[..., :3] * 255).astype(np.uint8))
+        return Image.blend(image.convert("RGB"), painted, opacity)
+
+    def plot(self, image: Image.Image | None = None, ax: Axes | None = None) -> Axes:
+        """Draws the map, over the picture if there is one, with the word as title, on matplotlib axes."""
+        from matplotlib import pyplot as plt
+
+        axes = ax if ax is not None else plt.figure().add_subplot()
+        if image is None:
+            axes.imshow(self.to_numpy(), cmap="inferno")
+        else:
+            axes.imshow(np.asarray(self.overlay(image)))
+        axes.set_title(self.word)
+        axes.set_axis_off()
+        return axes
+
+
+def chosen_names(names: Sequence[str], parts: Sequence[str]) -> list[str]:
+    """The names that one of `parts` is a part of; a part that is a whole name means that name alone."""
+    return [name for name in names if any(part == name if part in names else part in name for part in parts)]
+
+
+class Maps(Mapping[str, HeatMap]):
+    """The heat maps of every word of a text for one picture.
+
+    `maps["cat"]` is the mean over heads, layers and denoising steps; `heat_map` chooses among them.
+
+    Attributes:
+        text: the prompt of a diffusion model, the answer of a vision-language model.
+        words: W words of it, in order; a repeated word repeats.
+        entries: what was recorded, per layer (and per step, if steps were kept).
+        missing: the words that have no map: the text was cut off before them.
+    """
+
+    def __init__(self, text: str, words: Sequence[Word], entries: Sequence[LayerMaps], missing: Sequence[Word] = ()) -> None:
+        self.text = text
+        self.words = tuple(words)
+        self.entries = tuple(entries)
+        self.missing = tuple(missing)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers, in the order in which they ran."""
+        return tuple(dict.fromkeys(entry.layer for entry in self.entries))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(word.text for word in self.words))
+
+    def __len__(self) -> int:
+        return len({word.text for word in self.words})
+
+    def __getitem__(self, word: str) -> HeatMap:
+        """Heat map of a word or phrase, whatever its case; of a repeated one, its first occurrence."""
+        return self.heat_map(word)
+
+    def heat_map(
+        self,
+        word: str,
+        *,
+        occurrence: int = 0,
+        layers: Sequence[str | int] = (),
+        head: int | None = None,
+        step: int | None = None,
+        frame: int | None = None,
+    ) -> HeatMap:
+        """One word's heat map, the mean over everything that is not chosen, each layer resampled to the finest one's grid.
+
+        Args:
+            word: a word of the text, or several in a row: the mean over their maps.
+            occurrence: which of a repeated word's occurrences, from 0.
+            layers: numbers into `layers`, names, or parts of names; all if empty.
+            head: an attention head; heads must have been kept.
+            step: a forward of the denoiser, from 0; steps must have been kept.
+            frame: a frame of a video's latent.
+
+        Raises:
+            KeyError: the text lacks the word.
+            CaptureError: the word was cut off, or what is chosen was not recorded.
+        """
+        places = self._places(word, occurrence)
+        wanted = self._wanted(layers, step)
+        size = max((entry.maps.shape[-2:] for entry in wanted), key=lambda s: s[0] * s[1])
+        total: torch.Tensor | None = None
+        for entry in wanted:
+            maps = entry.maps[:, places].mean(dim=1)
+            if head is None:
+                maps = maps.mean(dim=0)
+            elif entry.maps.shape[0] == 1:
+                raise CaptureError("heads were not kept apart; ask for them with lavender.patch(..., heads=True)")
+            else:
+                maps = maps[head]
+            if maps.ndim == 3:
+                maps = maps.mean(dim=0) if frame is None else maps[frame]
+            resized = resample(maps[None, None], size)[0, 0]
+            total = resized if total is None else total + resized
+        assert total is not None
+        return HeatMap(" ".join(self.words[i].text for i in places), total / len(wanted))
+
+    def _places(self, word: str, occurrence: int) -> list[int]:
+        sought = [part.text.casefold() for part in words_of(word)] or [word.casefold()]
+        own = [known.text.casefold() for known in self.words]
+        starts = [i for i in range(len(own) - len(sought) + 1) if own[i : i + len(sought)] == sought]
+        if len(starts) <= occurrence:
+            raise KeyError(f"no word {word!r} (occurrence {occurrence}) in {self.text!r}; its words: {list(self)}")
+        places = list(range(starts[occurrence], starts[occurrence] + len(sought)))
+        cut = [self.words[i].text for i in places if self.words[i] in self.missing]
+        if cut:
+            raise CaptureError(f"{cut[0]!r} has no map: the text encoder's window ends before it; shorten the text")
+        return places
+
+    def _wanted(self, layers: Sequence[str | int], step: int | None) -> list[LayerMaps]:
+        names = self.layers
+        if layers:
+            numbers = {c for c in layers if isinstance(c, int)}
+            named = set(chosen_names(names, [c for c in layers if isinstance(c, str)]))
+            names = tuple(n for i, n in enumerate(names) if i in numbers or n in named)
+        wanted = [e for e in self.entries if e.layer in names and (step is None or e.step == step)]
+        if step is not None and all(e.step is None for e in self.entries):
+            raise CaptureError("steps were not kept apart; ask for them with lavender.patch(..., steps=True)")
+        if not wanted:
+            raise CaptureError(f"no layer {list(layers)} in step {step} was recorded; there are {list(self.layers)}")
+        return wanted
+
+    def to_numpy(self, size: tuple[int, int] | None = None) -> NDArray[np.float32]:
+        """float32 [W, y, x], means over everything else; rows of NaN for words that were cut off."""
+        maps = [None if w in self.missing else self.heat_map_of(i).to_numpy(size) for i, w in enumerate(self.words)]
+        known = next((m for m in maps if m is not None), None)
+        if known is None:
+            raise CaptureError(f"no word of {self.text!r} has a map")
+        return np.stack([np.full_like(known, np.nan) if m is None else m for m in maps])
+
+    def heat_map_of(self, index: int) -> HeatMap:
+        """Heat map of the word `words[index]`."""
+        word = self.words[index]
+        occurrence = sum(other.text.casefold() == word.text.casefold() for other in self.words[:index])
+        return self.heat_map(word.text, occurrence=occurrence)
+
+    def to_word_maps(self) -> WordMaps:
+        """As targets for training; see `lavender.TargetStore`."""
+        return WordMaps(self.text, self.words, self.to_numpy())
+
+    def plot(self, image: Image.Image | None = None, columns: int = 5) -> Figure:
+        """Draws every word's map, over the picture if there is one, on a new matplotlib figure."""
+        from matplotlib import pyplot as plt
+
+        shown = [i for i, word in enumerate(self.words) if word not in self.missing]
+        rows = -(-len(shown) // columns)
+        width = min(columns, len(shown))
+        figure, axes = plt.subplots(rows, width, figsize=(2.4 * width, 2.6 * rows), squeeze=False)
+        for place in axes.flat:
+            place.set_axis_off()
+        for place, index in zip(axes.flat, shown, strict=False):
+            self.heat_map_of(index).plot(image, place)
+        figure.tight_layout()
+        return figure
+
+    def __repr__(self) -> str:
+        return f"Maps({self.text!r}, {len(self.layers)} layers)"
+
+
+def of_picture(entries: Sequence[LayerMaps], picture: int) -> list[LayerMaps]:
+    """One picture of a batch: its entries without the leading batch axis."""
+    return [LayerMaps(entry.layer, entry.maps[picture], entry.step) for entry in entries]

@@ -1,0 +1,344 @@
+"""Whole pipelines of diffusers: pictures unchanged, words found, the prompt's branch read, maps against an explicit softmax."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import lavender
+from lavender.errors import CaptureError, ModelError
+from lavender.families.denoisers import sequence_of
+
+from .teacher_zoo import CAPTIONS, HEIGHT_PIXELS, PIPELINES, WIDTH_PIXELS
+from .test_denoisers import calls_of
+
+PROMPT = "a cat in a red hat"
+STEPS = 2
+OPTIONS = {
+    "FluxPipeline": {"max_sequence_length": 24, "guidance_scale": 3.5},
+    "StableDiffusion3Pipeline": {"max_sequence_length": 24, "guidance_scale": 5.0},
+    "StableDiffusion3Pipeline/3.5": {"max_sequence_length": 24, "guidance_scale": 5.0},
+    "StableDiffusionPAGPipeline": {"guidance_scale": 5.0, "pag_scale": 2.0},
+}
+NAMES = sorted(PIPELINES)
+GUIDED = [name for name in NAMES if name != "FluxPipeline"]
+
+
+@pytest.fixture
+def pipe(name):
+    return PIPELINES[name]()
+
+
+def draw(pipe, name, prompt=PROMPT, **options):
+    return pipe(
+        prompt,
+        num_inference_steps=STEPS,
+        height=HEIGHT_PIXELS,
+        width=WIDTH_PIXELS,
+        output_type="np",
+        generator=torch.Generator().manual_seed(0),
+        **{"guidance_scale": 5.0, **OPTIONS.get(name, {}), **options},
+    ).images
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_keep_every_bit_and_the_pipeline_its_class(pipe, name):
+    plain, before = draw(pipe, name), type(pipe)
+    with lavender.patch(pipe) as lens:
+        assert isinstance(pipe, before)
+        assert type(pipe).__name__ == before.__name__
+        assert (draw(pipe, name) == plain).all()
+        assert list(lens.maps) == ["a", "cat", "in", "red", "hat"]
+    assert type(pipe) is before
+    assert "cache_context" not in vars(lens.denoiser)
+    assert (draw(pipe, name) == plain).all()
+
+
+def expected_maps(pipe, name, patch, word_tokens):
+    """{layer: mean over heads, steps of [y * x]} of one word, from every attention call's own query and key, explicitly."""
+    denoiser, inputs = patch.denoiser, []
+    modules = {n: m for n, m in denoiser.named_modules() if n in patch.layers}
+    spy = denoiser.register_forward_pre_hook(lambda _m, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True)
+    with calls_of(modules) as calls:
+        draw(pipe, name)
+    spy.remove()
+    hooks = patch._hooks[0]
+    bound = [hooks._signature.bind(denoiser, *args, **kwargs).arguments for args, kwargs in inputs]
+    per_forward = len(calls) // len(bound)
+    found: dict[str, list[torch.Tensor]] = {}
+    for i, (layer, query, key, mask, scale) in enumerate(calls):
+        assert mask is None
+        places = sequence_of(hooks.layout, denoiser, bound[i // per_forward])
+        # One prompt: the second sample of [unconditional, conditional, ...], or the only one.
+        b = 0 if len(query) == 1 else 1
+        scores = query[b].double() @ key[b].double().mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+        probabilities = scores.softmax(-1).mean(0)
+        if hooks.layout.order != "cross":
+            start = places.image_start[b]
+            probabilities = probabilities[start : start + math.prod(places.grid)]
+        columns = torch.tensor(word_tokens) + places.text_start
+        found.setdefault(layer, []).append(probabilities[:, columns].mean(-1))
+    return {layer: torch.stack(maps).mean(0) for layer, maps in found.items()}
+
+
+# "a cat in a red hat": a token each in both tokenizers, behind CLIP's start token; SD 3 has them in both stretches.
+TOKENS = {"StableDiffusion3Pipeline": [2, 16 + 1], "StableDiffusion3Pipeline/3.5": [2, 16 + 1], "FluxPipeline": [1]}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_maps_equal_an_explicit_softmax_over_a_whole_run(pipe, name):
+    with lavender.patch(pipe) as lens:
+        draw(pipe, name)
+        maps = lens.maps
+    expected = expected_maps(pipe, name, lens, TOKENS.get(name, [2]))
+    assert set(maps.layers) == set(expected)
+    for layer, own in expected.items():
+        heat = maps.heat_map("cat", layers=[layer]).values
+        torch.testing.assert_close(heat.flatten().double(), own, rtol=0, atol=1e-4 * own.max().item())
+    assert maps["cat"].values.shape[0] / maps["cat"].values.shape[1] == HEIGHT_PIXELS / WIDTH_PIXELS
+    assert not torch.equal(maps["cat"].values, maps["hat"].values)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_heads_and_steps_kept_apart_have_the_default_as_their_mean(pipe, name):
+    with lavender.patch(pipe) as lens:
+        draw(pipe, name)
+        mean = lens.maps["hat"].values
+    with lavender.patch(pipe, heads=True, steps=True) as lens:
+        draw(pipe, name)
+        maps = lens.maps
+    torch.testing.assert_close(maps["hat"].values, mean)
+    steps = [maps.heat_map("hat", step=s).values for s in range(STEPS)]
+    torch.testing.assert_close(sum(steps) / STEPS, mean)
+    assert not torch.equal(steps[0], steps[1])
+    heads = [maps.heat_map("hat", head=h).values for h in range(2)]
+    torch.testing.assert_close(sum(heads) / 2, mean)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_several_prompts_and_pictures_have_their_own_maps(pipe, name):
+    with lavender.patch(pipe) as lens:
+        draw(pipe, name, prompt=CAPTIONS[:2], num_images_per_prompt=2)
+        four = [lens.maps_of(i) for i in range(4)]
+        with pytest.raises(CaptureError, match="4 were drawn"):
+            lens.maps_of(4)
+    assert [m.text for m in four] == [CAPTIONS[0]] * 2 + [CAPTIONS[1]] * 2
+    assert not torch.equal(four[0]["cat"].values, four[1]["cat"].values)
+    assert "birds" in four[3]
+    assert four[3]["birds"].values.min() > 0
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_the_unconditional_branch_does_not_show(pipe, name):
+    """A negative prompt changes later latents, but not what the first step's prompt branch sees."""
+    first = []
+    for negative in ("a house", "two birds"):
+        with lavender.patch(pipe, steps=True) as lens:
+            draw(pipe, name, negative_prompt=negative)
+            first.append(lens.maps.heat_map("cat", step=0).values)
+    torch.testing.assert_close(first[0], first[1])
+
+
+def test_branches_that_are_computed_apart_are_told_by_name():
+    pipe = PIPELINES["FluxPipeline"]()
+    with lavender.patch(pipe, steps=True) as lens:
+        plain = draw(pipe, "FluxPipeline")
+        alone = lens.maps.heat_map("cat", step=0).values
+        guided = draw(pipe, "FluxPipeline", negative_prompt="two birds", true_cfg_scale=4.0)
+        assert not np.array_equal(plain, guided)
+        assert {e.step for e in lens.maps.entries} == set(range(STEPS))
+        torch.testing.assert_close(lens.maps.heat_map("cat", step=0).values, alone)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusion3Pipeline"])
+def test_without_guidance_there_is_one_branch(pipe, name):
+    with lavender.patch(pipe) as lens:
+        draw(pipe, name, guidance_scale=1.0)
+        alone = lens.maps["cat"].values
+    assert alone.min() > 0
+
+
+def test_perturbed_guidance_alone_puts_the_prompt_first():
+    pipe = PIPELINES["StableDiffusionPAGPipeline"]()
+    with lavender.patch(pipe, steps=True) as lens:
+        draw(pipe, "StableDiffusionPAGPipeline", guidance_scale=5.0)
+        both = lens.maps.heat_map("cat", step=0).values
+        draw(pipe, "StableDiffusionPAGPipeline", guidance_scale=0.0)
+        torch.testing.assert_close(lens.maps.heat_map("cat", step=0).values, both)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusion3Pipeline", "FluxPipeline"])
+def test_offloading_and_fused_projections_change_nothing(pipe, name):
+    with lavender.patch(pipe) as lens:
+        plain = draw(pipe, name)
+        maps = lens.maps["cat"].values
+        lens.denoiser.fuse_qkv_projections()
+        fused = draw(pipe, name)
+        np.testing.assert_allclose(fused, plain, atol=1e-4)
+        torch.testing.assert_close(lens.maps["cat"].values, maps, rtol=1e-3, atol=1e-6)
+
+
+def test_a_lora_is_seen():
+    from peft import LoraConfig
+
+    pipe = PIPELINES["StableDiffusionPipeline"]()
+    with lavender.patch(pipe) as lens:
+        draw(pipe, "StableDiffusionPipeline")
+        before = lens.maps["cat"].values
+        pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False))
+        draw(pipe, "StableDiffusionPipeline")
+        assert not torch.allclose(lens.maps["cat"].values, before)
+
+
+def test_a_users_own_loop_gives_gradients_to_the_latents():
+    pipe = PIPELINES["StableDiffusionPipeline"]()
+    latents = torch.randn(1, 4, 4, 6, requires_grad=True)
+    with lavender.patch(pipe) as lens:
+        prompt, _ = pipe.encode_prompt(PROMPT, "cpu", 1, False)
+        pipe.unet(latents, torch.tensor(500), prompt)
+        lens.maps["cat"].mean().backward()
+    assert latents.grad.abs().max() > 0
+
+
+def test_processors_that_hide_their_attention_are_named_with_the_remedy():
+    pipe = PIPELINES["StableDiffusionPipeline"]()
+    pipe.enable_attention_slicing()
+    with lavender.patch(pipe), pytest.raises(CaptureError, match="disable_attention_slicing"):
+        draw(pipe, "StableDiffusionPipeline")
+
+    class XFormersAttnProcessor:
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
+            return hidden_states
+
+    pipe = PIPELINES["StableDiffusionPipeline"]()
+    pipe.unet.set_attn_processor(XFormersAttnProcessor())
+    with lavender.patch(pipe), pytest.raises(CaptureError, match="disable_xformers_memory_efficient_attention"):
+        draw(pipe, "StableDiffusionPipeline")
+
+
+def test_a_foreign_attention_backend_is_named_with_the_remedy():
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    pipe = PIPELINES["FluxPipeline"]()
+    native = _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE]
+
+    def hidden(query, key, value, **kwargs):
+        return value
+
+    name = AttentionBackendName._NATIVE_MATH
+    before = _AttentionBackendRegistry._backends[name]
+    assert native is not hidden
+    try:
+        _AttentionBackendRegistry._backends[name] = hidden
+        pipe.transformer.set_attention_backend(name.value)
+        with lavender.patch(pipe), pytest.raises(CaptureError, match=f"attention backend is '{name.value}'"):
+            draw(pipe, "FluxPipeline")
+    finally:
+        _AttentionBackendRegistry._backends[name] = before
+
+
+def test_what_nobody_can_know_is_said():
+    pipe = PIPELINES["StableDiffusionPipeline"]()
+    with lavender.patch(pipe) as lens:
+        with pytest.raises(CaptureError, match="call the pipeline"):
+            lens.maps  # noqa: B018
+        draw(pipe, "StableDiffusionPipeline", prompt="cat " * 30 + "house")
+        with pytest.raises(CaptureError, match="window ends before it"):
+            lens.maps["house"]
+        with pytest.raises(KeyError, match="its words: \\['cat', 'house'\\]"):
+            lens.maps["dog"]
+        with pytest.raises(CaptureError, match="heads=True"):
+            lens.maps.heat_map("cat", head=1)
+        with pytest.raises(CaptureError, match="steps=True"):
+            lens.maps.heat_map("cat", step=1)
+        embeddings, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True)
+        draw(pipe, "StableDiffusionPipeline", prompt=None, prompt_embeds=embeddings, negative_prompt_embeds=negative)
+        with pytest.raises(CaptureError, match="embeddings"):
+            lens.maps  # noqa: B018
+
+
+def test_an_exception_while_drawing_leaves_nothing_behind():
+    pipe = PIPELINES["StableDiffusionPipeline"]()
+    before = type(pipe)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), lavender.patch(pipe):
+        draw(pipe, "StableDiffusionPipeline", callback_on_step_end=stop)
+    assert type(pipe) is before
+    assert torch.overrides._len_torch_function_stack() == 0
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.unet.modules())
+
+
+def test_patching_twice_is_one_patch_and_other_settings_patch_anew():
+    pipe = PIPELINES["StableDiffusionPipeline"]()
+    original = type(pipe)
+    first = lavender.patch(pipe)
+    with lavender.patch(pipe) as again:
+        assert again is first
+    assert first.is_patched
+    other = lavender.patch(pipe, heads=True)
+    assert not first.is_patched
+    other.unpatch()
+    assert type(pipe) is original
+
+
+def test_a_pipeline_whose_text_nobody_knows_is_named():
+    pipe = PIPELINES["StableDiffusionPipeline"]()
+
+    class NovelPipeline(type(pipe)):
+        pass
+
+    pipe.__class__ = NovelPipeline
+    with lavender.patch(pipe), pytest.raises(ModelError, match=r"NovelPipeline.*capture\(word_weights\)"):
+        draw(pipe, "StableDiffusionPipeline")
+
+
+def test_a_copied_denoiser_draws_alone():
+    pipe = PIPELINES["StableDiffusionPipeline"]()
+    plain = draw(pipe, "StableDiffusionPipeline")
+    with lavender.patch(pipe):
+        twin = copy.deepcopy(pipe.unet)
+    pipe.unet = twin
+    assert (draw(pipe, "StableDiffusionPipeline") == plain).all()
+
+
+def test_the_heat_map_lies_on_the_picture():
+    from PIL import Image
+
+    pipe = PIPELINES["StableDiffusionXLPipeline"]()
+    with lavender.patch(pipe) as lens:
+        images = draw(pipe, "StableDiffusionXLPipeline")
+    image = Image.fromarray((images[0] * 255).astype(np.uint8))
+    heat = lens.maps["red hat"]
+    assert heat.word == "red hat"
+    torch.testing.assert_close(heat.values, (lens.maps["red"].values + lens.maps["hat"].values) / 2)
+    over = heat.overlay(image)
+    assert over.size == image.size
+    # Where the map is brighter, more of the colormap's bright end shows.
+    values = heat.to_numpy((image.height, image.width))
+    painted = np.asarray(heat.overlay(Image.new("RGB", image.size), opacity=1.0)).astype(float).sum(-1)
+    assert np.corrcoef(values.ravel(), painted.ravel())[0, 1] > 0.9
+    assert heat.to_numpy().shape == tuple(heat.values.shape)
+    np.testing.assert_allclose(lens.maps.to_numpy()[1], lens.maps["cat"].to_numpy(), rtol=1e-5)
+    assert lens.maps.to_word_maps()["hat"].shape == tuple(heat.values.shape)
+    figure = lens.maps.plot(image)
+    assert [a.get_title() for a in figure.axes if a.get_title()] == [w.text for w in lens.maps.words]
+
+
+def test_identical_images_without_a_picture_are_plotted(tmp_path):
+    from matplotlib import pyplot as plt
+
+    pipe = PIPELINES["StableDiffusionPipeline"]()
+    with lavender.patch(pipe) as lens:
+        draw(pipe, "StableDiffusionPipeline")
+    axes = lens.maps["cat"].plot()
+    assert axes.get_title() == "cat"
+    axes.figure.savefig(tmp_path / "cat.png")
+    assert (tmp_path / "cat.png").stat().st_size > 0
+    plt.close("all")
