@@ -122,9 +122,7 @@ def _own_sizes(pictures: Pictures) -> list[torch.Tensor]:
         found = [square_boxes(rows // pixels, columns // pixels)]
         tolerance = image_processor.max_pixels_tolerance
         if splits and image_processor._is_image_too_large(height, width, max_pixels_tolerance=tolerance, **limits):
-            columns, rows, *_ = image_processor._get_grid_layout(
-                height, width, tile_size=image_processor.tile_size, **counts
-            )
+            columns, rows, *_ = image_processor._get_grid_layout(height, width, tile_size=image_processor.tile_size, **counts)
             found = [tiled_boxes(rows, columns, tile), *(found if image_processor.use_thumbnail else [])]
         boxes.append(torch.cat(found))
     return boxes

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
+from lavender.data import image_token_of
 from lavender.families import Family, Pictures
 from lavender.hooks.discovery import attention_modules, is_attention, text_tower
 
@@ -45,27 +46,35 @@ def silenced(model: nn.Module) -> Iterator[None]:
 
 
 def image_tokens(student: Student, family: Family, image: Image.Image) -> torch.Tensor:
-    """What the text tower receives of the picture, [tokens, C]: hidden states at image tokens, or cross-attention's keys."""
+    """What boxes are the places of, [tokens, C]: hidden states at image tokens, or keys of cross-attention or resampler."""
     model, seen = student.model, []
     batch = student.encode([image], ["what is this"])
     decoder = text_tower(model)
-    if family.cross:
-        module = attention_modules(decoder)[0]
-        keys = module.k_proj
-        handle = keys.register_forward_pre_hook(lambda _m, args: seen.append(args[0].detach()))
+
+    def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"]).detach())
+
+    def see_key(module: nn.Module, args: tuple) -> None:
+        seen.append(args[1].transpose(0, 1).detach())
+
+    reader = (family.resamplers(model) if family.resamplers else attention_modules(decoder))[0]
+    if isinstance(reader, nn.MultiheadAttention):
+        handle = reader.register_forward_pre_hook(see_key)
+    elif family.cross or family.resamplers:
+        keys = reader.k_proj if hasattr(reader, "k_proj") else reader.key
+        handle = keys.register_forward_pre_hook(see, with_kwargs=True)
     else:
         # The first decoder layer's input: one token's state knows no other token yet.
         layer = next(m for m in decoder.modules() if isinstance(m, nn.ModuleList))[0]
-        handle = layer.register_forward_pre_hook(
-            lambda _m, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).detach()), with_kwargs=True
-        )
+        handle = layer.register_forward_pre_hook(see, with_kwargs=True)
     try:
         with torch.no_grad(), silenced(model):
             model(**batch, use_cache=False)
     finally:
         handle.remove()
-    states = seen[0].flatten(0, -2) if family.cross else seen[0][0, batch["input_ids"][0] == model.config.image_token_id]
-    return states
+    if family.cross or family.resamplers:
+        return seen[0].flatten(0, -2)
+    return seen[0][0, batch["input_ids"][0] == image_token_of(student.processor, model.config)]
 
 
 def measured_centers(
