@@ -78,7 +78,7 @@ def teacher_ways() -> dict[str, Callable[[], object]]:
     weights[0, torch.arange(WORDS), torch.arange(WORDS) + 1] = 1.0
 
     def forward(capture: bool, fused: bool = False) -> None:
-        with torch.no_grad(), teacher.patch.capture(weights, fused=fused) if capture else nullcontext():
+        with torch.no_grad(), teacher.hooks.capture(weights, fused=fused) if capture else nullcontext():
             teacher.pipe.unet(latents, torch.tensor(151), prompt)
 
     return {

@@ -13,11 +13,16 @@ _HOME = {
     "TrainingConfig": "config",
     "LavenderError": "errors",
     "Collator": "data",
+    "Family": "families",
+    "HeatMap": "maps",
+    "Maps": "maps",
+    "Pictures": "families",
     "TargetStore": "targets",
     "Word": "types",
     "WordMaps": "types",
     "extract": "teacher.extract",
     "patch": "patching",
+    "register_family": "families",
     "fine_tune": "train",
     "words_of": "words",
 }
@@ -25,7 +30,11 @@ _HOME = {
 __all__ = [
     "AlignmentConfig",
     "Collator",
+    "Family",
+    "HeatMap",
     "LavenderError",
+    "Maps",
+    "Pictures",
     "TargetStore",
     "TeacherConfig",
     "TrainingConfig",
@@ -35,6 +44,7 @@ __all__ = [
     "extract",
     "fine_tune",
     "patch",
+    "register_family",
     "words_of",
 ]
 
@@ -42,6 +52,8 @@ if TYPE_CHECKING:
     from .config import AlignmentConfig, TeacherConfig, TrainingConfig
     from .data import Collator
     from .errors import LavenderError
+    from .families import Family, Pictures, register_family
+    from .maps import HeatMap, Maps
     from .patching import patch
     from .targets import TargetStore
     from .teacher.extract import extract

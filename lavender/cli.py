@@ -194,6 +194,26 @@ def report(
     print(write_report(run))
 
 
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a transformers model or a diffusers pipeline.")],
+) -> None:
+    """Say what lavender finds in a model, what it can do with it, and what is missing. Weights are not loaded.
+
+    Exit code 1 if something is missing.
+    """
+    from .doctor import examine
+
+    findings = examine(model)
+    width = max(len(finding.topic) for finding in findings)
+    for finding in findings:
+        print(f"{finding.topic:<{width}}  {finding.found}")
+        if finding.remedy:
+            print(f"{'':<{width}}  -> {finding.remedy}")
+    if any(finding.remedy for finding in findings):
+        raise typer.Exit(1)
+
+
 def _device(name: str) -> str:
     import torch
 

@@ -45,6 +45,10 @@ def fingerprint(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
+DEFAULT_QUESTION = "Describe the picture."
+"""What the user asks where there is a caption only."""
+
+
 @dataclass(frozen=True)
 class TeacherConfig:
     """How word maps are read from a diffusion model.

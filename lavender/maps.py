@@ -71,7 +71,7 @@ class HeatMap:
 
         values = self.to_numpy((image.height, image.width))
         low, high = float(values.min()), float(values.max())
-        stretched = (values - low) / max(high - low, np.finfo(np.float32).tiny)
+        stretched = (values - low) / max(high - low, float(np.finfo(np.float32).tiny))
         painted = Image.fromarray((colormaps[colormap](stretched)[..., :3] * 255).astype(np.uint8))
         return Image.blend(image.convert("RGB"), painted, opacity)
 
@@ -220,12 +220,11 @@ class Maps(Mapping[str, HeatMap]):
         shown = [i for i, word in enumerate(self.words) if word not in self.missing]
         rows = -(-len(shown) // columns)
         width = min(columns, len(shown))
-        figure, axes = plt.subplots(rows, width, figsize=(2.4 * width, 2.6 * rows), squeeze=False)
+        figure, axes = plt.subplots(rows, width, figsize=(2.4 * width, 2.7 * rows), squeeze=False, layout="constrained")
         for place in axes.flat:
             place.set_axis_off()
         for place, index in zip(axes.flat, shown, strict=False):
             self.heat_map_of(index).plot(image, place)
-        figure.tight_layout()
         return figure
 
     def __repr__(self) -> str:

@@ -114,4 +114,4 @@ def test_mistakes_with_settings(teacher_folder, data, tmp_path):
     assert "integers separated by commas" in refused(*common, "--timesteps", "soon")
     assert "inversion_steps is 0" in refused(*common, "--inversion-steps", 0)
     assert "device 'tpu9'" in refused(*common, "--device", "tpu9")
-    assert "no cross-attention layer" in refused(*common, "--layers", "attic")
+    assert "no attention layer is named like attic" in refused(*common, "--layers", "attic")

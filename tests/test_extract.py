@@ -14,9 +14,11 @@ import torch
 from lavender.config import TeacherConfig
 from lavender.data import Pair, read_pairs
 from lavender.errors import DataError, ModelError, TargetError
+from lavender.families.prompts import word_weights
 from lavender.miniworld import write_dataset
 from lavender.targets import TargetStore
 from lavender.teacher.extract import Teacher, extract
+from lavender.words import words_of
 
 NOISE = TeacherConfig(inversion="noise", timesteps=(51, 301), map_size=16)
 
@@ -155,7 +157,7 @@ def test_a_word_of_several_tokens_has_their_mean(teacher_folder, scenes):
     caption = "a zebra."
     tokens = teacher.pipe.tokenizer.tokenize(caption)
     assert len(tokens) > 3, "zebra is meant to be split"
-    weights, _ = teacher._word_weights(caption, teacher.word_maps(scenes[0].image, caption).words)
+    weights, _ = word_weights(teacher.pipe, [caption], [words_of(caption)], 32, {})
     assert weights[0, 1].count_nonzero() == len(tokens) - 2
     assert weights[0, 1].sum() == pytest.approx(1)
 

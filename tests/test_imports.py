@@ -23,7 +23,7 @@ RANKS = [
     {"patching"},
     {"targets", "data"},
     {"teacher"},
-    {"train"},
+    {"train", "doctor"},
     {"evaluate", "report"},
     {"miniworld"},
     {"cli"},

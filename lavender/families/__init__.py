@@ -53,12 +53,14 @@ class Family:
             original picture, in the order of the tokens; NaN for tokens that have no place (newlines, class tokens). The tokens
             are those whose id is the model's image token, or, if `cross`, every key of the cross-attention.
         cross: whether the text reads the picture by cross-attention, whose keys are not in the text.
+        answer_type: what `token_type_ids`, if the model has them, say of an answer's tokens.
         resamplers: the attention modules by which the model's few image tokens were made from many patches; the attention to an
             image token is then carried on to its patches, and `boxes` are those of the patches.
     """
 
     boxes: Callable[[Pictures], list[torch.Tensor]]
     cross: bool = False
+    answer_type: int = 0
     resamplers: Callable[[nn.Module], list[nn.Module]] | None = None
 
 
@@ -89,7 +91,7 @@ STUDENTS: dict[str, str | Family] = {
     "mistral3": "sizes:RESIZED",
     "mllama": "cross:MLLAMA",
     "ovis2": "square:OVIS2",
-    "paligemma": "square:WHOLE",
+    "paligemma": "square:PALIGEMMA",
     "pixtral": "sizes:RESIZED",
     "qwen2_5_vl": "thw:MERGED",
     "qwen2_vl": "thw:MERGED",

@@ -39,6 +39,8 @@ def _whole(pictures: Pictures) -> list[torch.Tensor]:
 
 
 WHOLE = Family(boxes=_whole)
+# Tokens of type 0 see each other in both directions: an answer's must not.
+PALIGEMMA = Family(boxes=_whole, answer_type=1)
 
 
 def _padded(pictures: Pictures) -> list[torch.Tensor]:

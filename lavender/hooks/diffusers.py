@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,7 +132,7 @@ class _Attention:
 
 
 class DenoiserHooks:
-    """Hooks on one denoiser: they hand each forward of it to `opened`, which may give a recording and the samples to record.
+    """Hooks on one denoiser that record its forwards inside `capture`; outside of it those that `opened` asks for.
 
     Attributes:
         denoiser: the model.
@@ -141,13 +142,15 @@ class DenoiserHooks:
     def __init__(
         self,
         denoiser: nn.Module,
-        layers: tuple[str, ...],
-        opened: Callable[[Mapping[str, Any]], tuple[Recording, slice] | None],
+        layers: tuple[str, ...] = (),
+        opened: Callable[[Mapping[str, Any]], tuple[Recording, slice] | None] | None = None,
     ) -> None:
+        """`opened` gets the arguments of a forward and gives a recording and the samples to record, or None."""
         self.denoiser = denoiser
         self.layout: Layout = layout_of(denoiser)
         self.modules = _chosen(_attention_modules(denoiser, self.layout), layers)
         self._opened = opened
+        self._manual: tuple[Recording, slice] | None = None
         self._signature = inspect.signature(type(denoiser).forward)
         self._current: tuple[Recording, slice, Places] | None = None
         self._spies: list[_Spy] = []
@@ -170,9 +173,36 @@ class DenoiserHooks:
             handle.remove()
         self._handles.clear()
 
+    @contextmanager
+    def capture(self, word_weights: torch.Tensor, branch: slice = slice(None), fused: bool = False) -> Iterator[Recording]:
+        """Records every forward of the denoiser inside the `with` block, with weights of the caller's own.
+
+        Args:
+            word_weights: [B, W, N], each text token's share of each word (1 / tokens at a word's tokens for their mean).
+            branch: the samples of the denoiser's batch that carry the caption; with classifier-free guidance the conditional
+                ones.
+            fused: whether one pass gives the attention's output together with the map, in place of the model's own call. It is
+                faster; the denoiser's output is then equal up to rounding instead of bit-identical. Cross-attention only.
+
+        Yields:
+            The recording: heads and forwards are kept apart.
+
+        Raises:
+            CaptureError: on leaving the block, when a layer recorded nothing in it.
+        """
+        recording = Recording(word_weights, fused=fused)
+        self._manual = (recording, branch)
+        try:
+            yield recording
+        finally:
+            self._manual = None
+        recording.require_layers(self.modules)
+
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = self._signature.bind(module, *args, **kwargs).arguments
-        opened = self._opened(inputs)
+        opened = self._manual
+        if opened is None and self._opened is not None:
+            opened = self._opened(inputs)
         if opened is None:
             self._current = None
             return

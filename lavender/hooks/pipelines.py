@@ -71,7 +71,6 @@ class TeacherPatch:
         self.settings = (layers, heads, steps)
         self._heads, self._steps = heads, steps
         self._borrowers = 0
-        self._manual: tuple[Recording, slice] | None = None
         self._drawing: _Drawing | None = None
         self._context: str | None = None
         # Wan 2.2 draws the late steps with a second transformer.
@@ -145,30 +144,11 @@ class TeacherPatch:
         own = drawing.words[prompt]
         return Maps(drawing.prompts[prompt], own, entries, drawing.missing[prompt])
 
-    @contextmanager
-    def capture(self, word_weights: torch.Tensor, branch: slice = slice(None), fused: bool = False) -> Iterator[Recording]:
-        """Records every forward of the denoiser inside the `with` block, with weights of the caller's own.
-
-        Args:
-            word_weights: [B, W, N], each text token's share of each word (1 / tokens at a word's tokens for their mean).
-            branch: the samples of the denoiser's batch that carry the caption; with classifier-free guidance the conditional
-                ones.
-            fused: whether one pass gives the attention's output together with the map, in place of the model's own call. It is
-                faster; the denoiser's output is then equal up to rounding instead of bit-identical. Cross-attention only.
-
-        Yields:
-            The recording: heads and forwards are kept apart.
-
-        Raises:
-            CaptureError: on leaving the block, when a layer recorded nothing in it.
-        """
-        recording = Recording(word_weights, fused=fused)
-        self._manual = (recording, branch)
-        try:
-            yield recording
-        finally:
-            self._manual = None
-        recording.require_layers(self._hooks[0].modules)
+    def capture(
+        self, word_weights: torch.Tensor, branch: slice = slice(None), fused: bool = False
+    ) -> AbstractContextManager[Recording]:
+        """Records the denoiser's forwards with weights of the caller's own; see `DenoiserHooks.capture`."""
+        return self._hooks[0].capture(word_weights, branch, fused)
 
     @contextmanager
     def _running(self, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
@@ -202,8 +182,6 @@ class TeacherPatch:
 
     def _open(self, inputs: Mapping[str, Any]) -> tuple[Recording, slice] | None:
         """Before a forward of the denoiser: where to record it, and which samples."""
-        if self._manual is not None:
-            return self._manual
         drawing = self._drawing
         if drawing is None or drawing.prompts is None:
             return None

@@ -10,14 +10,17 @@ import weakref
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from ..boxes import lattice_of, rasterize
 from ..config import AlignmentConfig
 from ..errors import CaptureError, ModelError
 from ..families import known_family
+from ..maps import Maps
 from ..types import WordRows
 from .discovery import attention_modules, is_cross, layers_around, text_tower
+from .looking import look
 from .registry import REQUEST, Request, Tap, require_supported
 from .resamplers import Resamplers
 
@@ -71,6 +74,7 @@ class StudentPatch:
         self.num_layers = len(chosen)
         self._active: _Forward | None = None
         self._captured: list[torch.Tensor] | None = None
+        self._maps: Maps | None = None
         self._handles: list[Any] = []
         self._attach(train)
 
@@ -160,6 +164,49 @@ class StudentPatch:
         finally:
             self._captured = None
 
+    @property
+    def maps(self) -> Maps:
+        """Heat maps of the words of the answer that `look` gave last. Raises `CaptureError` before the first."""
+        if self._maps is None:
+            raise CaptureError("nothing was recorded: let the model look at a picture first, patch.look(image, question)")
+        return self._maps
+
+    def look(
+        self,
+        image: Image.Image,
+        question: str | None = None,
+        answer: str | None = None,
+        *,
+        prompt: str | None = None,
+        **options: Any,
+    ) -> Maps:
+        """Lets the model answer a question about a picture, and reads where each word of the answer looked.
+
+        The model generates undisturbed; then one forward over prompt and answer is captured, without gradient.
+
+        Args:
+            image: the picture.
+            question: what the user asks, put into the processor's chat template; "Describe the picture." by default.
+            answer: a text to read in place of the model's own answer.
+            prompt: the whole prompt as the processor takes it, placeholder included, in place of `question` and template.
+            options: arguments of `model.generate`, such as `max_new_tokens`.
+
+        Returns:
+            The answer's heat maps, heads kept apart, on the grid of the model's image tokens; `patch.maps` gives them again.
+
+        Raises:
+            ConfigError: the patch has no processor, or the processor no chat template and there is no `prompt`.
+            ModelError: nobody knows where this model's image tokens lie.
+            CaptureError: the answer has no words.
+        """
+        self._maps = look(self, image, question, answer, prompt, options)
+        return self._maps
+
+    def layer_names(self) -> list[str]:
+        """Dotted names of the captured attention modules in the text tower, in order."""
+        names = {module: name for name, module in self._decoder.named_modules()}
+        return [names[module] for module in self._layers]
+
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         given = {key: kwargs.pop(key) for key in KEYS if key in kwargs}
         self._active = None
@@ -221,6 +268,7 @@ class _Forward:
             raise CaptureError(f"the batch lacks {', '.join(missing)}; make it with lavender.Collator")
         assert self.present is not None
         self.num_layers = patch.num_layers
+        self.attention = type(next(iter(patch._layers))).__name__
         rows = WordRows(given["lavender_rows"], given["lavender_row_words"], given["lavender_row_weights"], self.present.shape[1])
         self.request = Request(
             rows,
@@ -239,8 +287,9 @@ class _Forward:
         missing = [layer for layer in range(self.num_layers) if layer not in recorded]
         if missing:
             raise CaptureError(
-                f"{len(missing)} of {self.num_layers} attention layers recorded nothing (numbers {missing}); was the attention "
-                "implementation changed after lavender.patch? Unpatch, set it, patch again"
+                f"{len(missing)} of {self.num_layers} attention layers recorded nothing (numbers {missing}). Was the attention "
+                "implementation changed after lavender.patch? Then unpatch, set it, patch again. Or does the layer around "
+                f"{self.attention} keep its keyword arguments to itself? Then lavender cannot reach it"
             )
         stacked = torch.stack([recorded[layer] for layer in range(self.num_layers)], dim=1)
         if self.boxes is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from tqdm import tqdm
 from ..config import TeacherConfig
 from ..data import Pair, load_image, require_unicode
 from ..errors import ConfigError, DataError, ModelError
-from ..patching import patch
+from ..families.prompts import word_weights
+from ..hooks.diffusers import DenoiserHooks
 from ..targets import Target, TargetWriter, image_sha256
-from ..types import Word, WordMaps
-from ..words import tokens_of, words_of
+from ..types import WordMaps
+from ..words import words_of
 from .invert import look_at
 
 
@@ -49,7 +50,7 @@ class Teacher:
         self._side = config.image_size or self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
         if self._side % self.pipe.vae_scale_factor:
             raise ConfigError(f"image_size is {self._side}; for this model it must be a multiple of {self.pipe.vae_scale_factor}")
-        self.patch = patch(self.pipe, layers=config.layers)
+        self.hooks = DenoiserHooks(self.pipe.unet, config.layers)
         self.identity = {"model": str(model) if isinstance(model, str | Path) else type(model).__name__}
         self.identity["weights"] = _weights_fingerprint(self.pipe)
 
@@ -62,7 +63,8 @@ class Teacher:
         if not words:
             raise DataError(f"the caption {caption!r} has no words")
         require_unicode(caption, "the caption")
-        weights, reached = self._word_weights(caption, words)
+        weights, missing = word_weights(self.pipe, [caption], [words], self.pipe.tokenizer.model_max_length, {})
+        weights = weights.to(self.device)
         latents = self._encode(image)
         # The noise of a picture follows from the picture: neither the order of samples nor a restart changes it.
         generator = torch.Generator().manual_seed(int(image_sha256(image)[:15], 16) ^ self.config.seed)
@@ -76,7 +78,7 @@ class Teacher:
 
             def look_by(noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
                 # diffusers' order: unconditional first, conditional last.
-                with self.patch.capture(weights, branch=slice(-1, None), fused=True) as recording:
+                with self.hooks.capture(weights, branch=slice(-1, None), fused=True) as recording:
                     if guided:
                         both = self.pipe.unet(noisy.repeat(2, 1, 1, 1), timestep, torch.cat([empty, prompt])).sample
                         unconditional, conditional = both.chunk(2)
@@ -90,25 +92,8 @@ class Teacher:
         if not kept:
             raise ConfigError(f"no denoising step lies below last_timestep={self.config.last_timestep}; raise it")
         maps = torch.stack(kept).mean(dim=0).float().cpu().numpy()
-        maps[~reached] = np.nan
+        maps[[word in missing[0] for word in words]] = np.nan
         return WordMaps(caption, words, maps)
-
-    def _word_weights(self, caption: str, words: Sequence[Word]) -> tuple[torch.Tensor, np.ndarray]:
-        """Each token's share of each word, [1, W, N], and which words the text encoder's window reaches, bool [W]."""
-        tokenizer = self.pipe.tokenizer
-        offsets = tokenizer(
-            caption,
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_offsets_mapping=True,
-        ).offset_mapping
-        weights = torch.zeros(1, len(words), len(offsets), device=self.device)
-        for place, word in enumerate(words):
-            tokens = tokens_of((word.start, word.end), offsets, caption)
-            if tokens:
-                weights[0, place, tokens] = 1 / len(tokens)
-        return weights, weights[0].sum(dim=1).cpu().numpy() > 0
 
     def _encode(self, image: Image.Image) -> torch.Tensor:
         """The picture's latent [1, C, h, w], the mean of the encoder's distribution, scaled; the whole picture, not cropped."""
@@ -197,6 +182,6 @@ def extract(
             writer.add(Target(pair.id, image_sha256(image), maps))
             written += 1
     finally:
-        teacher.patch.unpatch()
+        teacher.hooks.remove()
     writer.close()
     return Summary(written, present, failed)

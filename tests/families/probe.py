@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
-from lavender.data import image_token_of
 from lavender.families import Family, Pictures
+from lavender.families.columns import image_token_of
 from lavender.hooks.discovery import attention_modules, is_attention, text_tower
 
 from .zoo import Student

@@ -11,8 +11,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lavender
-from lavender.data import model_type_of, place_columns
 from lavender.families import Pictures, student_family
+from lavender.families.columns import model_type_of, place_columns
 from lavender.hooks.discovery import attention_modules, is_cross, text_tower
 
 from .probe import noise

@@ -7,8 +7,8 @@ from functools import cache
 
 import pytest
 
-from lavender.data import model_type_of
 from lavender.families import Family, student_family
+from lavender.families.columns import model_type_of
 
 from .probe import disagreement
 from .zoo import Student, students

@@ -172,7 +172,7 @@ def test_perturbed_guidance_alone_puts_the_prompt_first():
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusion3Pipeline", "FluxPipeline"])
-def test_offloading_and_fused_projections_change_nothing(pipe, name):
+def test_fused_projections_change_nothing(pipe, name):
     with lavender.patch(pipe) as lens:
         plain = draw(pipe, name)
         maps = lens.maps["cat"].values
@@ -342,3 +342,65 @@ def test_identical_images_without_a_picture_are_plotted(tmp_path):
     axes.figure.savefig(tmp_path / "cat.png")
     assert (tmp_path / "cat.png").stat().st_size > 0
     plt.close("all")
+
+
+def test_a_controlnet_changes_the_picture_and_not_how_maps_are_read():
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+    from PIL import Image
+
+    plain = PIPELINES["StableDiffusionPipeline"]()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        controlnet = ControlNetModel.from_unet(plain.unet, conditioning_embedding_out_channels=(8, 16, 16))
+        for parameter in controlnet.parameters():
+            parameter.data.normal_(0, 0.1)
+    pipe = StableDiffusionControlNetPipeline(**plain.components, controlnet=controlnet.eval())
+    pipe.set_progress_bar_config(disable=True)
+    control = Image.new("RGB", (WIDTH_PIXELS, HEIGHT_PIXELS), "white")
+    before = draw(pipe, "", image=control)
+    assert not np.array_equal(before, draw(plain, ""))
+    with lavender.patch(pipe) as lens:
+        assert (draw(pipe, "", image=control) == before).all()
+        assert len(lens.maps.layers) == len(lens.layers)
+        assert lens.maps["cat"].values.min() > 0
+
+
+def test_of_an_ip_adapter_the_texts_attention_is_read():
+    name = "StableDiffusionPipeline"
+    pipe = PIPELINES[name]()
+    unet, generator = pipe.unet, torch.Generator().manual_seed(0)
+    width = unet.config.cross_attention_dim
+    weights = {}
+    for number, key in enumerate(unet.attn_processors):
+        if "attn2" in key:
+            hidden = unet.get_submodule(key.removesuffix(".processor")).to_k.out_features
+            for part in ("to_k_ip", "to_v_ip"):
+                weights[f"{number}.{part}.weight"] = torch.randn(hidden, width, generator=generator) * 0.3
+    projection = {
+        "proj.weight": torch.randn(4 * width, 24, generator=generator),
+        "proj.bias": torch.zeros(4 * width),
+        "norm.weight": torch.ones(width),
+        "norm.bias": torch.zeros(width),
+    }
+    with lavender.patch(pipe, steps=True) as lens:
+        without = draw(pipe, name)
+        alone = lens.maps.heat_map("cat", step=0, layers=[0]).values
+        unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": weights}])
+        picture = [torch.randn(2, 1, 24, generator=generator)]
+        adapted = draw(pipe, name, ip_adapter_image_embeds=picture)
+        assert not np.array_equal(adapted, without)
+        # The first layer of the first step: its queries know nothing of the picture yet.
+        torch.testing.assert_close(lens.maps.heat_map("cat", step=0, layers=[0]).values, alone)
+    assert (draw(pipe, name, ip_adapter_image_embeds=picture) == adapted).all()
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "FluxPipeline"])
+def test_group_offloading_changes_nothing(pipe, name):
+    plain = draw(pipe, name)
+    with lavender.patch(pipe) as lens:
+        draw(pipe, name)
+        maps = lens.maps["cat"].values
+        cpu = torch.device("cpu")
+        lens.denoiser.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+        assert (draw(pipe, name) == plain).all()
+        assert torch.equal(lens.maps["cat"].values, maps)

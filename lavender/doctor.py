@@ -1,0 +1,228 @@
+"""`lavender doctor`: what lavender finds in a model, what it can do with it, and what is missing."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import LavenderError, ModelError
+from .families import STUDENTS, Family, known_family
+from .families.columns import image_token_of, model_type_of
+from .kernels import column_maps, row_maps
+from .kernels.dispatch import triton_reasons
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of a diagnosis: a topic, what was found, and, where something is missing, what to do about it."""
+
+    topic: str
+    found: str
+    remedy: str = ""
+
+
+def examine(model: str | Path | Any) -> list[Finding]:
+    """Looks at a model's structure; weights are not loaded.
+
+    Args:
+        model: a folder or hub id of a transformers image-text-to-text model or a diffusers pipeline; or a loaded one.
+
+    Raises:
+        ModelError: there is no such model, or it is of neither kind.
+    """
+    if isinstance(model, nn.Module):
+        return list(_examine_student(model, None))
+    if not isinstance(model, str | Path):
+        return list(_examine_teacher(model, _denoiser_of(model)))
+    index = _pipeline_index(str(model))
+    if index is not None:
+        return list(_examine_pipeline_folder(str(model), index))
+    student = _empty_student(str(model))
+    return list(_examine_student(student, _processor(str(model))))
+
+
+def _pipeline_index(model: str) -> dict[str, Any] | None:
+    """A pipeline's model_index.json, from a folder or the hub; None if there is none."""
+    if Path(model).is_dir():
+        file = Path(model) / "model_index.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = hf_hub_download(model, "model_index.json")
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
+        return None  # no such file, or no such model: then transformers says what it finds
+    index: dict[str, Any] = json.loads(Path(found).read_text())
+    return index
+
+
+def _empty_student(model: str) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+        with torch.device("meta"):
+            student: nn.Module = AutoModelForImageTextToText.from_config(config)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"{model!r} is no image-text-to-text model of transformers and no diffusers pipeline ({_first_line(error)}); give a "
+            "folder that save_pretrained wrote, or a hub id"
+        ) from None
+    return student
+
+
+def _processor(model: str) -> Any:
+    """The model's processor, or the error that kept it from loading."""
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(model)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        return error
+
+
+def _examine_student(model: Any, processor: Any) -> Iterator[Finding]:
+    from .hooks.discovery import attention_modules, base_model_of, is_cross, layers_around, text_tower
+    from .hooks.registry import require_supported
+
+    model = base_model_of(model)
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    yield Finding("model", f"{type(model).__name__} (model type {model_type}), a student")
+    try:
+        decoder = text_tower(model)
+        modules = attention_modules(decoder)
+        layers_around(decoder, {module: i for i, module in enumerate(modules)})
+    except ModelError as error:
+        yield Finding("attention", str(error), "lavender cannot capture this model; its attention must go through the registry")
+        return
+    yield Finding("text tower", f"{type(decoder).__name__}{_path(model, decoder)}")
+    names = {module: name for name, module in decoder.named_modules()}
+    kinds = Counter(type(module).__name__ for module in modules)
+    crossing = any(is_cross(names[module], module) for module in modules)
+    yield Finding(
+        "attention layers",
+        f"{len(modules)} ({', '.join(f'{n} x {kind}' for kind, n in kinds.items())}), "
+        + ("cross-attention to the picture" if crossing else "the picture's tokens stand in the text"),
+    )
+    name = decoder.config._attn_implementation
+    try:
+        require_supported(name)
+        yield Finding("base attention", f"{name}, kept as it is")
+    except ModelError as error:
+        yield Finding("base attention", name, str(error))
+    yield _grid(model, model_type, processor)
+    yield from _examine_processor(model, processor)
+    width = getattr(modules[0], "head_dim", None)
+    yield _kernels("row_maps", width, getattr(model, "dtype", torch.float32), row_maps.WIDEST_FLOAT32)
+
+
+def _grid(model: Any, model_type: str | None, processor: Any) -> Finding:
+    served = model_type
+    if processor is not None and not isinstance(processor, Exception):
+        try:
+            served = model_type_of(processor, model.config)
+        except LavenderError:
+            served = model_type
+    family = known_family(served or "")
+    if family is None:
+        return Finding(
+            "grid rule",
+            f"unknown for model type {served!r}: attention is captured per image token, without places",
+            "write a Family with boxes, one per image token, and lavender.register_family it: see docs/add-a-family.md",
+        )
+    entry = STUDENTS[str(served)]
+    rule = "registered by you" if isinstance(entry, Family) else entry.split(":")[0]
+    more = ", carried through its resampler" if family.resamplers is not None else ""
+    return Finding("grid rule", f"{rule}{more} (model type {served!r})")
+
+
+def _examine_processor(model: Any, processor: Any) -> Iterator[Finding]:
+    if processor is None:
+        return
+    if isinstance(processor, Exception):
+        yield Finding("processor", f"does not load ({_first_line(processor)})", "install what it asks for; boxes need it")
+        return
+    yield Finding("processor", type(processor).__name__)
+    try:
+        yield Finding("image token", str(image_token_of(processor, model.config)))
+    except LavenderError as error:
+        yield Finding("image token", "unknown", str(error))
+    if not getattr(processor, "chat_template", None):
+        yield Finding("chat template", "none", "set processor.chat_template for training; look(prompt=...) works without")
+    if not processor.tokenizer.is_fast:
+        yield Finding("tokenizer", "gives no character offsets", "load the fast one for training")
+
+
+def _denoiser_of(pipe: Any) -> Any:
+    for name in ("unet", "transformer"):
+        if getattr(pipe, name, None) is not None:
+            return getattr(pipe, name)
+    raise ModelError(f"a {type(pipe).__name__} has neither unet nor transformer; expected a text-to-image pipeline of diffusers")
+
+
+def _examine_pipeline_folder(model: str, index: dict[str, Any]) -> Iterator[Finding]:
+    import diffusers
+
+    part = next((name for name in ("unet", "transformer") if index.get(name, [None])[0]), None)
+    kind = getattr(diffusers, index["_class_name"], None)
+    if part is None or kind is None:
+        raise ModelError(f"{model!r} is a {index['_class_name']}; expected a text-to-image pipeline with a unet or a transformer")
+    denoiser_class = getattr(diffusers, index[part][1])
+    with torch.device("meta"):
+        denoiser = denoiser_class.from_config(denoiser_class.load_config(model, subfolder=part))
+    yield from _examine_teacher(object.__new__(kind), denoiser)
+
+
+def _examine_teacher(pipe: Any, denoiser: Any) -> Iterator[Finding]:
+    from .families.prompts import parts_of
+    from .hooks.diffusers import DenoiserHooks
+
+    yield Finding("model", f"{type(pipe).__name__} with {type(denoiser).__name__}, a teacher")
+    try:
+        hooks = DenoiserHooks(denoiser)
+        hooks.remove()
+    except ModelError as error:
+        yield Finding("layout", str(error), "add a Layout to lavender/families/denoisers.py: see docs/add-a-family.md")
+        return
+    order = {"cross": "cross-attention to text alone"}.get(
+        hooks.layout.order, f"text and picture in one sequence, {hooks.layout.order}"
+    )
+    yield Finding("layout", order)
+    yield Finding("attention layers", f"{len(hooks.modules)}, {next(iter(hooks.modules))} and so on")
+    processors = sorted({type(getattr(module, "processor", None)).__name__ for module in hooks.modules.values()})
+    yield Finding("attention processors", ", ".join(processors))
+    try:
+        parts = parts_of(pipe)
+        yield Finding("words", " and ".join(part.tokenizer for part in parts))
+    except ModelError as error:
+        yield Finding("words", "unknown", str(error))
+    module = next(iter(hooks.modules.values()))
+    width = getattr(module, "inner_dim", 0) // max(1, getattr(module, "heads", 1)) or None
+    yield _kernels("column_maps", width, getattr(denoiser, "dtype", torch.float32), column_maps.WIDEST_FLOAT32)
+
+
+def _kernels(operation: str, width: int | None, dtype: torch.dtype, widest_float32: int) -> Finding:
+    """Which implementation the operation would run by on this machine, and why not by Triton's kernels."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reasons = triton_reasons(torch.empty(0, device=device, dtype=dtype), width or 0, widest_float32, by_name=False)
+    heads = f"heads of {width} in {str(dtype).removeprefix('torch.')}"
+    if reasons:
+        return Finding("kernels", f"{operation} by 'torch' ({heads}); not by 'triton': {'; '.join(reasons)}")
+    return Finding("kernels", f"{operation} by 'triton' ({heads})")
+
+
+def _path(model: nn.Module, part: nn.Module) -> str:
+    name = next((name for name, module in model.named_modules() if module is part), "")
+    return f" at {name}" if name else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
