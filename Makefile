@@ -13,8 +13,8 @@ help:  ## List the targets
 demo: $(STAMP)  ## Run the main job on the small world; writes runs/demo/report.html
 	$(BIN)/lavender demo --out runs/demo
 
-test: $(STAMP)  ## Run every test
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## Run every test, on two cores
+	$(BIN)/python -m pytest --numprocesses 2
 
 lint: $(STAMP)  ## Check format, style and types
 	$(BIN)/ruff format --check .

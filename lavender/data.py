@@ -355,18 +355,17 @@ def _as_sample(sample: Sample | Mapping[str, Any]) -> Sample:
 def _target_maps(target: Target, sample: Sample, words: Sequence[Word]) -> list[torch.Tensor | None]:
     """The teacher's map of every word of the answer, None where it has none.
 
-    Where the answer is the caption, a word's own map; else the mean over the caption's occurrences of the same word.
+    Where the answer is the caption, a word's own map; else the mean over the caption's occurrences of the same word, which may be
+    part of a run that has no spaces.
     """
     known = target.word_maps
     if len(known.maps) != len(known.words):
         raise TargetError(f"the targets of sample {sample.id!r} are damaged: {len(known.maps)} maps for {len(known.words)} words")
     maps = torch.from_numpy(known.maps)
-    place = {(w.start, w.end): i for i, w in enumerate(known.words)}
-    if known.caption == sample.answer:
-        occurrences = [[place[(w.start, w.end)]] for w in words]
-    else:
-        found = match_words(known.caption, [w.text for w in words])
-        occurrences = [[place[(o.start, o.end)] for o in same] for same in found]
+    found = [[w] for w in words] if known.caption == sample.answer else match_words(known.caption, [w.text for w in words])
+    occurrences = [
+        [i for i, k in enumerate(known.words) if any(k.start <= o.start and o.end <= k.end for o in same)] for same in found
+    ]
     result: list[torch.Tensor | None] = []
     for indices in occurrences:
         usable = [maps[i] for i in indices if not maps[i].isnan().any()]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .errors import CaptureError
 from .kernels.map_loss import resample
 from .types import Word, WordMaps
-from .words import words_of
+from .words import match_words, words_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -174,6 +174,9 @@ class Maps(Mapping[str, HeatMap]):
         sought = [part.text.casefold() for part in words_of(word)] or [word.casefold()]
         own = [known.text.casefold() for known in self.words]
         starts = [i for i in range(len(own) - len(sought) + 1) if own[i : i + len(sought)] == sought]
+        if not starts:  # part of a run that has no spaces, or another composition of the letters
+            [parts] = match_words(self.text, [word])
+            starts = [i for i, w in enumerate(self.words) if any(w.start <= p.start and p.end <= w.end for p in parts)]
         if len(starts) <= occurrence:
             raise KeyError(f"no word {word!r} (occurrence {occurrence}) in {self.text!r}; its words: {list(self)}")
         places = list(range(starts[occurrence], starts[occurrence] + len(sought)))

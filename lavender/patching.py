@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 @overload
 def patch(model: nn.Module, config: AlignmentConfig | None = None, *, processor: Any = None) -> StudentPatch: ...
 @overload
-def patch(model: DiffusionPipeline, *, layers: tuple[str, ...] = (), heads: bool = False, steps: bool = False) -> TeacherPatch: ...
+def patch(
+    model: DiffusionPipeline,
+    *,
+    layers: tuple[str, ...] = (),
+    heads: bool = False,
+    steps: bool = False,
+    words: tuple[str, ...] = (),
+) -> TeacherPatch: ...
 def patch(
     model: Any,
     config: AlignmentConfig | None = None,
@@ -28,6 +35,7 @@ def patch(
     layers: tuple[str, ...] = (),
     heads: bool = False,
     steps: bool = False,
+    words: tuple[str, ...] = (),
 ) -> Any:
     """Makes a model's attention readable, word by word, without changing what the model computes.
 
@@ -41,6 +49,8 @@ def patch(
         layers: pipelines only: the attention modules to read, as fragments of their names; empty for all.
         heads: pipelines only: whether heads are kept apart. It takes memory times their number.
         steps: pipelines only: whether denoising steps are kept apart. It takes memory times their number.
+        words: pipelines only: words to look for beside those that stand apart in a prompt: parts of a Chinese or Thai run, which
+            has no spaces.
 
     Returns:
         A handle. Of a pipeline, `maps` has the heat maps of the words of whatever was drawn last; of a language model, those of
@@ -57,10 +67,10 @@ def patch(
 
     present = getattr(model, "_lavender_patch", None)
     if present is not None:
-        if present.settings == (layers, heads, steps):
+        if present.settings == (layers, heads, steps, words):
             return present.borrowed()
         present.unpatch()
-    return TeacherPatch(model, layers, heads, steps)
+    return TeacherPatch(model, layers, heads, steps, words)
 
 
 def _patch_student(model: nn.Module, config: AlignmentConfig | None, processor: Any) -> StudentPatch:

@@ -69,9 +69,9 @@ def test_a_layer_that_passes_nothing_on_is_noticed():
         "lavender_present": torch.ones(1, 1, dtype=torch.bool),
         "lavender_columns": torch.arange(16)[None],
     }
-    with lavender.patch(model) as patch, torch.no_grad():
-        with pytest.raises(CaptureError, match=r"2 of 2 .* recorded nothing.*StableLmAttention"):
-            patch.capture(input_ids=ids, pixel_values=torch.zeros(1, 3, 32, 32), **keys)
+    told = pytest.raises(CaptureError, match=r"2 of 2 .* recorded nothing.*StableLmAttention")
+    with lavender.patch(model) as patch, torch.no_grad(), told:
+        patch.capture(input_ids=ids, pixel_values=torch.zeros(1, 3, 32, 32), **keys)
 
 
 def test_another_attention_after_patching_is_noticed(student, batch):

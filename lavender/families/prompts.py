@@ -4,131 +4,199 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+from operator import attrgetter
 from typing import Any
 
 import torch
 
 from ..errors import ModelError
 from ..types import Span, Word
-from ..words import offsets_of_ids, tokens_of
+from ..words import align, offsets_of_ids, tokens_of, words_of
 
 Arguments = Mapping[str, Any]
 """Arguments of the pipeline's call, with its defaults."""
+Given = tuple[str, list[Span | None]]
+"""What a tokenizer is given, and where each word of the prompt stands in it."""
 
 
-def _plain(pipe: Any, text: str, arguments: Arguments) -> str:
-    return text
+def _placed(words: Sequence[Word], prompt: str, own: str, before: str = "", after: str = "") -> Given:
+    """The words of a prompt that a pipeline made into `own`, with a template around it."""
+    spans = [(word.start, word.end) for word in words] if own == prompt else _aligned(words, own)
+    return before + own + after, [span and (len(before) + span[0], len(before) + span[1]) for span in spans]
 
 
-def _converted(pipe: Any, text: str, arguments: Arguments) -> str:
-    """CLIP's pipelines write out the tokens that textual inversion added."""
-    return str(pipe.maybe_convert_prompt(text, pipe.tokenizer)) if hasattr(pipe, "maybe_convert_prompt") else text
+def _aligned(words: Sequence[Word], text: str) -> list[Span | None]:
+    """Where words stand in a cleaned text, whatever their case: words that were changed have what stands in their place."""
+    kept = words_of(text)
+    spans: list[Span | None] = [None] * len(words)
+    sought, found = ([word.text.casefold() for word in own] for own in (words, kept))
+    for tag, start, end, first, last in SequenceMatcher(None, sought, found, autojunk=False).get_opcodes():
+        for w in range(start, end):
+            if tag == "equal":
+                spans[w] = (kept[first + w - start].start, kept[first + w - start].end)
+            elif tag == "replace":
+                spans[w] = (kept[first].start, kept[last - 1].end)
+    return spans
 
 
-def _preprocessed(pipe: Any, text: str, arguments: Arguments) -> str:
-    return str(pipe._text_preprocessing(text, clean_caption=arguments.get("clean_caption", False))[0])
+def _in_template(words: Sequence[Word], prompt: str, render: Callable[[str], str]) -> Given:
+    before, _, after = render("\0").partition("\0")
+    text = render(prompt)
+    return _placed(words, prompt, text[len(before) : len(text) - len(after)], before, after)
 
 
-def _instructed(pipe: Any, text: str, arguments: Arguments) -> str:
-    """Sana's prompt follows an instruction."""
-    return "\n".join(arguments.get("complex_human_instruction") or []) + _preprocessed(pipe, text, arguments)
+def _plain(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> Given:
+    return _placed(words, prompt, prompt)
 
 
-def _instruction_tokens(pipe: Any, arguments: Arguments) -> int:
-    """Of an instruction's tokens Sana keeps two columns' worth: the first token, and what makes up the length."""
-    instruction = "\n".join(arguments.get("complex_human_instruction") or [])
-    return len(pipe.tokenizer.encode(instruction)) - 2 if instruction else 0
+def _converted(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> Given:
+    """Concepts of textual inversion that have several vectors are written out: a word in their name has all of them."""
+    if not hasattr(pipe, "maybe_convert_prompt"):
+        return _placed(words, prompt, prompt)
+    added = tokenizer.added_tokens_encoder
+    concepts = [match.span() for name in added if f"{name}_1" in added for match in re.finditer(re.escape(name), prompt)]
+    spans: list[Span | None] = []
+    for word in words:
+        around = [(start, end) for start, end in concepts if start < word.end and word.start < end]
+        start, end = max(around, key=lambda span: span[1] - span[0], default=(word.start, word.end))
+        spans.append((len(_written_out(pipe, tokenizer, prompt[:start])), len(_written_out(pipe, tokenizer, prompt[:end]))))
+    return _written_out(pipe, tokenizer, prompt), spans
 
 
-def _cleaned(pipe: Any, text: str, arguments: Arguments) -> str:
+def _written_out(pipe: Any, tokenizer: Any, text: str) -> str:
+    return str(pipe.maybe_convert_prompt(text, tokenizer))
+
+
+def _preprocessed(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> Given:
+    own = str(pipe._text_preprocessing(prompt, clean_caption=arguments.get("clean_caption", False))[0])
+    return _placed(words, prompt, own, before=_instruction(arguments))
+
+
+def _instruction(arguments: Arguments) -> str:
+    """What Sana's prompt follows."""
+    return "\n".join(arguments.get("complex_human_instruction") or [])
+
+
+def _instruction_tokens(pipe: Any, tokenizer: Any, arguments: Arguments) -> int:
+    """Sana keeps the first token's column, and of the rest as many as make up the length without an instruction."""
+    return len(tokenizer.encode(_instruction(arguments))) - 2 if arguments.get("complex_human_instruction") else 0
+
+
+def _cleaned(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> Given:
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-    return str(prompt_clean(text))
+    return _placed(words, prompt, str(prompt_clean(prompt)))
 
 
-def _introduced(pipe: Any, text: str, arguments: Arguments) -> str:
-    return f"{arguments.get('system_prompt') or pipe.system_prompt} <Prompt Start> {text}"
+def _introduced(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> Given:
+    own = arguments.get("system_prompt")
+    return _placed(words, prompt, prompt, before=f"{pipe.system_prompt if own is None else own} <Prompt Start> ")
 
 
-def _in_qwen_template(pipe: Any, text: str, arguments: Arguments) -> str:
-    return str(pipe.prompt_template_encode.format(text))
+def _in_qwen_template(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> Given:
+    return _in_template(words, prompt, pipe.prompt_template_encode.format)
 
 
-def _qwen_start(pipe: Any, arguments: Arguments) -> int:
+def _qwen_start(pipe: Any, tokenizer: Any, arguments: Arguments) -> int:
     return int(pipe.prompt_template_encode_start_idx)
 
 
-def _hunyuan_template(arguments: Arguments) -> Mapping[str, Any]:
-    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
-
-    return arguments.get("prompt_template") or DEFAULT_PROMPT_TEMPLATE
+def _in_hunyuan_template(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> Given:
+    return _in_template(words, prompt, arguments["prompt_template"]["template"].format)
 
 
-def _in_hunyuan_template(pipe: Any, text: str, arguments: Arguments) -> str:
-    return str(_hunyuan_template(arguments)["template"].format(text))
-
-
-def _hunyuan_start(pipe: Any, arguments: Arguments) -> int:
-    template = _hunyuan_template(arguments)
+def _hunyuan_start(pipe: Any, tokenizer: Any, arguments: Arguments) -> int:
+    template = arguments["prompt_template"]
     start = template.get("crop_start")
     # The pipeline's own rule: all but the end of the turn and the place of the prompt.
-    return int(start) if start is not None else len(pipe.tokenizer(template["template"], padding="max_length").input_ids) - 2
+    return int(start) if start is not None else len(tokenizer(template["template"], padding="max_length").input_ids) - 2
 
 
-def _none_dropped(pipe: Any, arguments: Arguments) -> int:
+def _in_mistral_chat(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> Given:
+    from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+    if arguments.get("caption_upsample_temperature"):  # the text encoder writes another prompt
+        return prompt, [None] * len(words)
+    return _in_template(
+        words, prompt, lambda text: str(pipe.tokenizer.apply_chat_template(format_input([text], pipe.system_message))[0])
+    )
+
+
+def _in_qwen3_chat(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> Given:
+    def render(text: str) -> str:
+        messages = [{"role": "user", "content": text}]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False))
+
+    return _in_template(words, prompt, render)
+
+
+def _none_dropped(pipe: Any, tokenizer: Any, arguments: Arguments) -> int:
     return 0
 
 
 @dataclass(frozen=True)
 class Part:
-    """One tokenizer's stretch of the text columns.
+    """One tokenizer's stretch of the text columns, padded on the tokenizer's own side.
 
     Attributes:
         tokenizer: the pipeline's attribute.
         prompts: the call's arguments that it reads: the first of them that is given.
         encoder: the attribute of its text encoder; without it the stretch is zeros.
-        text: what is given to the tokenizer, from the pipeline, the prompt and the call's arguments.
+        text: what is given to the tokenizer, from the pipeline, the tokenizer, the prompt, its words and the call's arguments.
+        special: whether the tokenizer adds special tokens; a chat template has its own.
         dropped: how many of the first tokens' embeddings are dropped.
         after: the part that stands before this one, as an index into the pipeline's parts; None at the first column.
-        left: whether padding comes first.
         fixed: whether the stretch is the tokenizer's `model_max_length`; else it goes on to the last column.
+        longest: the call's argument that limits the tokens where the stretch may be longer.
+        packed: whether the padding is taken out and zeros are put last.
     """
 
     tokenizer: str = "tokenizer"
     prompts: tuple[str, ...] = ("prompt",)
     encoder: str = "text_encoder"
-    text: Callable[[Any, str, Arguments], str] = _plain
-    dropped: Callable[[Any, Arguments], int] = _none_dropped
+    text: Callable[[Any, Any, str, Sequence[Word], Arguments], Given] = _plain
+    special: bool = True
+    dropped: Callable[[Any, Any, Arguments], int] = _none_dropped
     after: int | None = None
-    left: bool = False
     fixed: bool = False
+    longest: str | None = None
+    packed: bool = False
 
 
 _CLIP = Part(text=_converted, fixed=True)
-_T5 = Part(tokenizer="tokenizer_2", prompts=("prompt_2", "prompt"), encoder="text_encoder_2")
+_SECOND = Part(tokenizer="tokenizer_2", prompts=("prompt_2", "prompt"), encoder="text_encoder_2", text=_converted)
 
 PARTS: dict[str, tuple[Part, ...]] = {
     "StableDiffusion": (_CLIP,),
-    "StableDiffusionXL": (_CLIP,),
+    "StableDiffusionXL": (_CLIP, replace(_SECOND, fixed=True)),
     "LatentConsistencyModel": (_CLIP,),
-    "Kolors": (Part(left=True),),
+    "Kolors": (Part(),),
     "StableDiffusion3": (
-        _CLIP,
+        Part(fixed=True),
         Part(tokenizer="tokenizer_3", prompts=("prompt_3", "prompt"), encoder="text_encoder_3", after=0),
     ),
-    "Flux": (_T5,),
-    "Chroma": (Part(),),
-    "QwenImage": (Part(text=_in_qwen_template, dropped=_qwen_start),),
+    "Flux": (_SECOND,),
+    "Flux2": (Part(tokenizer="tokenizer.tokenizer", text=_in_mistral_chat, special=False),),
+    "Flux2Klein": (Part(text=_in_qwen3_chat),),
+    "Chroma": (Part(text=_converted),),
+    "QwenImage": (Part(text=_in_qwen_template, dropped=_qwen_start, packed=True),),
     "AuraFlow": (Part(),),
     "Lumina2": (Part(text=_introduced),),
-    "CogView4": (Part(left=True),),
+    "CogView4": (Part(longest="max_sequence_length"),),
     "HunyuanVideo": (Part(text=_in_hunyuan_template, dropped=_hunyuan_start),),
     "PixArtAlpha": (Part(text=_preprocessed),),
     "PixArtSigma": (Part(text=_preprocessed),),
-    "Sana": (Part(text=_instructed, dropped=_instruction_tokens),),
+    "Sana": (Part(text=_preprocessed, dropped=_instruction_tokens),),
     "Wan": (Part(text=_cleaned),),
     "LTX": (Part(),),
+    # Pictures stand among these pipelines' text tokens, their prompt is made into text in another way, or comes first in the batch.
+    "HunyuanVideoImageToVideo": (),
+    "QwenImageEdit": (),
+    "SanaWM": (),
+    "StableDiffusionInstructPix2Pix": (),
+    "StableDiffusionXLInstructPix2Pix": (),
 }
 """First part of a pipeline's class name -> its text; `StableDiffusionXL` serves `StableDiffusionXLControlNetPipeline` too."""
 
@@ -137,12 +205,14 @@ def parts_of(pipe: Any) -> tuple[Part, ...]:
     """The text parts of a pipeline. Raises `ModelError` naming the known ones."""
     name = type(pipe).__name__
     known = [stem for stem in PARTS if re.match(rf"{stem}(?![a-z0-9])", name)]
-    if not known:
+    parts = PARTS[max(known, key=len)] if known else ()
+    if not parts:
         raise ModelError(
-            f"lavender does not know how {name} makes text columns of a prompt; it knows {sorted(PARTS)}. Give the words' weights "
-            "yourself: patch.capture(word_weights)"
+            f"lavender does not know how {name} makes text columns of a prompt; it knows "
+            f"{sorted(stem for stem, own in PARTS.items() if own)}. Give the words' weights yourself: "
+            "patch.capture(word_weights)"
         )
-    return PARTS[max(known, key=len)]
+    return parts
 
 
 def word_weights(
@@ -155,7 +225,7 @@ def word_weights(
         prompts: P prompts.
         words: words of each prompt.
         num_columns: N, the length of the prompt's embedding.
-        arguments: of the pipeline's call, with defaults.
+        arguments: of the pipeline's call, or of `encode_prompt`, with defaults.
 
     Returns:
         float32 [P, W, N], where a word's columns share 1 evenly (over the parts that have it, and in each over its tokens), zero
@@ -184,18 +254,23 @@ def _columns(
     index: int,
 ) -> list[list[int]]:
     """The text columns of every word in one tokenizer's stretch."""
-    nothing: list[list[int]] = [[] for _ in words]
     if getattr(pipe, part.encoder, None) is None or _own_prompt(part, arguments, index, prompt) != prompt:
-        return nothing
-    tokenizer = getattr(pipe, part.tokenizer)
-    first = 0 if part.after is None else getattr(pipe, parts[part.after].tokenizer).model_max_length
+        return [[] for _ in words]
+    tokenizer = attrgetter(part.tokenizer)(pipe)
+    first = 0 if part.after is None else attrgetter(parts[part.after].tokenizer)(pipe).model_max_length
     width = tokenizer.model_max_length if part.fixed else num_columns - first
-    dropped = part.dropped(pipe, arguments)
-    text = part.text(pipe, prompt, arguments)
-    tokens, text, offsets = _tokenized(tokenizer, text, width + dropped)
-    start = first + (width - len(tokens) if part.left else -dropped)
+    dropped = part.dropped(pipe, tokenizer, arguments)
+    text, spans = part.text(pipe, tokenizer, prompt, words, arguments)
+    length = width + dropped if part.longest is None else min(width, arguments[part.longest])
+    offsets, seen = _tokenized(tokenizer, text, length, part.special)
+    if seen != text:
+        texts = words_of(text)
+        moved = {word.start: span for word, span in zip(texts, _aligned(texts, seen), strict=True)}
+        text, spans = seen, [span and moved.get(span[0]) for span in spans]
+    padded_left = tokenizer.padding_side == "left" and not part.packed
+    start = first + (width - len(offsets) if padded_left else -dropped)
     found = []
-    for span in _spans(words, prompt, text):
+    for span in spans:
         columns = [start + t for t in tokens_of(span, offsets, text)] if span is not None else []
         found.append([c for c in columns if first <= c < first + width])
     return found
@@ -203,31 +278,22 @@ def _columns(
 
 def _own_prompt(part: Part, arguments: Arguments, index: int, prompt: str) -> str:
     """What this part's text encoder is given: a pipeline's second prompt may differ from the first, whose words are sought."""
-    given = next((arguments[name] for name in part.prompts if arguments.get(name) is not None), prompt)
+    given = next((arguments[name] for name in part.prompts if arguments.get(name)), prompt)
     return given if isinstance(given, str) else given[index]
 
 
-def _tokenized(tokenizer: Any, text: str, length: int) -> tuple[list[int], str, list[Span]]:
-    """Tokens without padding, the text that their characters are counted in, and those characters."""
+def _tokenized(tokenizer: Any, text: str, length: int, special: bool) -> tuple[list[Span], str]:
+    """The characters of every token before padding, and the text that they are counted in."""
+    settings: dict[str, Any] = {"truncation": True, "max_length": length}
     if tokenizer.is_fast:
-        encoded = tokenizer(text, truncation=True, max_length=length, return_offsets_mapping=True)
-        return encoded.input_ids, text, encoded.offset_mapping
-    ids = tokenizer(text, truncation=True, max_length=length).input_ids
-    decoded, offsets = offsets_of_ids(tokenizer.decode, ids)
-    return ids, decoded, offsets
-
-
-def _spans(words: Sequence[Word], prompt: str, text: str) -> list[Span | None]:
-    """Where the prompt's words stand in what the tokenizer was given: a template around it, or a cleaned text."""
-    base = text.rfind(prompt)
-    if base >= 0:
-        return [(base + word.start, base + word.end) for word in words]
-    spans: list[Span | None] = []
-    folded, reached = text.casefold(), 0
-    if len(folded) != len(text):  # a letter that folds to two would shift what follows
-        folded = text
-    for word in words:
-        at = folded.find(word.text.casefold(), reached)
-        spans.append((at, at + len(word.text)) if at >= 0 else None)
-        reached = at + len(word.text) if at >= 0 else reached
-    return spans
+        encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, **settings)
+        return encoded.offset_mapping, text
+    # A tokenizer without offsets: those of the whole text, decoded, where its tokens stand among the special ones.
+    plain = tokenizer(text, add_special_tokens=False).input_ids
+    ids = tokenizer(text, add_special_tokens=special, **settings).input_ids
+    decoded, own = offsets_of_ids(tokenizer.decode, plain)
+    offsets: list[Span] = [(0, 0)] * len(ids)
+    for place, span in zip(align(plain, ids), own, strict=True):
+        if place >= 0:
+            offsets[place] = span
+    return offsets, decoded

@@ -13,7 +13,7 @@ from ..errors import CaptureError, ConfigError
 from ..families import Pictures, student_family
 from ..families.columns import model_type_of, place_columns
 from ..maps import LayerMaps, Maps
-from ..words import collate_rows, offsets_of_ids, tokens_of, words_of
+from ..words import collate_rows, offsets_of_ids, tokens_of, words_and
 
 if TYPE_CHECKING:
     from .transformers import StudentPatch
@@ -26,6 +26,7 @@ def look(
     question: str | None,
     answer: str | None,
     prompt: str | None,
+    more: Sequence[str],
     options: dict[str, Any],
 ) -> Maps:
     """See `StudentPatch.look`."""
@@ -39,7 +40,7 @@ def look(
     inputs = {name: _moved(value, model) for name, value in inputs.items() if name != "labels"}
     ids = _answer_ids(patch, inputs, answer, options)
     text, offsets = offsets_of_ids(_decoder_of(processor.tokenizer), ids)
-    words = words_of(text)
+    words = words_and(text, more)
     if not words:
         raise CaptureError(f"the answer {text!r} has no words")
     batch, first = _with_answer(model, inputs, ids, family.answer_type)

@@ -14,7 +14,7 @@ from ..errors import CaptureError, ModelError
 from ..families.prompts import word_weights
 from ..maps import Maps, of_picture
 from ..types import Word
-from ..words import words_of
+from ..words import words_and
 from .diffusers import DenoiserHooks, Recording
 
 
@@ -39,14 +39,14 @@ class _Drawing:
     timesteps: set[float] = field(default_factory=set)
 
     @classmethod
-    def of(cls, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], whole: bool) -> _Drawing:
+    def of(cls, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], more: tuple[str, ...], whole: bool) -> _Drawing:
         bound = inspect.signature(function).bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)
         prompt = arguments.get("prompt")
         prompts = None if prompt is None else (prompt,) if isinstance(prompt, str) else tuple(prompt)
         copies = arguments.get("num_images_per_prompt", arguments.get("num_videos_per_prompt", 1))
-        words = tuple(words_of(text) for text in prompts or ())
+        words = tuple(words_and(text, more) for text in prompts or ())
         return cls(arguments, prompts, copies or 1, whole, words)
 
     @property
@@ -66,9 +66,17 @@ class TeacherPatch:
         layers: names of the attention modules that are read.
     """
 
-    def __init__(self, pipe: Any, layers: tuple[str, ...] = (), heads: bool = False, steps: bool = False) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        layers: tuple[str, ...] = (),
+        heads: bool = False,
+        steps: bool = False,
+        words: tuple[str, ...] = (),
+    ) -> None:
         self.pipe = pipe
-        self.settings = (layers, heads, steps)
+        self.settings = (layers, heads, steps, words)
+        self._more = words
         self._heads, self._steps = heads, steps
         self._borrowers = 0
         self._drawing: _Drawing | None = None
@@ -153,7 +161,7 @@ class TeacherPatch:
     @contextmanager
     def _running(self, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
         """The pipeline's own call, from its arguments to its end."""
-        drawing = self._drawing = _Drawing.of(self._class.__call__, (self.pipe, *args), kwargs, whole=True)
+        drawing = self._drawing = _Drawing.of(self._class.__call__, (self.pipe, *args), kwargs, self._more, whole=True)
         try:
             yield
         finally:
@@ -164,7 +172,7 @@ class TeacherPatch:
     def _encoding(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """`encode_prompt` was called: by a user it says what is drawn next; inside the pipeline's call that is known already."""
         if self._drawing is None or not self._drawing.whole:
-            self._drawing = _Drawing.of(self._class.encode_prompt, (self.pipe, *args), kwargs, whole=False)
+            self._drawing = _Drawing.of(self._class.encode_prompt, (self.pipe, *args), kwargs, self._more, whole=False)
 
     def _named(self, original: Callable[..., AbstractContextManager[None]]) -> Callable[..., AbstractContextManager[None]]:
         """The denoiser's `cache_context`, by which a pipeline names the branch that it computes, noting the name."""

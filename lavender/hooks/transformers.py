@@ -178,6 +178,7 @@ class StudentPatch:
         answer: str | None = None,
         *,
         prompt: str | None = None,
+        words: tuple[str, ...] = (),
         **options: Any,
     ) -> Maps:
         """Lets the model answer a question about a picture, and reads where each word of the answer looked.
@@ -189,6 +190,8 @@ class StudentPatch:
             question: what the user asks, put into the processor's chat template; "Describe the picture." by default.
             answer: a text to read in place of the model's own answer.
             prompt: the whole prompt as the processor takes it, placeholder included, in place of `question` and template.
+            words: words to look for beside those that stand apart in the answer: parts of a Chinese or Thai run, which has no
+                spaces.
             options: arguments of `model.generate`, such as `max_new_tokens`.
 
         Returns:
@@ -199,7 +202,7 @@ class StudentPatch:
             ModelError: nobody knows where this model's image tokens lie.
             CaptureError: the answer has no words.
         """
-        self._maps = look(self, image, question, answer, prompt, options)
+        self._maps = look(self, image, question, answer, prompt, words, options)
         return self._maps
 
     def layer_names(self) -> list[str]:

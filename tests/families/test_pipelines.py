@@ -404,3 +404,14 @@ def test_group_offloading_changes_nothing(pipe, name):
         lens.denoiser.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
         assert (draw(pipe, name) == plain).all()
         assert torch.equal(lens.maps["cat"].values, maps)
+
+
+def test_parts_of_a_run_without_spaces_are_found_and_can_have_maps_of_their_own():
+    pipe = PIPELINES["StableDiffusionPipeline"]()
+    with lavender.patch(pipe, words=("红色",)) as lens:
+        draw(pipe, "StableDiffusionPipeline", prompt="红色的猫 cat")
+        assert [w.text for w in lens.maps.words] == ["红色的猫", "cat", "红色"]
+        run, part = lens.maps["红色的猫"].values, lens.maps["红色"].values
+        assert not torch.equal(run, part)
+        # Not asked for beforehand: the run that it is part of.
+        assert torch.equal(lens.maps["的猫"].values, run)
