@@ -16,6 +16,7 @@ from ..maps import Maps, of_picture
 from ..types import Word
 from ..words import words_and
 from .diffusers import DenoiserHooks, Recording
+from .handle import Handle
 
 
 @dataclass(eq=False)
@@ -54,7 +55,7 @@ class _Drawing:
         return len(self.prompts or ()) * self.copies
 
 
-class TeacherPatch:
+class TeacherPatch(Handle):
     """A patched text-to-image pipeline: what `lavender.patch(pipe)` returns for diffusers pipelines.
 
     Whatever the pipeline draws while it is patched is recorded: `maps` has the heat maps of the latest prompt's words. Usable as
@@ -78,7 +79,6 @@ class TeacherPatch:
         self.settings = (layers, heads, steps, words)
         self._more = words
         self._heads, self._steps = heads, steps
-        self._borrowers = 0
         self._drawing: _Drawing | None = None
         self._context: str | None = None
         # Wan 2.2 draws the late steps with a second transformer.
@@ -107,20 +107,6 @@ class TeacherPatch:
             vars(hooks.denoiser).pop("cache_context", None)
         if callable(self.pipe):
             self.pipe.__class__ = self._class
-
-    def borrowed(self) -> TeacherPatch:
-        """This handle for one more user, whose `with` must not take the patch from the first one."""
-        self._borrowers += 1
-        return self
-
-    def __enter__(self) -> TeacherPatch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._borrowers:
-            self._borrowers -= 1
-        else:
-            self.unpatch()
 
     @property
     def maps(self) -> Maps:

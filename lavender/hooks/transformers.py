@@ -20,6 +20,7 @@ from ..families import known_family
 from ..maps import Maps
 from ..types import WordRows
 from .discovery import attention_modules, is_cross, layers_around, text_tower
+from .handle import Handle
 from .looking import look
 from .registry import REQUEST, Request, Tap, require_supported
 from .resamplers import Resamplers
@@ -36,7 +37,7 @@ KEYS = (
 """What `lavender.Collator` adds to a batch; the last one only in training. See its docstring for shapes."""
 
 
-class StudentPatch:
+class StudentPatch(Handle):
     """A patched vision-language model: what `lavender.patch(model)` returns for transformers models.
 
     Forwards whose batch carries the keys of `lavender.Collator` are captured; every other forward is what it was. Usable as a
@@ -58,7 +59,6 @@ class StudentPatch:
         self.processor = processor
         self.config = config
         self.trains = train
-        self._borrowers = 0
         self.term: torch.Tensor | None = None
         self._decoder = text_tower(model)
         self._attention_name = _attention_name(self._decoder)
@@ -128,20 +128,6 @@ class StudentPatch:
         if hasattr(self.model, "lavender"):
             del self.model.lavender
         del self.model._lavender_patch
-
-    def borrowed(self) -> StudentPatch:
-        """This handle for one more user, whose `with` must not take the patch from the first one."""
-        self._borrowers += 1
-        return self
-
-    def __enter__(self) -> StudentPatch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._borrowers:
-            self._borrowers -= 1
-        else:
-            self.unpatch()
 
     def capture(self, **batch: Any) -> torch.Tensor:
         """One forward over a batch of `lavender.Collator`; gradients flow if autograd is on.
