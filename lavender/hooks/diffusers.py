@@ -63,13 +63,15 @@ class Recording:
         resized = [resample(entry.maps.mean(dim=1), (size, size)) for entry in self.entries]
         return torch.stack(resized).mean(dim=0)
 
-    def require_layers(self, layers: Mapping[str, nn.Module]) -> None:
-        """Raises `CaptureError` naming what kept layers from recording."""
+    def require_layers(self, denoiser: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        """Raises `CaptureError` naming what kept layers of a denoiser from recording."""
         missing = sorted(set(layers) - {layer for layer, _ in self._sums})
         if missing:
+            compiled = getattr(denoiser, "_compiled_call_impl", None) is not None
+            remedy = "the denoiser ran compiled before it was patched: patch it first, or call torch.compiler.reset()"
             raise CaptureError(
                 f"{len(missing)} of {len(layers)} attention layers recorded nothing ({', '.join(missing[:3])}); "
-                f"{_remedy(layers[missing[0]])}"
+                f"{remedy if compiled else _remedy(layers[missing[0]])}"
             )
 
 
@@ -196,7 +198,7 @@ class DenoiserHooks:
             yield recording
         finally:
             self._manual = None
-        recording.require_layers(self.modules)
+        recording.require_layers(self.denoiser, self.modules)
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = self._signature.bind(module, *args, **kwargs).arguments
@@ -230,7 +232,7 @@ class DenoiserHooks:
         """Records one layer's maps; the attention's output if it came with them."""
         assert self._current is not None
         recording, branch, places = self._current
-        weights = recording.word_weights.to(call.query.device)
+        weights = recording.word_weights = recording.word_weights.to(call.query.device)
         heads = None
         if not recording.heads:
             heads = call.query.new_full((call.query.shape[1],), 1 / call.query.shape[1], dtype=torch.float32)

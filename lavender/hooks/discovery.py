@@ -15,7 +15,8 @@ _CROSS = ("cross", "encoder_attn")
 
 
 def base_model_of(model: Any) -> Any:
-    """The transformers model below a PEFT wrapper, or the model itself."""
+    """The transformers model below the wrappers of torch.compile and PEFT, or the model itself."""
+    model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

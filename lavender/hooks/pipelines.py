@@ -153,7 +153,7 @@ class TeacherPatch(Handle):
         finally:
             drawing.whole = False
         if drawing.recording is not None:
-            drawing.recording.require_layers(self._hooks[0].modules)
+            drawing.recording.require_layers(self.denoiser, self._hooks[0].modules)
 
     def _encoding(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """`encode_prompt` was called: by a user it says what is drawn next; inside the pipeline's call that is known already."""
@@ -222,7 +222,8 @@ class TeacherPatch(Handle):
 
 def _denoisers(pipe: Any) -> list[torch.nn.Module]:
     found = [getattr(pipe, name, None) for name in ("unet", "transformer", "transformer_2")]
-    denoisers = [denoiser for denoiser in found if isinstance(denoiser, torch.nn.Module)]
+    # torch.compile wraps a model whose own hooks run all the same.
+    denoisers = [getattr(denoiser, "_orig_mod", denoiser) for denoiser in found if isinstance(denoiser, torch.nn.Module)]
     if not denoisers:
         raise ModelError(
             f"cannot patch a {type(pipe).__name__}; expected a transformers image-text-to-text model or a diffusers pipeline"

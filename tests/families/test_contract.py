@@ -229,6 +229,7 @@ def test_a_compiled_model_is_captured(student):
         plain = patch.capture(**batch)
         model.compile(backend="aot_eager")
         torch.testing.assert_close(patch.capture(**batch), plain, rtol=0, atol=1e-6)
+        assert lavender.patch(torch.compile(model)) is patch
 
 
 @pytest.mark.parametrize("name", NAMES)

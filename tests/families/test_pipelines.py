@@ -415,3 +415,36 @@ def test_parts_of_a_run_without_spaces_are_found_and_can_have_maps_of_their_own(
         assert not torch.equal(run, part)
         # Not asked for beforehand: the run that it is part of.
         assert torch.equal(lens.maps["的猫"].values, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "wrapped"), [("StableDiffusionPipeline", False), ("FluxPipeline", True)])
+def test_a_compiled_denoiser_is_read(pipe, name, wrapped):
+    part = "transformer" if wrapped else "unet"
+    with lavender.patch(pipe) as lens:
+        draw(pipe, name)
+        expected = lens.maps["cat"].values
+    torch.compiler.reset()
+    if wrapped:
+        setattr(pipe, part, torch.compile(getattr(pipe, part), backend="aot_eager"))
+    with lavender.patch(pipe) as lens:
+        if not wrapped:
+            getattr(pipe, part).compile(backend="aot_eager")
+        draw(pipe, name)
+        torch.testing.assert_close(lens.maps["cat"].values, expected, rtol=0, atol=1e-6)
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+def test_a_denoiser_that_ran_compiled_before_is_named_with_the_remedy():
+    pipe = PIPELINES["StableDiffusionPipeline"]()
+    torch.compiler.reset()
+    pipe.unet.compile(backend="eager")
+    draw(pipe, "StableDiffusionPipeline")
+    with lavender.patch(pipe) as lens:
+        with pytest.raises(CaptureError, match=r"patch it first, or call torch\.compiler\.reset"):
+            draw(pipe, "StableDiffusionPipeline")
+        torch.compiler.reset()
+        draw(pipe, "StableDiffusionPipeline")
+        assert lens.maps["cat"].values.min() > 0
+    torch.compiler.reset()
