@@ -147,7 +147,7 @@ def student_maps(
     `rows` says which row of the attention speaks for a token. Without an aligner the aligned maps are the raw ones.
     """
     model = patch.model
-    collator = Collator(processor, config=AlignmentConfig(rows=rows))
+    collator = Collator(processor, config=AlignmentConfig(rows=rows), model_config=model.config)
     raw, aligned = [], []
     was_training = model.training
     model.eval()
