@@ -7,11 +7,15 @@ from functools import cache
 import torch
 
 
-@cache
 def square_boxes(height: int, width: int) -> torch.Tensor:
-    """Boxes [height * width, 4] (top, left, bottom, right) of a lattice over the whole picture, row by row."""
-    top = torch.arange(height).repeat_interleave(width) / height
-    left = torch.arange(width).repeat(height) / width
+    """Boxes [height * width, 4] (top, left, bottom, right) of a lattice over the whole picture, row by row; float32 on the CPU."""
+    return _square_boxes(height, width).clone()
+
+
+@cache
+def _square_boxes(height: int, width: int) -> torch.Tensor:
+    top = torch.arange(height, dtype=torch.float32, device="cpu").repeat_interleave(width) / height
+    left = torch.arange(width, dtype=torch.float32, device="cpu").repeat(height) / width
     return torch.stack([top, left, top + 1 / height, left + 1 / width], dim=1)
 
 

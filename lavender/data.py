@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -10,21 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from .config import DEFAULT_QUESTION, AlignmentConfig
 from .errors import ConfigError, DataError, TargetError
 from .families import Pictures, student_family
 from .families.columns import image_token_of, model_type_of, place_columns
+from .images import ImageSource, load_image
 from .types import Word
 from .words import FUNCTION_WORDS, align, collate_rows, match_words, tokens_of, words_of
 
 if TYPE_CHECKING:
     from .targets import Target, TargetStore
-
-ImageSource = str | Path | bytes | Image.Image
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,29 +41,6 @@ class Sample:
     image: ImageSource
     question: str
     answer: str
-
-
-def load_image(source: ImageSource) -> Image.Image:
-    """An upright RGB picture. Raises `DataError` when it is missing, empty or damaged."""
-    if isinstance(source, Image.Image):
-        return _to_rgb(source, "the image")
-    name = "the image bytes" if isinstance(source, bytes) else str(source)
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
-            return _to_rgb(file, name)
-    except FileNotFoundError:
-        raise DataError(f"there is no image at {name}") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read the image {name}: {error}") from None
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):  # PIL would cut 16 bits off at 255, which is white
-        upright = Image.fromarray((np.asarray(upright).astype(np.float32) / 257).round().astype(np.uint8))
-    elif upright.mode in ("I", "F"):
-        raise DataError(f"{name} has pixels of 32 bits (mode {upright.mode}) in an unknown range; save it with 8 or 16 bits")
-    return upright.convert("RGB")
 
 
 def read_pairs(data: str | Path) -> list[Pair]:
@@ -228,6 +202,11 @@ class Collator:
         self.config = config or AlignmentConfig()
         self.model_config = model_config
         self._family = student_family(model_type_of(processor, model_config))
+        if not self._family.collates:
+            raise ConfigError(
+                f"lavender makes no batches for {type(processor).__name__}: its model reads picture and text in a form of its own. "
+                "Capture works: model inputs with lavender's keys, which patch.capture names"
+            )
 
     @staticmethod
     def words(answer: str) -> tuple[Word, ...]:
@@ -291,7 +270,7 @@ class Collator:
         for name, own in (("question", sample.question), ("answer", sample.answer)):
             require_unicode(own, f"sample {sample.id!r}: the {name}")
             placeholder = getattr(self.processor, "image_token", None)
-            if placeholder is not None and placeholder in own:
+            if placeholder is not None and str(placeholder) in own:
                 raise DataError(
                     f"sample {sample.id!r}: the {name} holds {placeholder!r}, which stands for the picture; the collator adds it"
                 )

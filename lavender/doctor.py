@@ -40,8 +40,13 @@ def examine(model: str | Path | Any) -> list[Finding]:
     if isinstance(model, nn.Module):
         return list(_examine_student(model, None))
     if not isinstance(model, str | Path):
-        return list(_examine_teacher(model, _denoiser_of(model)))
-    index = _pipeline_index(str(model))
+        from .hooks.pipelines import denoisers_of
+
+        return list(_examine_teacher(model, denoisers_of(model)[0]))
+    try:
+        index = _pipeline_index(str(model))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the model_index.json of {str(model)!r} cannot be read ({_first_line(error)})") from None
     if index is not None:
         return list(_examine_pipeline_folder(str(model), index))
     student = _empty_student(str(model))
@@ -84,7 +89,9 @@ def _processor(model: str) -> Any:
     from transformers import AutoProcessor
 
     try:
-        return AutoProcessor.from_pretrained(model)
+        found = AutoProcessor.from_pretrained(model)
+        # transformers falls back to the tokenizer alone where a part of the processor cannot be loaded.
+        return found if hasattr(found, "tokenizer") else ImportError(f"only a {type(found).__name__} could be loaded")
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         return error
 
@@ -118,6 +125,8 @@ def _examine_student(model: Any, processor: Any) -> Iterator[Finding]:
         yield Finding("base attention", f"{name}, kept as it is")
     except ModelError as error:
         yield Finding("base attention", name, str(error))
+    if not hasattr(model.config, "vision_config") and known_family(str(model_type)) is None:
+        yield Finding("picture", "the model's config has no vision_config", "give an image-text-to-text model")
     yield _grid(model, model_type, processor)
     yield from _examine_processor(model, processor)
     width = getattr(modules[0], "head_dim", None)
@@ -161,29 +170,28 @@ def _examine_processor(model: Any, processor: Any) -> Iterator[Finding]:
         yield Finding("tokenizer", "gives no character offsets", "load the fast one for training")
 
 
-def _denoiser_of(pipe: Any) -> Any:
-    for name in ("unet", "transformer"):
-        if getattr(pipe, name, None) is not None:
-            return getattr(pipe, name)
-    raise ModelError(f"a {type(pipe).__name__} has neither unet nor transformer; expected a text-to-image pipeline of diffusers")
-
-
 def _examine_pipeline_folder(model: str, index: dict[str, Any]) -> Iterator[Finding]:
     import diffusers
 
-    part = next((name for name in ("unet", "transformer") if index.get(name, [None])[0]), None)
-    kind = getattr(diffusers, index["_class_name"], None)
-    if part is None or kind is None:
-        raise ModelError(f"{model!r} is a {index['_class_name']}; expected a text-to-image pipeline with a unet or a transformer")
-    denoiser_class = getattr(diffusers, index[part][1])
-    with torch.device("meta"):
-        denoiser = denoiser_class.from_config(denoiser_class.load_config(model, subfolder=part))
+    try:
+        part = next(name for name in ("unet", "transformer") if (index.get(name) or [None])[0])
+        kind, denoiser_class = getattr(diffusers, index["_class_name"]), getattr(diffusers, index[part][1])
+    except (StopIteration, AttributeError, KeyError, TypeError, IndexError):
+        name = index.get("_class_name") if isinstance(index, dict) else None
+        raise ModelError(
+            f"{model!r} is a {name}; expected a text-to-image pipeline of diffusers with a unet or a transformer"
+        ) from None
+    try:
+        with torch.device("meta"):
+            denoiser = denoiser_class.from_config(denoiser_class.load_config(model, subfolder=part))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"the {part} of {model!r} cannot be built from its config ({_first_line(error)})") from None
     yield from _examine_teacher(object.__new__(kind), denoiser)
 
 
 def _examine_teacher(pipe: Any, denoiser: Any) -> Iterator[Finding]:
     from .families.prompts import parts_of
-    from .hooks.diffusers import DenoiserHooks
+    from .hooks.diffusers import DenoiserHooks, hides_attention, remedy_of
 
     yield Finding("model", f"{type(pipe).__name__} with {type(denoiser).__name__}, a teacher")
     try:
@@ -198,7 +206,8 @@ def _examine_teacher(pipe: Any, denoiser: Any) -> Iterator[Finding]:
     yield Finding("layout", order)
     yield Finding("attention layers", f"{len(hooks.modules)}, {next(iter(hooks.modules))} and so on")
     processors = sorted({type(getattr(module, "processor", None)).__name__ for module in hooks.modules.values()})
-    yield Finding("attention processors", ", ".join(processors))
+    hidden = [module for module in hooks.modules.values() if hides_attention(module)]
+    yield Finding("attention processors", ", ".join(processors), remedy_of(hidden[0]) if hidden else "")
     try:
         parts = parts_of(pipe)
         yield Finding("words", " and ".join(part.tokenizer for part in parts))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional as F
 
-from .errors import CaptureError
+from .errors import CaptureError, ModelError
 from .kernels.map_loss import resample
 from .types import Word, WordMaps
 from .words import match_words, words_of
@@ -59,23 +60,25 @@ class HeatMap:
             values = F.interpolate(values[None, None], size=size, mode="bicubic", antialias=True)[0, 0]
         return values.cpu().numpy()
 
-    def overlay(self, image: Image.Image, opacity: float = 0.6, colormap: str = "inferno") -> Image.Image:
+    def overlay(self, image: Image.Image | NDArray[Any], opacity: float = 0.6, colormap: str = "inferno") -> Image.Image:
         """The picture with the map over it, stretched from its least to its largest value.
 
         Args:
-            image: any size; the map covers all of it.
+            image: any size; the map covers all of it. A PIL image, or an array [y, x, 3] as pipelines return it, from 0 to 1.
             opacity: of the map, from 0 to 1.
             colormap: a name that matplotlib knows.
         """
         from matplotlib import colormaps
 
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray((image * 255).round().astype(np.uint8))
         values = self.to_numpy((image.height, image.width))
         low, high = float(values.min()), float(values.max())
         stretched = (values - low) / max(high - low, float(np.finfo(np.float32).tiny))
         painted = Image.fromarray((colormaps[colormap](stretched)[..., :3] * 255).astype(np.uint8))
         return Image.blend(image.convert("RGB"), painted, opacity)
 
-    def plot(self, image: Image.Image | None = None, ax: Axes | None = None) -> Axes:
+    def plot(self, image: Image.Image | NDArray[Any] | None = None, ax: Axes | None = None) -> Axes:
         """Draws the map, over the picture if there is one, with the word as title, on matplotlib axes."""
         from matplotlib import pyplot as plt
 
@@ -90,7 +93,13 @@ class HeatMap:
 
 
 def chosen_names(names: Sequence[str], parts: Sequence[str]) -> list[str]:
-    """The names that one of `parts` is a part of; a part that is a whole name means that name alone."""
+    """The names that one of `parts` is a part of; a part that is a whole name means that name alone.
+
+    Raises `ModelError` for a part that is in no name.
+    """
+    for part in parts:
+        if not any(part in name for name in names):
+            raise ModelError(f"no attention layer is named like {part}; there are: {', '.join(names)}")
     return [name for name in names if any(part == name if part in names else part in name for part in parts)]
 
 
@@ -118,10 +127,17 @@ class Maps(Mapping[str, HeatMap]):
         return tuple(dict.fromkeys(entry.layer for entry in self.entries))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys(word.text for word in self.words))
+        """The words that have a map, in order, each once."""
+        return iter(dict.fromkeys(word.text for word in self.words if word not in self.missing))
 
     def __len__(self) -> int:
-        return len({word.text for word in self.words})
+        return len(list(iter(self)))
+
+    def __contains__(self, word: object) -> bool:
+        try:
+            return isinstance(word, str) and self[word] is not None
+        except (KeyError, CaptureError):
+            return False
 
     def __getitem__(self, word: str) -> HeatMap:
         """Heat map of a word or phrase, whatever its case; of a repeated one, its first occurrence."""
@@ -132,7 +148,7 @@ class Maps(Mapping[str, HeatMap]):
         word: str,
         *,
         occurrence: int = 0,
-        layers: Sequence[str | int] = (),
+        layers: str | Sequence[str | int] = (),
         head: int | None = None,
         step: int | None = None,
         frame: int | None = None,
@@ -149,10 +165,11 @@ class Maps(Mapping[str, HeatMap]):
 
         Raises:
             KeyError: the text lacks the word.
-            CaptureError: the word was cut off, or what is chosen was not recorded.
+            ModelError: no layer has such a name.
+            CaptureError: the word has no tokens, or what is chosen was not recorded.
         """
         places = self._places(word, occurrence)
-        wanted = self._wanted(layers, step)
+        wanted = self._wanted([layers] if isinstance(layers, str) else layers, step)
         size = max((entry.maps.shape[-2:] for entry in wanted), key=lambda s: s[0] * s[1])
         total: torch.Tensor | None = None
         for entry in wanted:
@@ -161,8 +178,12 @@ class Maps(Mapping[str, HeatMap]):
                 maps = maps.mean(dim=0)
             elif entry.maps.shape[0] == 1:
                 raise CaptureError("heads were not kept apart; ask for them with lavender.patch(..., heads=True)")
+            elif not 0 <= head < entry.maps.shape[0]:
+                raise CaptureError(f"there is no head {head}; {entry.layer} has heads 0 to {entry.maps.shape[0] - 1}")
             else:
                 maps = maps[head]
+            if frame is not None and not (maps.ndim == 3 and 0 <= frame < len(maps)):
+                raise CaptureError(f"there is no frame {frame}; there are {len(maps) if maps.ndim == 3 else 'none'}")
             if maps.ndim == 3:
                 maps = maps.mean(dim=0) if frame is None else maps[frame]
             resized = resample(maps[None, None], size)[0, 0]
@@ -171,32 +192,49 @@ class Maps(Mapping[str, HeatMap]):
         return HeatMap(" ".join(self.words[i].text for i in places), total / len(wanted))
 
     def _places(self, word: str, occurrence: int) -> list[int]:
-        sought = [part.text.casefold() for part in words_of(word)] or [word.casefold()]
-        own = [known.text.casefold() for known in self.words]
-        starts = [i for i in range(len(own) - len(sought) + 1) if own[i : i + len(sought)] == sought]
+        parts = [part.text for part in words_of(word)] or [word]
+        starts = self._starts(parts) or self._starts([part.casefold() for part in parts], fold=True)
         if not starts:  # part of a run that has no spaces, or another composition of the letters
-            [parts] = match_words(self.text, [word])
-            starts = [i for i, w in enumerate(self.words) if any(w.start <= p.start and p.end <= w.end for p in parts)]
-        if len(starts) <= occurrence:
-            raise KeyError(f"no word {word!r} (occurrence {occurrence}) in {self.text!r}; its words: {list(self)}")
-        places = list(range(starts[occurrence], starts[occurrence] + len(sought)))
-        cut = [self.words[i].text for i in places if self.words[i] in self.missing]
-        if cut:
-            raise CaptureError(f"{cut[0]!r} has no map: the text encoder's window ends before it; shorten the text")
+            parts = parts[:1]
+            [found] = match_words(self.text, [word])
+            starts = [i for i, w in enumerate(self.words) if any(w.start <= p.start and p.end <= w.end for p in found)]
+        if not 0 <= occurrence < len(starts):
+            known = list(dict.fromkeys(w.text for w in self.words))
+            raise KeyError(f"no word {word!r} (occurrence {occurrence}) in {self.text!r}; its words: {known}")
+        places = list(range(starts[occurrence], starts[occurrence] + len(parts)))
+        lost = [self.words[i].text for i in places if self.words[i] in self.missing]
+        if lost:
+            raise CaptureError(
+                f"{lost[0]!r} has no map: the text encoder's window ends before it, or the encoder that the denoiser reads was "
+                "given another prompt"
+            )
         return places
+
+    def _starts(self, parts: Sequence[str], fold: bool = False) -> list[int]:
+        """Where the words `parts` stand one after the other."""
+        own = [word.text.casefold() if fold else word.text for word in self.words]
+        runs = [self.words[i : i + len(parts)] for i in range(len(own) - len(parts) + 1)]
+        in_order = [all(a.end <= b.start for a, b in pairwise(run)) for run in runs]
+        return [i for i, ordered in enumerate(in_order) if ordered and own[i : i + len(parts)] == list(parts)]
 
     def _wanted(self, layers: Sequence[str | int], step: int | None) -> list[LayerMaps]:
         names = self.layers
+        numbers = [c for c in layers if isinstance(c, int)]
+        beyond = [number for number in numbers if not 0 <= number < len(names)]
+        if beyond:
+            raise CaptureError(f"there are no layers {beyond}; there are 0 to {len(names) - 1}")
         if layers:
-            numbers = {c for c in layers if isinstance(c, int)}
-            named = set(chosen_names(names, [c for c in layers if isinstance(c, str)]))
-            names = tuple(n for i, n in enumerate(names) if i in numbers or n in named)
-        wanted = [e for e in self.entries if e.layer in names and (step is None or e.step == step)]
-        if step is not None and all(e.step is None for e in self.entries):
-            raise CaptureError("steps were not kept apart; ask for them with lavender.patch(..., steps=True)")
-        if not wanted:
-            raise CaptureError(f"no layer {list(layers)} in step {step} was recorded; there are {list(self.layers)}")
-        return wanted
+            named = chosen_names(names, [c for c in layers if isinstance(c, str)])
+            names = tuple(name for i, name in enumerate(names) if i in numbers or name in named)
+        entries = [entry for entry in self.entries if entry.layer in names]
+        if step is None:
+            return entries
+        steps = sorted({entry.step for entry in entries if entry.step is not None})
+        if not steps:
+            raise CaptureError("steps were not kept apart; a pipeline keeps them with lavender.patch(..., steps=True)")
+        if step not in steps:
+            raise CaptureError(f"there is no step {step}; there are {steps[0]} to {steps[-1]}")
+        return [entry for entry in entries if entry.step == step]
 
     def to_numpy(self, size: tuple[int, int] | None = None) -> NDArray[np.float32]:
         """float32 [W, y, x], means over everything else; rows of NaN for words that were cut off."""
@@ -209,18 +247,20 @@ class Maps(Mapping[str, HeatMap]):
     def heat_map_of(self, index: int) -> HeatMap:
         """Heat map of the word `words[index]`."""
         word = self.words[index]
-        occurrence = sum(other.text.casefold() == word.text.casefold() for other in self.words[:index])
+        occurrence = sum(other.text == word.text for other in self.words[:index])
         return self.heat_map(word.text, occurrence=occurrence)
 
     def to_word_maps(self) -> WordMaps:
         """As targets for training; see `lavender.TargetStore`."""
         return WordMaps(self.text, self.words, self.to_numpy())
 
-    def plot(self, image: Image.Image | None = None, columns: int = 5) -> Figure:
+    def plot(self, image: Image.Image | NDArray[Any] | None = None, columns: int = 5) -> Figure:
         """Draws every word's map, over the picture if there is one, on a new matplotlib figure."""
         from matplotlib import pyplot as plt
 
         shown = [i for i, word in enumerate(self.words) if word not in self.missing]
+        if not shown:
+            raise CaptureError(f"no word of {self.text!r} has a map")
         rows = -(-len(shown) // columns)
         width = min(columns, len(shown))
         figure, axes = plt.subplots(rows, width, figsize=(2.4 * width, 2.7 * rows), squeeze=False, layout="constrained")

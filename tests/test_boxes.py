@@ -76,3 +76,11 @@ def test_llava_boxes_lie_where_the_pixels_come_from(processor, student):
     (own,) = CROPPED.boxes(Pictures(processor, {}, [(64, 96)]))
     meets = (own[:, 0] < 32 / 64) & (own[:, 2] > 16 / 64) & (own[:, 1] < 56 / 96 - 1e-6) & (own[:, 3] > 40 / 96 + 1e-6)
     assert torch.equal(changed, meets)
+
+
+def test_a_lattice_is_nobody_elses():
+    own = square_boxes(3, 3)
+    own[0] = torch.nan
+    assert not square_boxes(3, 3).isnan().any()
+    with torch.device("meta"):
+        assert square_boxes(4, 5).device.type == "cpu"

@@ -77,7 +77,7 @@ def test_what_is_missing_has_a_remedy(student, student_folder, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableAudioPipeline"}))
     with pytest.raises(ModelError, match="StableAudioPipeline"):
         examine(tmp_path)
-    with pytest.raises(ModelError, match="neither unet nor transformer"):
+    with pytest.raises(ModelError, match="cannot patch a object"):
         examine(object())
     assert "attention" in remedies(torch.nn.Linear(2, 2))
 
@@ -95,3 +95,38 @@ def test_the_command_prints_and_exits_by_what_is_missing(student_folder, tmp_pat
         assert "->" in result.output
     finally:
         STUDENTS["llava"] = registered
+
+
+def test_damaged_folders_are_one_clear_line(teacher_folder, tmp_path):
+    import shutil
+
+    folder = tmp_path / "broken"
+    shutil.copytree(teacher_folder, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text("{")
+    with pytest.raises(ModelError, match=r"model_index\.json .* cannot be read"):
+        examine(folder)
+    for wrong in ([], {}, {**index, "_class_name": ["A"]}, {**index, "unet": None}, {**index, "unet": ["mine", "OwnUNet"]}):
+        (folder / "model_index.json").write_text(json.dumps(wrong))
+        with pytest.raises(ModelError, match="expected a text-to-image pipeline"):
+            examine(folder)
+    (folder / "model_index.json").write_text(json.dumps(index))
+    shutil.rmtree(folder / "unet")
+    with pytest.raises(ModelError, match=r"the unet of .* cannot be built"):
+        examine(folder)
+
+
+def test_attention_slicing_is_seen_before_anything_runs():
+    pipe = PIPELINES["StableDiffusionPipeline"]()
+    assert not remedies(pipe)
+    pipe.enable_attention_slicing()
+    assert "disable_attention_slicing" in remedies(pipe)["attention processors"]
+    pipe.disable_attention_slicing()
+    assert not remedies(pipe)
+
+
+def test_a_language_model_is_no_student():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    assert "image-text-to-text" in remedies(LlamaForCausalLM(config))["picture"]

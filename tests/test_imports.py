@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "lavender"
 RANKS = [
     {"errors", "types"},
     {"config"},
-    {"words", "boxes"},
+    {"words", "boxes", "images"},
     {"kernels"},
     {"maps"},
     {"families"},

@@ -381,3 +381,36 @@ def test_models_that_cannot_be_patched_are_named(student):
         lavender.patch(student, AlignmentConfig(layers=(4,)))
     with pytest.raises(ModelError, match="qwen9_vl"):
         student_family("qwen9_vl")
+
+
+def test_a_with_around_the_patch_ends_it_whoever_asked_for_it_again(student):
+    with lavender.patch(student) as patch:
+        assert lavender.patch(student) is patch
+    assert not patch.is_patched
+
+
+def test_an_aligner_in_training_is_not_thrown_away(student):
+    patch = lavender.patch(student, AlignmentConfig())
+    with pytest.raises(ModelError, match="aligner would be lost"):
+        lavender.patch(student, AlignmentConfig(weight=3.0))
+    assert patch.is_patched
+    patch.unpatch()
+    with pytest.raises(CaptureError, match="patch was undone"):
+        patch.capture(lavender_rows=None)
+
+
+def test_ids_may_come_by_position(student, batch):
+    ids = batch.pop("input_ids")
+    batch.pop("labels")
+    with torch.no_grad(), lavender.patch(student):
+        student(ids, **batch)  # captured: nothing is refused
+        assert student._lavender_patch._active is None
+
+
+def test_an_encoder_decoder_is_captured_and_not_trained():
+    from .families.test_contract import built
+
+    florence = built("florence2")
+    with pytest.raises(ModelError, match="encoder-decoder"):
+        lavender.patch(florence.model, AlignmentConfig())
+    assert not student_family("florence2").collates

@@ -54,6 +54,7 @@ class Family:
             are those whose id is the model's image token, or, if `cross`, every key of the cross-attention.
         cross: whether the text reads the picture by cross-attention, whose keys are not in the text.
         answer_type: what `token_type_ids`, if the model has them, say of an answer's tokens.
+        collates: whether the answer follows the picture in one text, as `lavender.Collator` builds it.
         resamplers: the attention modules by which the model's few image tokens were made from many patches; the attention to an
             image token is then carried on to its patches, and `boxes` are those of the patches.
     """
@@ -61,6 +62,7 @@ class Family:
     boxes: Callable[[Pictures], list[torch.Tensor]]
     cross: bool = False
     answer_type: int = 0
+    collates: bool = True
     resamplers: Callable[[nn.Module], list[nn.Module]] | None = None
 
 

@@ -50,13 +50,15 @@ def image_token_of(processor: Any, model_config: Any = None) -> int:
 def model_type_of(processor: Any, model_config: Any = None) -> str:
     """The model type whose family places a processor's image tokens: `LlavaProcessor` serves `llava`.
 
-    A processor class that transformers lists decides (a llava that sees with Pixtral has Pixtral's processor); else the model's
-    config. Raises `ConfigError` if neither tells.
+    A family that a user registered for the model's config comes first; then the processor's class, if transformers lists it (a
+    llava that sees with Pixtral has Pixtral's processor); then the config. Raises `ConfigError` if neither tells.
     """
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
     name = type(processor).__name__
     own = getattr(model_config, "model_type", None)
+    if isinstance(STUDENTS.get(str(own)), Family):  # a user's own
+        return str(own)
     listed = [model_type for model_type, class_name in PROCESSOR_MAPPING_NAMES.items() if class_name == name]
     if own in listed or (own is not None and not any(model_type in STUDENTS for model_type in listed)):
         return str(own)

@@ -41,7 +41,7 @@ def _idefics(pictures: Pictures) -> list[torch.Tensor]:
     return [torch.cat([torch.full((1, 4), torch.nan), square_boxes(side, side)])] * len(pictures.sizes)
 
 
-IDEFICS = Family(boxes=_idefics, cross=True)
+IDEFICS = Family(boxes=_idefics, cross=True, collates=False)
 
 
 def _florence2(pictures: Pictures) -> list[torch.Tensor]:
@@ -53,4 +53,4 @@ def _florence2(pictures: Pictures) -> list[torch.Tensor]:
     return [torch.cat([torch.full((1, 4), torch.nan), square_boxes(side, side)])] * len(pictures.sizes)
 
 
-FLORENCE2 = Family(boxes=_florence2)
+FLORENCE2 = Family(boxes=_florence2, collates=False)

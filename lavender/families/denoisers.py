@@ -137,7 +137,7 @@ def level_grid(grid: Grid, num_queries: int) -> Grid:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class Places:
     """Where image tokens and words stand in one attention call.
 
     Attributes:
@@ -151,10 +151,10 @@ class Sequence:
     text_start: int
 
 
-def sequence_of(layout: Layout, denoiser: nn.Module, inputs: Mapping[str, Any]) -> Sequence:
+def places_of(layout: Layout, denoiser: nn.Module, inputs: Mapping[str, Any]) -> Places:
     """Where things stand in a denoiser's attention, from the arguments of its forward."""
     grid, lead = layout.grid(denoiser, inputs), layout.lead(denoiser)
     if layout.order == "text first":
-        return Sequence(grid, lead + torch.tensor(layout.text_tokens(denoiser, inputs)), lead)
+        return Places(grid, lead + torch.tensor(layout.text_tokens(denoiser, inputs)), lead)
     start = math.prod(grid) if layout.order == "image first" else 0
-    return Sequence(grid, torch.zeros(len(inputs["encoder_hidden_states"]), dtype=torch.long), start)
+    return Places(grid, torch.zeros(len(inputs["encoder_hidden_states"]), dtype=torch.long), start)

@@ -20,11 +20,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError, ModelError
-from ..families.denoisers import Layout, layout_of, level_grid, sequence_of
-from ..families.denoisers import Sequence as Places
+from ..families.denoisers import Layout, Places, layout_of, level_grid, places_of
 from ..kernels.column_maps import column_attention, column_maps
 from ..kernels.map_loss import resample
 from ..maps import LayerMaps, chosen_names
+
+Samples = slice | list[int]
+"""Samples of a denoiser's batch."""
 
 
 @dataclass(eq=False)
@@ -71,11 +73,20 @@ class Recording:
             remedy = "the denoiser ran compiled before it was patched: patch it first, or call torch.compiler.reset()"
             raise CaptureError(
                 f"{len(missing)} of {len(layers)} attention layers recorded nothing ({', '.join(missing[:3])}); "
-                f"{remedy if compiled else _remedy(layers[missing[0]])}"
+                f"{remedy if compiled else remedy_of(layers[missing[0]])}"
             )
 
 
-def _remedy(module: Any) -> str:
+def hides_attention(module: Any) -> bool:
+    """Whether an attention module is known, without running it, not to call `scaled_dot_product_attention`."""
+    processor = getattr(module, "processor", None)
+    backend = getattr(processor, "_attention_backend", None)
+    name = type(processor).__name__
+    known = "XFormers" in name or "Sliced" in name or name == "AttnProcessor"
+    return known or (backend is not None and "native" not in str(getattr(backend, "value", backend)))
+
+
+def remedy_of(module: Any) -> str:
     """What keeps an attention module from calling `scaled_dot_product_attention`, and how to switch it off."""
     processor = getattr(module, "processor", None)
     name = type(processor).__name__
@@ -87,7 +98,10 @@ def _remedy(module: Any) -> str:
     if backend is not None:
         value = getattr(backend, "value", backend)
         return f"its attention backend is {value!r}: call reset_attention_backend() on the denoiser, or set it to 'native'"
-    return f"its processor is {name}, which does not call torch's scaled_dot_product_attention: call set_default_attn_processor()"
+    return (
+        f"its processor is {name}, which does not call torch's scaled_dot_product_attention: give the denoiser one that does, "
+        "set_attn_processor(AttnProcessor2_0()) for a U-Net"
+    )
 
 
 class _Spy(TorchFunctionMode):
@@ -121,7 +135,7 @@ class _Attention:
     scale: float | None = None
     enable_gqa: bool = False
 
-    def of_samples(self, branch: slice) -> _Attention:
+    def of_samples(self, branch: Samples) -> _Attention:
         """The same call for some samples of the batch, every query head with a key head of its own."""
         mask = self.attn_mask
         if mask is not None and mask.ndim == 4 and mask.shape[0] > 1:
@@ -145,16 +159,16 @@ class DenoiserHooks:
         self,
         denoiser: nn.Module,
         layers: tuple[str, ...] = (),
-        opened: Callable[[Mapping[str, Any]], tuple[Recording, slice] | None] | None = None,
+        opened: Callable[[Mapping[str, Any]], tuple[Recording, Samples] | None] | None = None,
     ) -> None:
         """`opened` gets the arguments of a forward and gives a recording and the samples to record, or None."""
         self.denoiser = denoiser
         self.layout: Layout = layout_of(denoiser)
         self.modules = _chosen(_attention_modules(denoiser, self.layout), layers)
         self._opened = opened
-        self._manual: tuple[Recording, slice] | None = None
+        self._manual: tuple[Recording, Samples] | None = None
         self._signature = inspect.signature(type(denoiser).forward)
-        self._current: tuple[Recording, slice, Places] | None = None
+        self._current: tuple[Recording, Samples, Places] | None = None
         self._spies: list[_Spy] = []
         self._handles: list[Any] = [
             denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -176,7 +190,7 @@ class DenoiserHooks:
         self._handles.clear()
 
     @contextmanager
-    def capture(self, word_weights: torch.Tensor, branch: slice = slice(None), fused: bool = False) -> Iterator[Recording]:
+    def capture(self, word_weights: torch.Tensor, branch: Samples = slice(None), fused: bool = False) -> Iterator[Recording]:
         """Records every forward of the denoiser inside the `with` block, with weights of the caller's own.
 
         Args:
@@ -209,8 +223,13 @@ class DenoiserHooks:
             self._current = None
             return
         recording, branch = opened
+        if torch.is_grad_enabled() and module.training and getattr(module, "is_gradient_checkpointing", False):
+            raise CaptureError(
+                "the denoiser checkpoints its gradient, whose second pass records nothing; call disable_gradient_checkpointing() "
+                "on it, or record under torch.no_grad()"
+            )
         recording.num_forwards += 1
-        self._current = (recording, branch, sequence_of(self.layout, module, inputs))
+        self._current = (recording, branch, places_of(self.layout, module, inputs))
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._current = None
@@ -259,7 +278,7 @@ class DenoiserHooks:
         return output
 
     def _image_rows(
-        self, name: str, call: _Attention, weights: torch.Tensor, places: Places, branch: slice
+        self, name: str, call: _Attention, weights: torch.Tensor, places: Places, branch: Samples
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Of a joint attention, the queries that are image tokens, their mask, and the words' weights over all keys."""
         query, mask = call.query, call.attn_mask
@@ -298,9 +317,4 @@ def _attention_modules(denoiser: nn.Module, layout: Layout) -> dict[str, nn.Modu
 def _chosen(modules: dict[str, nn.Module], layers: tuple[str, ...]) -> dict[str, nn.Module]:
     if not modules:
         raise ModelError("the denoiser has no attention module that reads the text")
-    if not layers:
-        return modules
-    chosen = {name: modules[name] for name in chosen_names(list(modules), layers)}
-    if not chosen:
-        raise ModelError(f"no attention layer is named like {', '.join(layers)}; there are: {', '.join(modules)}")
-    return chosen
+    return {name: modules[name] for name in chosen_names(list(modules), layers)} if layers else modules

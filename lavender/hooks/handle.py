@@ -10,7 +10,8 @@ AnyHandle = TypeVar("AnyHandle", bound="Handle")
 class Handle:
     """A patched model's handle. A patch that is asked for again is lent: the borrower's `with` leaves it in place."""
 
-    _borrowers = 0
+    _lent = False
+    _entered: tuple[bool, ...] = ()
 
     @property
     def is_patched(self) -> bool:
@@ -22,15 +23,16 @@ class Handle:
         raise NotImplementedError
 
     def borrowed(self: AnyHandle) -> AnyHandle:
-        """This handle for one more user, whose `with` must not take the patch from the first one."""
-        self._borrowers += 1
+        """This handle for one more user, whose `with`, which comes next, must not take the patch from the first one."""
+        self._lent = True
         return self
 
     def __enter__(self: AnyHandle) -> AnyHandle:
+        self._entered, self._lent = (*self._entered, self._lent), False
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._borrowers:
-            self._borrowers -= 1
-        else:
+        *outer, lent = self._entered
+        self._entered = tuple(outer)
+        if not lent:
             self.unpatch()

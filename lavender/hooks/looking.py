@@ -12,6 +12,7 @@ from ..config import DEFAULT_QUESTION
 from ..errors import CaptureError, ConfigError
 from ..families import Pictures, student_family
 from ..families.columns import model_type_of, place_columns
+from ..images import ImageSource, load_image
 from ..maps import LayerMaps, Maps
 from ..words import collate_rows, offsets_of_ids, tokens_of, words_and
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def look(
     patch: StudentPatch,
-    image: Image.Image,
+    source: ImageSource,
     question: str | None,
     answer: str | None,
     prompt: str | None,
@@ -34,7 +35,7 @@ def look(
     if processor is None:
         raise ConfigError("the patch has no processor; make it with lavender.patch(model, processor=processor)")
     family = student_family(model_type_of(processor, model.config))
-    image = image.convert("RGB")
+    image = load_image(source)
     inputs = _inputs(processor, image, question, prompt)
     boxes = family.boxes(Pictures(processor, inputs, [(image.height, image.width)], model.config))
     inputs = {name: _moved(value, model) for name, value in inputs.items() if name != "labels"}
@@ -80,7 +81,8 @@ def _answer_ids(patch: StudentPatch, inputs: dict[str, Any], answer: str | None,
         ids: list[int] = patch.processor.tokenizer(answer, add_special_tokens=False).input_ids
         return ids
     given = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
-    sequence: list[int] = patch.model.generate(**given, **options)[0].tolist()
+    output = patch.model.generate(**given, **options)
+    sequence: list[int] = getattr(output, "sequences", output)[0].tolist()
     if patch.model.config.is_encoder_decoder:
         return sequence[1:]
     # A model given embeddings returns the new tokens alone.

@@ -24,31 +24,39 @@ class _Drawing:
     """What a pipeline was asked to draw.
 
     Attributes:
-        arguments: of the pipeline's call, or of `encode_prompt`, with defaults.
+        arguments: of the pipeline's call, or of `encode_prompt`, with defaults; forgotten when the call ends.
         prompts: P texts; None where embeddings were given instead.
+        words: of each prompt.
         copies: pictures per prompt.
-        whole: whether the pipeline's own call runs, and not a user's loop over its parts.
+        whole: whether the pipeline's own call draws, and not a user's loop over its parts.
+        closed: whether that call has ended: what the denoiser does later is not part of it.
+        embeddings: what `encode_prompt` made of the prompts, [P * copies, N, C].
+        owners: the prompt of every picture that was recorded.
+        missing: of each prompt, the words that have no text column.
     """
 
     arguments: Mapping[str, Any]
     prompts: tuple[str, ...] | None
+    words: tuple[tuple[Word, ...], ...]
     copies: int
     whole: bool
-    words: tuple[tuple[Word, ...], ...] = ()
+    closed: bool = False
+    embeddings: torch.Tensor | None = None
+    owners: list[int] = field(default_factory=list)
     missing: list[list[Word]] = field(default_factory=list)
     recording: Recording | None = None
-    timesteps: set[float] = field(default_factory=set)
 
     @classmethod
-    def of(cls, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], more: tuple[str, ...], whole: bool) -> _Drawing:
-        bound = inspect.signature(function).bind(*args, **kwargs)
-        bound.apply_defaults()
-        arguments = dict(bound.arguments)
+    def of(cls, arguments: dict[str, Any], more: tuple[str, ...], whole: bool) -> _Drawing:
         prompt = arguments.get("prompt")
-        prompts = None if prompt is None else (prompt,) if isinstance(prompt, str) else tuple(prompt)
+        prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt) if isinstance(prompt, list | tuple) else None
         copies = arguments.get("num_images_per_prompt", arguments.get("num_videos_per_prompt", 1))
         words = tuple(words_and(text, more) for text in prompts or ())
-        return cls(arguments, prompts, copies or 1, whole, words)
+        return cls(arguments, prompts, words, copies or 1, whole)
+
+    def close(self) -> None:
+        """The pipeline's call has ended: its maps stay, its tensors do not."""
+        self.closed, self.arguments, self.embeddings = True, {}, None
 
     @property
     def num_pictures(self) -> int:
@@ -82,16 +90,13 @@ class TeacherPatch(Handle):
         self._drawing: _Drawing | None = None
         self._context: str | None = None
         # Wan 2.2 draws the late steps with a second transformer.
-        self._hooks = [DenoiserHooks(denoiser, layers, self._open) for denoiser in _denoisers(pipe)]
+        self._hooks = [DenoiserHooks(denoiser, layers, self._open) for denoiser in denoisers_of(pipe)]
         self.denoiser = self._hooks[0].denoiser
         self.layers = tuple(self._hooks[0].modules)
         self._class = type(pipe)
         if callable(pipe):
             pipe.__class__ = _watched(type(pipe), self)
-        for hooks in self._hooks:
-            named: Any = getattr(hooks.denoiser, "cache_context", None)
-            if named is not None:
-                vars(hooks.denoiser)["cache_context"] = self._named(named)
+        self._unname = [self._listen_to_names(hooks.denoiser) for hooks in self._hooks]
 
     @property
     def is_patched(self) -> bool:
@@ -102,9 +107,9 @@ class TeacherPatch(Handle):
         """Undoes everything; maps that were recorded stay. A second call does nothing."""
         if not self.is_patched:
             return
-        for hooks in self._hooks:
+        for hooks, unname in zip(self._hooks, self._unname, strict=True):
             hooks.remove()
-            vars(hooks.denoiser).pop("cache_context", None)
+            unname()
         if callable(self.pipe):
             self.pipe.__class__ = self._class
 
@@ -130,13 +135,19 @@ class TeacherPatch(Handle):
                 "patch.capture(word_weights)"
             )
         if drawing.recording is None:
-            raise CaptureError("nothing was recorded: the denoiser did not run after the prompt was encoded")
-        if not 0 <= picture < drawing.num_pictures:
-            raise CaptureError(f"there is no picture {picture}; {drawing.num_pictures} were drawn")
-        prompt = picture // drawing.copies
+            raise CaptureError(
+                "nothing was recorded: the denoiser did not run with the embedding of the prompt that was encoded last"
+            )
+        if not 0 <= picture < len(drawing.owners):
+            raise CaptureError(f"there is no picture {picture}; {len(drawing.owners)} were drawn")
+        prompt = drawing.owners[picture]
         entries = of_picture(drawing.recording.entries, picture)
-        own = drawing.words[prompt]
-        return Maps(drawing.prompts[prompt], own, entries, drawing.missing[prompt])
+        return Maps(drawing.prompts[prompt], drawing.words[prompt], entries, drawing.missing[prompt])
+
+    def clear(self) -> None:
+        """Forgets what was recorded of the prompt, graphs included: a loop that takes a gradient at every step begins each so."""
+        if self._drawing is not None:
+            self._drawing.recording = None
 
     def capture(
         self, word_weights: torch.Tensor, branch: slice = slice(None), fused: bool = False
@@ -145,23 +156,30 @@ class TeacherPatch(Handle):
         return self._hooks[0].capture(word_weights, branch, fused)
 
     @contextmanager
-    def _running(self, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
+    def _running(self, arguments: dict[str, Any]) -> Iterator[None]:
         """The pipeline's own call, from its arguments to its end."""
-        drawing = self._drawing = _Drawing.of(self._class.__call__, (self.pipe, *args), kwargs, self._more, whole=True)
+        drawing = self._drawing = _Drawing.of(arguments, self._more, whole=True)
         try:
             yield
         finally:
-            drawing.whole = False
+            drawing.close()
         if drawing.recording is not None:
             drawing.recording.require_layers(self.denoiser, self._hooks[0].modules)
 
-    def _encoding(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """`encode_prompt` was called: by a user it says what is drawn next; inside the pipeline's call that is known already."""
-        if self._drawing is None or not self._drawing.whole:
-            self._drawing = _Drawing.of(self._class.encode_prompt, (self.pipe, *args), kwargs, self._more, whole=False)
+    def _encoded(self, arguments: dict[str, Any], output: Any) -> None:
+        """`encode_prompt` ran: by a user it says what is drawn next; inside the pipeline's call its first run has the prompt."""
+        if self._drawing is None or not self._drawing.whole or self._drawing.closed:
+            self._drawing = _Drawing.of(arguments, self._more, whole=False)
+        first = output[0] if isinstance(output, tuple) else output
+        if self._drawing.embeddings is None and isinstance(first, torch.Tensor):
+            self._drawing.embeddings = first.detach()
 
-    def _named(self, original: Callable[..., AbstractContextManager[None]]) -> Callable[..., AbstractContextManager[None]]:
-        """The denoiser's `cache_context`, by which a pipeline names the branch that it computes, noting the name."""
+    def _listen_to_names(self, denoiser: torch.nn.Module) -> Callable[[], None]:
+        """Notes how a pipeline names, by the denoiser's `cache_context`, the branch that it computes; returns what undoes it."""
+        original: Any = getattr(denoiser, "cache_context", None)
+        if original is None:
+            return lambda: None
+        own = vars(denoiser).get("cache_context")
 
         @contextmanager
         def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
@@ -172,55 +190,77 @@ class TeacherPatch(Handle):
             finally:
                 self._context = before
 
-        return cache_context
+        def undo() -> None:
+            if vars(denoiser).get("cache_context") is not cache_context:
+                return  # somebody wrapped it once more; to what is left of ours the name is nothing
+            if own is None:
+                del vars(denoiser)["cache_context"]
+            else:
+                vars(denoiser)["cache_context"] = own
 
-    def _open(self, inputs: Mapping[str, Any]) -> tuple[Recording, slice] | None:
+        vars(denoiser)["cache_context"] = cache_context
+        return undo
+
+    def _open(self, inputs: Mapping[str, Any]) -> tuple[Recording, list[int]] | None:
         """Before a forward of the denoiser: where to record it, and which samples."""
         drawing = self._drawing
-        if drawing is None or drawing.prompts is None:
+        if drawing is None or drawing.prompts is None or drawing.closed:
             return None
         text = inputs["encoder_hidden_states"]
-        branch = self._branch(drawing, text.shape[0], inputs["timestep"])
-        if branch is None:
+        samples, owners = self._samples(drawing, text, inputs)
+        if not samples:
             return None
         if drawing.recording is None:
             weights, drawing.missing = word_weights(self.pipe, drawing.prompts, drawing.words, text.shape[1], drawing.arguments)
-            weights = weights.repeat_interleave(drawing.copies, dim=0)
-            drawing.recording = Recording(weights, heads=self._heads, steps=self._steps)
-        return drawing.recording, branch
+            drawing.recording, drawing.owners = Recording(weights[owners], heads=self._heads, steps=self._steps), owners
+        elif owners != drawing.owners:
+            raise CaptureError(
+                f"the denoiser ran for {len(owners)} pictures of the prompt, and for {len(drawing.owners)} before; call clear() "
+                "between the two"
+            )
+        return drawing.recording, samples
 
-    def _branch(self, drawing: _Drawing, batch: int, timestep: Any) -> slice | None:
-        """The samples that carry the prompt; None if this forward has none.
+    def _samples(self, drawing: _Drawing, text: torch.Tensor, inputs: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        """The samples of the denoiser's batch that carry a prompt, and each one's prompt.
 
-        A pipeline that computes its branches apart names them by `cache_context`, or begins each timestep with the prompt's. One
-        that computes them together orders them [unconditional, conditional, perturbed].
+        In a loop of the user's own they are those whose embedding is the prompt's. A pipeline that computes its branches apart
+        names them by `cache_context`, or gives the prompt's embedding to one of them; one that computes them together orders them
+        [unconditional, conditional, perturbed].
         """
-        size = drawing.num_pictures
-        if self._context not in (None, "cond", "cond_uncond"):
-            return None
+        if not drawing.whole:
+            return _carriers(drawing, text)
+        size, batch = drawing.num_pictures, text.shape[0]
+        # Stable Diffusion 3 can compute the prompt's branch once more with layers left out.
+        if self._context not in (None, "cond", "cond_uncond") or inputs.get("skip_layers") is not None:
+            return [], []
         count, rest = divmod(batch, size)
         if rest or not 1 <= count <= 3:
             raise CaptureError(
-                f"the denoiser got a batch of {batch} for {size} pictures; expected 1 to 3 times as many. If these are other "
-                "pictures than the ones whose prompt was encoded last, encode their prompt, or use patch.capture(word_weights)"
+                f"the denoiser got a batch of {batch} for {size} pictures; expected 1 to 3 times as many. Record with "
+                "patch.capture(word_weights)"
             )
-        if count == 1:
-            if drawing.whole and self._context is None:
-                now = float(torch.as_tensor(timestep).flatten()[0])
-                if now in drawing.timesteps:
-                    return None
-                drawing.timesteps.add(now)
-            return slice(0, batch)
-        perturbed_only = (
-            count == 2
-            and getattr(self.pipe, "do_perturbed_attention_guidance", False)
-            and not getattr(self.pipe, "do_classifier_free_guidance", True)
-        )
-        first = 0 if perturbed_only else size
-        return slice(first, first + size)
+        first = 0 if count == 1 else size
+        if count == 1 and self._context is None and drawing.embeddings is not None and drawing.embeddings.shape == text.shape:
+            first = 0 if torch.equal(drawing.embeddings.to(text), text) else batch
+        elif count == 2 and getattr(self.pipe, "do_perturbed_attention_guidance", False):
+            first = size if getattr(self.pipe, "do_classifier_free_guidance", True) else 0
+        if first == batch:
+            return [], []
+        return list(range(first, first + size)), [picture // drawing.copies for picture in range(size)]
 
 
-def _denoisers(pipe: Any) -> list[torch.nn.Module]:
+def _carriers(drawing: _Drawing, text: torch.Tensor) -> tuple[list[int], list[int]]:
+    """The samples whose embedding [N, C] is one of the prompts', and those prompts."""
+    known = drawing.embeddings
+    if known is None or known.shape[1:] != text.shape[1:]:
+        return [], []
+    same = (text.detach()[:, None] == known.to(text)[None]).flatten(2).all(dim=2)
+    samples = same.any(dim=1).nonzero().flatten().tolist()
+    return samples, [int(same[b].int().argmax()) // drawing.copies for b in samples]
+
+
+def denoisers_of(pipe: Any) -> list[torch.nn.Module]:
+    """What draws in a pipeline, below torch.compile's wrapper. Raises `ModelError` if nothing does."""
     found = [getattr(pipe, name, None) for name in ("unet", "transformer", "transformer_2")]
     # torch.compile wraps a model whose own hooks run all the same.
     denoisers = [getattr(denoiser, "_orig_mod", denoiser) for denoiser in found if isinstance(denoiser, torch.nn.Module)]
@@ -232,15 +272,34 @@ def _denoisers(pipe: Any) -> list[torch.nn.Module]:
 
 
 def _watched(original: type, patch: TeacherPatch) -> type:
-    """A pipeline's class that tells the patch what is drawn: the same in everything else, its name included."""
+    """A pipeline's class that tells the patch what is drawn: the same in everything else, its name included.
+
+    A copy of the patched pipeline has this class too: it is not the patch's, and draws as if nothing were there.
+    """
+
+    def bound(function: Callable[..., Any], self: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        if self is not patch.pipe or not patch.is_patched:
+            return None
+        try:
+            found = inspect.signature(function).bind(self, *args, **kwargs)
+        except TypeError:  # the pipeline will say so itself
+            return None
+        found.apply_defaults()
+        return dict(found.arguments)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with patch._running(args, kwargs):
+        arguments = bound(original.__call__, self, args, kwargs)
+        if arguments is None:
+            return original.__call__(self, *args, **kwargs)
+        with patch._running(arguments):
             return original.__call__(self, *args, **kwargs)
 
     def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
-        patch._encoding(args, kwargs)
-        return original.encode_prompt(self, *args, **kwargs)  # type: ignore[attr-defined]
+        arguments = bound(original.encode_prompt, self, args, kwargs)  # type: ignore[attr-defined]
+        output = original.encode_prompt(self, *args, **kwargs)  # type: ignore[attr-defined]
+        if arguments is not None:
+            patch._encoded(arguments, output)
+        return output
 
     own: dict[str, Any] = {"__call__": call, "__module__": original.__module__, "__doc__": original.__doc__}
     own["_lavender_patch"] = patch

@@ -6,17 +6,18 @@ A hook before each decoder layer adds a request to the layer's keyword arguments
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import nn
 
 from ..boxes import lattice_of, rasterize
 from ..config import AlignmentConfig
 from ..errors import CaptureError, ModelError
 from ..families import known_family
+from ..images import ImageSource
 from ..maps import Maps
 from ..types import WordRows
 from .discovery import attention_modules, is_cross, layers_around, text_tower
@@ -55,6 +56,10 @@ class StudentPatch(Handle):
     """
 
     def __init__(self, model: Any, config: AlignmentConfig, train: bool, processor: Any = None) -> None:
+        if train and model.config.is_encoder_decoder:
+            raise ModelError(
+                f"{type(model).__name__} is an encoder-decoder; lavender trains decoder-only models, and captures both"
+            )
         self.model = model
         self.processor = processor
         self.config = config
@@ -139,6 +144,8 @@ class StudentPatch(Handle):
         Raises:
             CaptureError: the batch carries no lavender keys, or a layer did not record.
         """
+        if not self.is_patched:
+            raise CaptureError("the patch was undone; call lavender.patch(model) again")
         if "lavender_rows" not in batch:
             raise CaptureError("the batch carries no lavender keys; make it with lavender.Collator")
         wanted = {k: v for k, v in batch.items() if k not in ("lavender_targets", "labels")}
@@ -159,7 +166,7 @@ class StudentPatch(Handle):
 
     def look(
         self,
-        image: Image.Image,
+        image: ImageSource,
         question: str | None = None,
         answer: str | None = None,
         *,
@@ -172,7 +179,7 @@ class StudentPatch(Handle):
         The model generates undisturbed; then one forward over prompt and answer is captured, without gradient.
 
         Args:
-            image: the picture.
+            image: a path, encoded bytes or a PIL image; read upright, as the Collator reads it.
             question: what the user asks, put into the processor's chat template; "Describe the picture." by default.
             answer: a text to read in place of the model's own answer.
             prompt: the whole prompt as the processor takes it, placeholder included, in place of `question` and template.
@@ -188,6 +195,8 @@ class StudentPatch(Handle):
             ModelError: nobody knows where this model's image tokens lie.
             CaptureError: the answer has no words.
         """
+        if not self.is_patched:
+            raise CaptureError("the patch was undone; call lavender.patch(model, processor=processor) again")
         self._maps = look(self, image, question, answer, prompt, words, options)
         return self._maps
 
@@ -200,7 +209,8 @@ class StudentPatch(Handle):
         given = {key: kwargs.pop(key) for key in KEYS if key in kwargs}
         self._active = None
         if given:
-            self._active = _Forward(self, given, kwargs)
+            names = list(inspect.signature(type(module).forward).parameters)[1:]
+            self._active = _Forward(self, given, {**dict(zip(names, args, strict=False)), **kwargs})
             if self._active.resamplers is not None:
                 self._active.resamplers.start()
         return args, kwargs
@@ -297,7 +307,7 @@ def _text_length(model: Any, kwargs: dict[str, Any]) -> int:
         if kwargs.get(name) is not None:
             length: int = kwargs[name].shape[1]
             return length
-    raise CaptureError(f"a captured forward needs {names[0]} by keyword; it got none")
+    raise CaptureError(f"a captured forward needs {names[0]}; it got none")
 
 
 def _after_eager_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import lavender
-from lavender.families.denoisers import layout_of, sequence_of
+from lavender.families.denoisers import layout_of, places_of
 
 from .teacher_zoo import DENOISERS, Denoiser
 
@@ -114,7 +114,7 @@ class DenoiserPlaces:
         patch = lavender.patch(Pipe(denoiser.model))
         self.modules = patch.layers
         patch.unpatch()
-        places = sequence_of(self.layout, denoiser.model, denoiser.inputs)
+        places = places_of(self.layout, denoiser.model, denoiser.inputs)
         assert self.layout.order == denoiser.layout
         assert places.grid == denoiser.grid
         self.image_start, self.text_start = places.image_start.tolist(), places.text_start

@@ -8,7 +8,7 @@ import torch
 import lavender
 import lavender.families.columns
 from lavender.data import Collator, Sample
-from lavender.errors import CaptureError, ConfigError, ModelError
+from lavender.errors import CaptureError, ConfigError, DataError, ModelError
 from lavender.families import student_family
 from lavender.hooks.looking import _inputs, _with_answer
 
@@ -99,3 +99,37 @@ def test_what_is_missing_is_said(processor, scenes):
             lens.look(image, prompt="<image> what", answer="a cat")
     finally:
         lavender.families.STUDENTS["llava"] = registered
+
+
+def test_pictures_are_read_as_the_collator_reads_them(tmp_path):
+    """Upright, from a file as from memory; arrays are refused by name."""
+    from PIL import Image
+
+    student = built("qwen2_vl")
+    image = noise(60, 90)
+    turned = image.getexif()
+    turned[0x0112] = 6
+    image.save(tmp_path / "a.png", exif=turned)
+    prompt = f"{student.placeholder} what"
+    with lavender.patch(student.model, processor=student.processor) as lens:
+        shape = lens.look(tmp_path / "a.png", prompt=prompt, answer="a cat")["cat"].values.shape
+        upright = lens.look(image.rotate(-90, expand=True), prompt=prompt, answer="a cat")["cat"].values.shape
+        assert shape == upright
+        assert shape[0] > shape[1]
+        with pytest.raises(DataError, match="expected a path"):
+            lens.look([Image.new("RGB", (8, 8))], prompt=prompt)
+    with pytest.raises(CaptureError, match="patch was undone"):
+        lens.look(image, prompt=prompt, answer="a cat")
+
+
+def test_a_family_of_ones_own_comes_before_the_processors(tmp_path):
+    student = built("llava")
+    config = student.model.config
+    named = type(config).model_type
+    type(config).model_type = "my_model"
+    lavender.register_family("my_model", lavender.Family(boxes=lambda pictures: []))
+    try:
+        assert lavender.families.columns.model_type_of(student.processor, config) == "my_model"
+    finally:
+        type(config).model_type = named
+        del lavender.families.STUDENTS["my_model"]

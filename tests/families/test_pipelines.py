@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import lavender
-from lavender.errors import CaptureError, ModelError
-from lavender.families.denoisers import sequence_of
+from lavender.errors import CaptureError, ConfigError, ModelError
+from lavender.families.denoisers import places_of
 
 from .teacher_zoo import CAPTIONS, HEIGHT_PIXELS, PIPELINES, WIDTH_PIXELS
 from .test_denoisers import calls_of
@@ -72,7 +72,7 @@ def expected_maps(pipe, name, patch, word_tokens):
     found: dict[str, list[torch.Tensor]] = {}
     for i, (layer, query, key, mask, scale) in enumerate(calls):
         assert mask is None
-        places = sequence_of(hooks.layout, denoiser, bound[i // per_forward])
+        places = places_of(hooks.layout, denoiser, bound[i // per_forward])
         # One prompt: the second sample of [unconditional, conditional, ...], or the only one.
         b = 0 if len(query) == 1 else 1
         scores = query[b].double() @ key[b].double().mT * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -197,11 +197,179 @@ def test_a_lora_is_seen():
 def test_a_users_own_loop_gives_gradients_to_the_latents():
     pipe = PIPELINES["StableDiffusionPipeline"]()
     latents = torch.randn(1, 4, 4, 6, requires_grad=True)
+    gradients = []
+    with lavender.patch(pipe) as lens:
+        with torch.no_grad():
+            prompt, _ = pipe.encode_prompt(PROMPT, "cpu", 1, False)
+        for timestep in (500, 400):
+            lens.clear()
+            pipe.unet(latents, torch.tensor(timestep), prompt)
+            (gradient,) = torch.autograd.grad(lens.maps["cat"].mean(), latents)
+            gradients.append(gradient)
+    assert gradients[0].abs().max() > 0
+    assert not torch.equal(*gradients)
+
+
+def test_in_ones_own_loop_the_prompts_embedding_tells_whose_attention_is_read():
+    pipe = PIPELINES["StableDiffusionPipeline"]()
+    latents = torch.randn(2, 4, 4, 6)
+    timestep = torch.tensor(500)
+    with torch.no_grad(), lavender.patch(pipe) as lens:
+        prompt, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True)
+
+        def alone(i):
+            lens.clear()
+            pipe.unet(latents[i : i + 1], timestep, prompt)
+            return lens.maps["cat"].values
+
+        expected = [alone(0), alone(1)]
+        lens.clear()
+        pipe.unet(latents[:1], timestep, prompt)
+        pipe.unet(latents[:1], timestep, negative)
+        torch.testing.assert_close(lens.maps["cat"].values, expected[0])
+        for order in ([negative, prompt], [prompt, negative]):
+            lens.clear()
+            pipe.unet(latents[:1].repeat(2, 1, 1, 1), timestep, torch.cat(order))
+            torch.testing.assert_close(lens.maps["cat"].values, expected[0])
+        lens.clear()
+        pipe.unet(latents, timestep, prompt.repeat(2, 1, 1))
+        for i in range(2):
+            torch.testing.assert_close(lens.maps_of(i)["cat"].values, expected[i])
+        with pytest.raises(CaptureError, match="call clear"):
+            pipe.unet(latents[:1], timestep, prompt)
+        lens.clear()
+        pipe.unet(latents[:1], timestep, negative)
+        with pytest.raises(CaptureError, match="embedding of the prompt"):
+            lens.maps  # noqa: B018
+
+
+def test_what_the_denoiser_does_after_the_call_is_not_part_of_it():
+    from diffusers import StableDiffusionImg2ImgPipeline
+    from PIL import Image
+
+    name = "StableDiffusionPipeline"
+    pipe = PIPELINES[name]()
+    other = StableDiffusionImg2ImgPipeline(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    source = Image.new("RGB", (WIDTH_PIXELS, HEIGHT_PIXELS), "red")
+    with lavender.patch(pipe) as lens:
+        draw(pipe, name, num_images_per_prompt=2)
+        before = lens.maps["cat"].values.clone()
+        other("two birds", image=source, num_inference_steps=4, guidance_scale=1.0)
+        assert torch.equal(lens.maps["cat"].values, before)
+        with lavender.patch(other) as second:
+            other("two birds over the blue house", image=source, num_inference_steps=4)
+            assert "birds" in second.maps
+            assert torch.equal(lens.maps["cat"].values, before)
+
+
+def test_solvers_that_visit_a_timestep_twice_are_recorded_as_often():
+    from diffusers import HeunDiscreteScheduler
+
+    pipe = PIPELINES["StableDiffusionPipeline"]()
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    for guidance in (1.0, 5.0):
+        calls = []
+        handle = pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))  # noqa: B023
+        with lavender.patch(pipe, steps=True) as lens:
+            draw(pipe, "StableDiffusionPipeline", guidance_scale=guidance)
+            assert len({entry.step for entry in lens.maps.entries}) == len(calls) == 2 * STEPS - 1
+        handle.remove()
+
+
+def test_branches_that_are_computed_apart_without_a_name_are_told_by_their_embedding():
+    """Lumina 2 and Chroma call their denoiser once per branch and name neither."""
+    pipe = PIPELINES["StableDiffusionPipeline"]()
+    timestep, latents = torch.tensor(500), torch.randn(1, 4, 4, 6)
+    original = type(pipe)
+
+    class StableDiffusionApart(original):
+        def __call__(self, prompt):
+            prompt, negative = self.encode_prompt(prompt, "cpu", 1, True)
+            self.unet(latents, timestep, prompt)
+            self.unet(latents, timestep, negative)
+
+    pipe.__class__ = StableDiffusionApart
+    with torch.no_grad(), lavender.patch(pipe, steps=True) as lens:
+        pipe(PROMPT)
+        assert {entry.step for entry in lens.maps.entries} == {0}
+
+
+def test_a_copied_pipeline_draws_alone_and_can_be_patched_itself():
+    name = "StableDiffusionPipeline"
+    pipe = PIPELINES[name]()
+    original, plain = type(pipe), draw(pipe, name)
+    with lavender.patch(pipe) as lens:
+        draw(pipe, name)
+        maps = lens.maps["cat"].values
+        twin = copy.deepcopy(pipe)
+        assert (draw(twin, name, prompt="two birds") != plain).any()
+        assert torch.equal(lens.maps["cat"].values, maps)
+        with lavender.patch(twin) as own:
+            assert own is not lens
+            draw(twin, name)
+            torch.testing.assert_close(own.maps["cat"].values, maps)
+        assert type(twin) is original
+    assert (draw(twin, name) == plain).all()
+
+
+def test_gradient_checkpointing_is_refused_where_gradients_would_be_wrong():
+    pipe = PIPELINES["StableDiffusionPipeline"]()
+    pipe.unet.enable_gradient_checkpointing()
+    pipe.unet.train()
     with lavender.patch(pipe) as lens:
         prompt, _ = pipe.encode_prompt(PROMPT, "cpu", 1, False)
-        pipe.unet(latents, torch.tensor(500), prompt)
-        lens.maps["cat"].mean().backward()
-    assert latents.grad.abs().max() > 0
+        latents = torch.randn(1, 4, 4, 6, requires_grad=True)
+        with pytest.raises(CaptureError, match="disable_gradient_checkpointing"):
+            pipe.unet(latents, torch.tensor(500), prompt)
+        with torch.no_grad():
+            pipe.unet(latents, torch.tensor(500), prompt)
+        assert lens.maps["cat"].values.min() > 0
+
+
+def test_settings_of_the_other_side_and_names_that_are_nowhere_are_refused():
+    name = "StableDiffusionPipeline"
+    pipe = PIPELINES[name]()
+    with pytest.raises(ConfigError, match="pipeline has layers"):
+        lavender.patch(pipe, processor=3)
+    with pytest.raises(ConfigError, match="expected an AlignmentConfig"):
+        lavender.patch(pipe, object())
+    with pytest.raises(ConfigError, match="settings of pipelines"):
+        lavender.patch(pipe.unet, layers=("up",))
+    with pytest.raises(ModelError, match="no attention layer is named like attic"):
+        lavender.patch(pipe, layers=("mid_block", "attic"))
+    with lavender.patch(pipe, layers="mid_block") as lens:
+        assert len(lens.layers) == 1
+    with lavender.patch(pipe, heads=True, steps=True) as lens:
+        draw(pipe, name)
+        maps = lens.maps
+        draw(pipe, name, prompt="Cat and cat")
+        twice = lens.maps
+    assert torch.equal(maps.heat_map("cat", layers="mid_block").values, maps.heat_map("cat", layers=["mid_block"]).values)
+    for options, said in (
+        ({"head": 99}, "there is no head 99"),
+        ({"step": 99}, "there is no step 99; there are 0 to 1"),
+        ({"layers": [99]}, r"no layers \[99\]"),
+        ({"frame": 3}, "there is no frame 3"),
+    ):
+        with pytest.raises(CaptureError, match=said):
+            maps.heat_map("cat", **options)
+    assert not torch.equal(twice["Cat"].values, twice["cat"].values)
+    assert torch.equal(dict(twice)["cat"].values, twice["cat"].values)
+    assert "dog" not in maps
+
+
+def test_words_that_were_cut_off_are_no_keys():
+    name = "StableDiffusionPipeline"
+    pipe = PIPELINES[name]()
+    with lavender.patch(pipe) as lens:
+        draw(pipe, name, prompt="cat " * 30 + "house")
+        assert "house" not in lens.maps
+        assert list(dict(lens.maps)) == ["cat"] == list(lens.maps)
+        assert len(lens.maps) == 1
+        draw(pipe, name, prompt="")
+        with pytest.raises(CaptureError, match="no word"):
+            lens.maps.plot()
 
 
 def test_processors_that_hide_their_attention_are_named_with_the_remedy():
@@ -415,6 +583,8 @@ def test_parts_of_a_run_without_spaces_are_found_and_can_have_maps_of_their_own(
         assert not torch.equal(run, part)
         # Not asked for beforehand: the run that it is part of.
         assert torch.equal(lens.maps["的猫"].values, run)
+        with pytest.raises(KeyError):
+            lens.maps["cat 红色"]  # no such phrase stands in the text
 
 
 @pytest.mark.slow
