@@ -12,7 +12,8 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 
-from lavender.report import EXAMPLES, TITLES, overlay
+from lavender.maps import overlay
+from lavender.report import EXAMPLES, TITLES
 
 
 def main() -> None:

@@ -60,23 +60,16 @@ class HeatMap:
             values = F.interpolate(values[None, None], size=size, mode="bicubic", antialias=True)[0, 0]
         return values.cpu().numpy()
 
-    def overlay(self, image: Image.Image | NDArray[Any], opacity: float = 0.6, colormap: str = "inferno") -> Image.Image:
-        """The picture with the map over it, stretched from its least to its largest value.
+    def overlay(self, image: Image.Image | NDArray[Any], opacity: float = 0.85, colormap: str = "inferno") -> Image.Image:
+        """The picture with the map over it, scaled to its own range; see `overlay`.
 
-        Args:
-            image: any size; the map covers all of it. A PIL image, or an array [y, x, 3] as pipelines return it, from 0 to 1.
-            opacity: of the map, from 0 to 1.
-            colormap: a name that matplotlib knows.
+        `image` is a PIL image of any size, which the map covers, or an array [y, x, 3] from 0 to 1, as pipelines return it.
         """
-        from matplotlib import colormaps
-
-        if isinstance(image, np.ndarray):
-            image = Image.fromarray((image * 255).round().astype(np.uint8))
-        values = self.to_numpy((image.height, image.width))
-        low, high = float(values.min()), float(values.max())
-        stretched = (values - low) / max(high - low, float(np.finfo(np.float32).tiny))
-        painted = Image.fromarray((colormaps[colormap](stretched)[..., :3] * 255).astype(np.uint8))
-        return Image.blend(image.convert("RGB"), painted, opacity)
+        if isinstance(image, Image.Image):
+            picture = np.asarray(image.convert("RGB"))
+        else:
+            picture = (np.asarray(image) * 255).round().astype(np.uint8)
+        return Image.fromarray(overlay(picture, self.to_numpy(), opacity, colormap))
 
     def plot(self, image: Image.Image | NDArray[Any] | None = None, ax: Axes | None = None) -> Axes:
         """Draws the map, over the picture if there is one, with the word as title, on matplotlib axes."""
@@ -90,6 +83,28 @@ class HeatMap:
         axes.set_title(self.word)
         axes.set_axis_off()
         return axes
+
+
+def overlay(
+    picture: NDArray[np.uint8], values: NDArray[np.float32], opacity: float = 0.85, colormap: str = "inferno"
+) -> NDArray[np.uint8]:
+    """A heat map over its picture, scaled to its own range.
+
+    Args:
+        picture: uint8 [h, w, 3].
+        values: [y, x], of any grid.
+        opacity: of the map where it is hottest; where it is coldest it is 0.5 less, which leaves a dimmed picture.
+        colormap: a name that matplotlib knows.
+    """
+    from matplotlib import colormaps
+
+    low, high = float(values.min()), float(values.max())
+    scaled = Image.fromarray(((values - low) / (high - low + 1e-12)).astype(np.float32))
+    heat = np.asarray(scaled.resize(picture.shape[1::-1], Image.Resampling.BILINEAR)).clip(0, 1)[..., None]
+    colored = colormaps[colormap](heat[..., 0])[..., :3] * 255
+    share = (opacity - 0.5 + 0.5 * heat).clip(0, 1)
+    painted: NDArray[np.uint8] = (picture * (1 - share) + colored * share).round().astype(np.uint8)
+    return painted
 
 
 def chosen_names(names: Sequence[str], parts: Sequence[str]) -> list[str]:

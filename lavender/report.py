@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import DataError
+from .maps import overlay
 
 RESULTS = "results.json"
 EXAMPLES = "examples.npz"
@@ -119,19 +120,6 @@ def answer_rows(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         (kind, ["{accuracy:.3f} [{low:.3f}, {high:.3f}]".format(**arm["answers"][kind]) for arm in results["arms"]])
         for kind in kinds
     ]
-
-
-def overlay(picture: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """A heat map over its picture: uint8 [h, w, 3] from uint8 [h, w, 3] and a map [y, x], scaled to its own range."""
-    from matplotlib import colormaps
-
-    low, high = float(values.min()), float(values.max())
-    scaled = Image.fromarray(((values - low) / (high - low + 1e-12)).astype(np.float32))
-    heat = np.asarray(scaled.resize(picture.shape[1::-1], Image.Resampling.BILINEAR)).clip(0, 1)[..., None]
-    colored = colormaps["inferno"](heat[..., 0])[..., :3] * 255
-    # The hotter, the less of the picture shows; a cold map leaves a dimmed picture.
-    opacity = 0.35 + 0.5 * heat
-    return (picture * (1 - opacity) + colored * opacity).round().astype(np.uint8)
 
 
 def _draw_examples(path: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from lavender.errors import DataError
-from lavender.report import answer_rows, environment, overlay, save_examples, table_rows, write_report
+from lavender.maps import overlay
+from lavender.report import answer_rows, environment, save_examples, table_rows, write_report
 
 
 def figures(pointing):
