@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional as F
 
-from .errors import CaptureError, ModelError
+from .errors import CaptureError, DataError, ModelError
+from .images import ImageSource, load_image
 from .kernels.map_loss import resample
 from .types import Word, WordMaps
 from .words import match_words, words_of
@@ -60,18 +61,23 @@ class HeatMap:
             values = F.interpolate(values[None, None], size=size, mode="bicubic", antialias=True)[0, 0]
         return values.cpu().numpy()
 
-    def overlay(self, image: Image.Image | NDArray[Any], opacity: float = 0.85, colormap: str = "inferno") -> Image.Image:
-        """The picture with the map over it, scaled to its own range; see `overlay`.
+    def overlay(self, image: ImageSource | NDArray[Any], opacity: float = 0.85, colormap: str = "inferno") -> Image.Image:
+        """The picture, upright, with the map over it, scaled to its own range; see `overlay`.
 
-        `image` is a PIL image of any size, which the map covers, or an array [y, x, 3] from 0 to 1, as pipelines return it.
+        `image` is a path, encoded bytes, a PIL image of any size, or an array [y, x, 3]: uint8, or floats from 0 to 1 as pipelines
+        return them. Raises `DataError` for anything else.
         """
-        if isinstance(image, Image.Image):
-            picture = np.asarray(image.convert("RGB"))
+        if isinstance(image, np.ndarray):
+            if image.ndim != 3 or image.shape[2] != 3 or image.dtype.kind not in "uf" or image.dtype.itemsize > 8:
+                raise DataError(
+                    f"an array of {image.dtype} {image.shape} is no picture; expected [y, x, 3], uint8 or floats up to 1"
+                )
+            picture = image if image.dtype == np.uint8 else (image.clip(0, 1) * 255).round().astype(np.uint8)
         else:
-            picture = (np.asarray(image) * 255).round().astype(np.uint8)
+            picture = np.asarray(load_image(image))
         return Image.fromarray(overlay(picture, self.to_numpy(), opacity, colormap))
 
-    def plot(self, image: Image.Image | NDArray[Any] | None = None, ax: Axes | None = None) -> Axes:
+    def plot(self, image: ImageSource | NDArray[Any] | None = None, ax: Axes | None = None) -> Axes:
         """Draws the map, over the picture if there is one, with the word as title, on matplotlib axes."""
         from matplotlib import pyplot as plt
 
@@ -163,7 +169,7 @@ class Maps(Mapping[str, HeatMap]):
         word: str,
         *,
         occurrence: int = 0,
-        layers: str | Sequence[str | int] = (),
+        layers: str | int | Sequence[str | int] = (),
         head: int | None = None,
         step: int | None = None,
         frame: int | None = None,
@@ -184,7 +190,7 @@ class Maps(Mapping[str, HeatMap]):
             CaptureError: the word has no tokens, or what is chosen was not recorded.
         """
         places = self._places(word, occurrence)
-        wanted = self._wanted([layers] if isinstance(layers, str) else layers, step)
+        wanted = self._wanted([layers] if isinstance(layers, str | int) else layers, step)
         size = max((entry.maps.shape[-2:] for entry in wanted), key=lambda s: s[0] * s[1])
         total: torch.Tensor | None = None
         for entry in wanted:
@@ -269,7 +275,7 @@ class Maps(Mapping[str, HeatMap]):
         """As targets for training; see `lavender.TargetStore`."""
         return WordMaps(self.text, self.words, self.to_numpy())
 
-    def plot(self, image: Image.Image | NDArray[Any] | None = None, columns: int = 5) -> Figure:
+    def plot(self, image: ImageSource | NDArray[Any] | None = None, columns: int = 5) -> Figure:
         """Draws every word's map, over the picture if there is one, on a new matplotlib figure."""
         from matplotlib import pyplot as plt
 

@@ -57,7 +57,8 @@ def patch(
         A handle. Of a pipeline, `maps` has the heat maps of the words of whatever was drawn last; of a language model, those of
         the answer that it gave when it was asked to `look`. `capture(...)` reads raw maps, `unpatch()` undoes everything, `with`
         does so at the end. Patching a patched model again returns the handle that it has, and a `with` around that leaves the
-        first patch in place; with other settings, the model is patched anew, unless an aligner would be lost.
+        first patch in place; with other settings, the first patch is undone and the model patched anew, unless an
+        aligner would be lost.
 
     Raises:
         ModelError: the model is of no kind, family or attention implementation that lavender can read, or trains with another

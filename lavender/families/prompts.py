@@ -192,11 +192,14 @@ PARTS: dict[str, tuple[Part, ...]] = {
     "Wan": (Part(text=_cleaned),),
     "LTX": (Part(),),
     # Pictures stand among these pipelines' text tokens, their prompt is made into text in another way, or comes first in the batch.
+    "Flux2KleinKV": (),
     "HunyuanVideoImageToVideo": (),
+    "LTXI2VLongMultiPrompt": (),
     "QwenImageEdit": (),
     "SanaWM": (),
     "StableDiffusionInstructPix2Pix": (),
     "StableDiffusionXLInstructPix2Pix": (),
+    "WanImageToVideo": (),
 }
 """First part of a pipeline's class name -> its text; `StableDiffusionXL` serves `StableDiffusionXLControlNetPipeline` too."""
 

@@ -68,6 +68,8 @@ class Recording:
     def require_layers(self, denoiser: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         """Raises `CaptureError` naming what kept layers of a denoiser from recording."""
         missing = sorted(set(layers) - {layer for layer, _ in self._sums})
+        if not self.num_forwards:
+            raise CaptureError("the attention layers recorded nothing: the denoiser did not run")
         if missing:
             compiled = getattr(denoiser, "_compiled_call_impl", None) is not None
             remedy = "the denoiser ran compiled before it was patched: patch it first, or call torch.compiler.reset()"
@@ -206,15 +208,23 @@ class DenoiserHooks:
         Raises:
             CaptureError: on leaving the block, when a layer recorded nothing in it.
         """
+        if not self.attached:
+            raise CaptureError("the patch was undone; call lavender.patch again")
         recording = Recording(word_weights, fused=fused)
-        self._manual = (recording, branch)
+        before, self._manual = self._manual, (recording, branch)
         try:
             yield recording
         finally:
-            self._manual = None
+            self._manual = before
         recording.require_layers(self.denoiser, self.modules)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DenoiserHooks:
+        """A copied denoiser keeps these hooks, which do nothing for it, and not a copy of all that they know."""
+        return self
+
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if module is not self.denoiser:
+            return
         inputs = self._signature.bind(module, *args, **kwargs).arguments
         opened = self._manual
         if opened is None and self._opened is not None:
@@ -228,6 +238,9 @@ class DenoiserHooks:
                 "the denoiser checkpoints its gradient, whose second pass records nothing; call disable_gradient_checkpointing() "
                 "on it, or record under torch.no_grad()"
             )
+        for attention in () if recording.num_forwards else self.modules.values():
+            if hides_attention(attention):  # better now than when a whole picture is drawn
+                raise CaptureError(f"the attention cannot be read: {remedy_of(attention)}")
         recording.num_forwards += 1
         self._current = (recording, branch, places_of(self.layout, module, inputs))
 

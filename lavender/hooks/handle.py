@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from ..errors import CaptureError
+
 AnyHandle = TypeVar("AnyHandle", bound="Handle")
 
 
@@ -28,6 +30,8 @@ class Handle:
         return self
 
     def __enter__(self: AnyHandle) -> AnyHandle:
+        if not self.is_patched:
+            raise CaptureError("the patch was undone; call lavender.patch again")
         self._entered, self._lent = (*self._entered, self._lent), False
         return self
 

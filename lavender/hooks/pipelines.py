@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
+from types import MethodType
 from typing import Any
 
 import torch
@@ -96,7 +98,7 @@ class TeacherPatch(Handle):
         self._class = type(pipe)
         if callable(pipe):
             pipe.__class__ = _watched(type(pipe), self)
-        self._unname = [self._listen_to_names(hooks.denoiser) for hooks in self._hooks]
+        self._names = [_Named(hooks.denoiser, self) for hooks in self._hooks if hasattr(hooks.denoiser, "cache_context")]
 
     @property
     def is_patched(self) -> bool:
@@ -107,9 +109,12 @@ class TeacherPatch(Handle):
         """Undoes everything; maps that were recorded stay. A second call does nothing."""
         if not self.is_patched:
             return
-        for hooks, unname in zip(self._hooks, self._unname, strict=True):
+        for hooks in self._hooks:
             hooks.remove()
-            unname()
+        for named in self._names:
+            named.remove()
+        if self._drawing is not None:
+            self._drawing.close()
         if callable(self.pipe):
             self.pipe.__class__ = self._class
 
@@ -131,7 +136,7 @@ class TeacherPatch(Handle):
             )
         if drawing.prompts is None:
             raise CaptureError(
-                "the prompt was given as embeddings, whose words nobody knows; give it as text, or record with "
+                "no prompt was given as text (the words of embeddings are nobody's); give it as text, or record with "
                 "patch.capture(word_weights)"
             )
         if drawing.recording is None:
@@ -152,17 +157,20 @@ class TeacherPatch(Handle):
     def capture(
         self, word_weights: torch.Tensor, branch: slice = slice(None), fused: bool = False
     ) -> AbstractContextManager[Recording]:
-        """Records the denoiser's forwards with weights of the caller's own; see `DenoiserHooks.capture`."""
+        """Records the forwards of `denoiser` (not of a second one) with weights of one's own; see `DenoiserHooks.capture`."""
         return self._hooks[0].capture(word_weights, branch, fused)
 
     @contextmanager
     def _running(self, arguments: dict[str, Any]) -> Iterator[None]:
         """The pipeline's own call, from its arguments to its end."""
+        outer = self._drawing
         drawing = self._drawing = _Drawing.of(arguments, self._more, whole=True)
         try:
             yield
         finally:
             drawing.close()
+            if outer is not None and outer.whole and not outer.closed:  # this call was made by a callback of another
+                self._drawing = outer
         if drawing.recording is not None:
             drawing.recording.require_layers(self.denoiser, self._hooks[0].modules)
 
@@ -170,36 +178,14 @@ class TeacherPatch(Handle):
         """`encode_prompt` ran: by a user it says what is drawn next; inside the pipeline's call its first run has the prompt."""
         if self._drawing is None or not self._drawing.whole or self._drawing.closed:
             self._drawing = _Drawing.of(arguments, self._more, whole=False)
+        elif self._drawing.prompts is None and self._drawing.embeddings is None:
+            # A subclass's call that hands all its arguments on does not say which of them is the prompt.
+            own = _Drawing.of(arguments, self._more, whole=True)
+            self._drawing.arguments = {**arguments, **self._drawing.arguments}
+            self._drawing.prompts, self._drawing.words, self._drawing.copies = own.prompts, own.words, own.copies
         first = output[0] if isinstance(output, tuple) else output
         if self._drawing.embeddings is None and isinstance(first, torch.Tensor):
             self._drawing.embeddings = first.detach()
-
-    def _listen_to_names(self, denoiser: torch.nn.Module) -> Callable[[], None]:
-        """Notes how a pipeline names, by the denoiser's `cache_context`, the branch that it computes; returns what undoes it."""
-        original: Any = getattr(denoiser, "cache_context", None)
-        if original is None:
-            return lambda: None
-        own = vars(denoiser).get("cache_context")
-
-        @contextmanager
-        def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
-            before, self._context = self._context, name
-            try:
-                with original(name, **kwargs):
-                    yield
-            finally:
-                self._context = before
-
-        def undo() -> None:
-            if vars(denoiser).get("cache_context") is not cache_context:
-                return  # somebody wrapped it once more; to what is left of ours the name is nothing
-            if own is None:
-                del vars(denoiser)["cache_context"]
-            else:
-                vars(denoiser)["cache_context"] = own
-
-        vars(denoiser)["cache_context"] = cache_context
-        return undo
 
     def _open(self, inputs: Mapping[str, Any]) -> tuple[Recording, list[int]] | None:
         """Before a forward of the denoiser: where to record it, and which samples."""
@@ -215,8 +201,8 @@ class TeacherPatch(Handle):
             drawing.recording, drawing.owners = Recording(weights[owners], heads=self._heads, steps=self._steps), owners
         elif owners != drawing.owners:
             raise CaptureError(
-                f"the denoiser ran for {len(owners)} pictures of the prompt, and for {len(drawing.owners)} before; call clear() "
-                "between the two"
+                f"the denoiser ran for the prompts {owners} of those that were encoded, and for {drawing.owners} before; call "
+                "clear() between the two"
             )
         return drawing.recording, samples
 
@@ -247,6 +233,41 @@ class TeacherPatch(Handle):
         if first == batch:
             return [], []
         return list(range(first, first + size)), [picture // drawing.copies for picture in range(size)]
+
+
+class _Named:
+    """Stands in for a denoiser's `cache_context`, by which a pipeline names the branch that it computes, and notes the name."""
+
+    def __init__(self, denoiser: Any, patch: TeacherPatch) -> None:
+        self.denoiser, self.patch = denoiser, patch
+        self.removed = False
+        self.inner: Any = vars(denoiser).get("cache_context")  # another patch's, of a pipeline that shares the denoiser
+        vars(denoiser)["cache_context"] = self
+
+    @contextmanager
+    def __call__(self, name: str, **kwargs: Any) -> Iterator[None]:
+        patch = self.patch
+        before, patch._context = patch._context, name
+        try:
+            original = self.inner or MethodType(type(self.denoiser).cache_context, self.denoiser)
+            with original(name, **kwargs):
+                yield
+        finally:
+            patch._context = before
+
+    def remove(self) -> None:
+        """Takes this away, and whatever is left below it; where another patch stands above it, that one does so later."""
+        self.removed = True
+        top = vars(self.denoiser).pop("cache_context", None)
+        while isinstance(top, _Named) and top.removed:
+            top = top.inner
+        if top is not None:
+            vars(self.denoiser)["cache_context"] = top
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copied denoiser's own method."""
+        twin = memo[id(self.denoiser)]
+        return MethodType(type(twin).cache_context, twin)
 
 
 def _carriers(drawing: _Drawing, text: torch.Tensor) -> tuple[list[int], list[int]]:
@@ -301,13 +322,10 @@ def _watched(original: type, patch: TeacherPatch) -> type:
             patch._encoded(arguments, output)
         return output
 
-    own: dict[str, Any] = {"__call__": call, "__module__": original.__module__, "__doc__": original.__doc__}
-    own["_lavender_patch"] = patch
-    if hasattr(original, "encode_prompt"):
-        own["encode_prompt"] = encode_prompt
-    for name in ("__call__", "encode_prompt"):
-        if name in own:
-            own[name].__signature__ = inspect.signature(getattr(original, name))
+    own: dict[str, Any] = {"_lavender_patch": patch, "__module__": original.__module__, "__doc__": original.__doc__}
+    for name, function in (("__call__", call), ("encode_prompt", encode_prompt)):
+        if hasattr(original, name):
+            own[name] = wraps(getattr(original, name))(function)
     watched = type(original.__name__, (original,), own)
     watched.__qualname__ = original.__qualname__
     return watched

@@ -197,6 +197,7 @@ class StudentPatch(Handle):
         """
         if not self.is_patched:
             raise CaptureError("the patch was undone; call lavender.patch(model, processor=processor) again")
+        self._maps = None
         self._maps = look(self, image, question, answer, prompt, words, options)
         return self._maps
 

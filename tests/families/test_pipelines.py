@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import lavender
-from lavender.errors import CaptureError, ConfigError, ModelError
+from lavender.errors import CaptureError, ConfigError, DataError, ModelError
 from lavender.families.denoisers import places_of
+from lavender.hooks.pipelines import TeacherPatch
+from lavender.maps import HeatMap
 
 from .teacher_zoo import CAPTIONS, HEIGHT_PIXELS, PIPELINES, WIDTH_PIXELS
 from .test_denoisers import calls_of
@@ -56,6 +58,10 @@ def test_pictures_keep_every_bit_and_the_pipeline_its_class(pipe, name):
     assert type(pipe) is before
     assert "cache_context" not in vars(lens.denoiser)
     assert (draw(pipe, name) == plain).all()
+    with pytest.raises(CaptureError, match="patch was undone"), lens:
+        pass
+    with pytest.raises(CaptureError, match="patch was undone"), lens.capture(torch.zeros(1, 1, 1)):
+        pass
 
 
 def expected_maps(pipe, name, patch, word_tokens):
@@ -425,7 +431,7 @@ def test_what_nobody_can_know_is_said():
             lens.maps.heat_map("cat", step=1)
         embeddings, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True)
         draw(pipe, "StableDiffusionPipeline", prompt=None, prompt_embeds=embeddings, negative_prompt_embeds=negative)
-        with pytest.raises(CaptureError, match="embeddings"):
+        with pytest.raises(CaptureError, match="given as text"):
             lens.maps  # noqa: B018
 
 
@@ -618,3 +624,76 @@ def test_a_denoiser_that_ran_compiled_before_is_named_with_the_remedy():
         draw(pipe, "StableDiffusionPipeline")
         assert lens.maps["cat"].values.min() > 0
     torch.compiler.reset()
+
+
+def test_copies_of_a_transformer_name_their_own_branches_and_keep_nothing_of_the_patch():
+    from diffusers import FirstBlockCacheConfig, FluxImg2ImgPipeline
+
+    pipe = PIPELINES["FluxPipeline"]()
+    plain = draw(pipe, "FluxPipeline")
+    with lavender.patch(pipe) as lens:
+        twin = copy.deepcopy(pipe)
+        twin.transformer.enable_cache(FirstBlockCacheConfig(0.05))
+        draw(twin, "FluxPipeline", negative_prompt="two birds", true_cfg_scale=4.0)
+        assert not any(isinstance(value, TeacherPatch) for value in vars(twin.transformer).values())
+        sibling = FluxImg2ImgPipeline(**pipe.components)
+        second = lavender.patch(sibling)
+        assert (draw(pipe, "FluxPipeline") == plain).all()
+        assert lens.maps["cat"].values.min() > 0
+    second.unpatch()
+    assert "cache_context" not in vars(pipe.transformer)
+
+
+def test_a_call_inside_a_callback_leaves_the_outer_call_its_maps():
+    name = "StableDiffusionPipeline"
+    pipe = PIPELINES[name]()
+
+    def inside(pipe, step, timestep, given):
+        if step == 0:
+            scheduler, pipe.scheduler = pipe.scheduler, copy.deepcopy(pipe.scheduler)
+            draw(pipe, name, prompt="two birds")
+            pipe.scheduler = scheduler
+        return given
+
+    with lavender.patch(pipe, steps=True) as lens:
+        draw(pipe, name)
+        expected = [lens.maps.heat_map("cat", step=step).values for step in range(STEPS)]
+        draw(pipe, name, callback_on_step_end=inside)
+        assert lens.maps.text == PROMPT
+        for step in range(STEPS):
+            torch.testing.assert_close(lens.maps.heat_map("cat", step=step).values, expected[step])
+
+
+def test_a_subclass_that_hands_its_arguments_on_is_read():
+    name = "StableDiffusionPipeline"
+    pipe = PIPELINES[name]()
+    with lavender.patch(pipe) as lens:
+        draw(pipe, name)
+        expected = lens.maps["cat"].values
+
+    class StableDiffusionMinePipeline(type(pipe)):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    pipe.__class__ = StableDiffusionMinePipeline
+    with lavender.patch(pipe) as lens:
+        draw(pipe, name)
+        torch.testing.assert_close(lens.maps["cat"].values, expected)
+
+
+def test_every_kind_of_picture_gets_the_same_overlay(tmp_path):
+    from PIL import Image
+
+    heat = HeatMap("cat", torch.rand(4, 6))
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    expected = np.asarray(heat.overlay(image))
+    for given in (pixels, pixels / 255, (pixels / 255).astype(np.float32)):
+        assert np.abs(np.asarray(heat.overlay(given)).astype(int) - expected).max() <= 1
+    turned = image.getexif()
+    turned[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=turned)
+    assert heat.overlay(tmp_path / "turned.png").size == (32, 48)
+    for wrong in (pixels.transpose(2, 0, 1), pixels.astype(np.int64), torch.rand(32, 48, 3)):
+        with pytest.raises(DataError):
+            heat.overlay(wrong)
