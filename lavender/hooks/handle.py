@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TypeVar
 
 from ..errors import CaptureError
@@ -9,20 +10,20 @@ from ..errors import CaptureError
 AnyHandle = TypeVar("AnyHandle", bound="Handle")
 
 
-class Handle:
+class Handle(ABC):
     """A patched model's handle. A patch that is asked for again is lent: the borrower's `with` leaves it in place."""
 
     _lent = False
     _entered: tuple[bool, ...] = ()
 
     @property
+    @abstractmethod
     def is_patched(self) -> bool:
         """Whether the hooks are in place."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unpatch(self) -> None:
         """Undoes everything. A second call does nothing."""
-        raise NotImplementedError
 
     def borrowed(self: AnyHandle) -> AnyHandle:
         """This handle for one more user, whose `with`, which comes next, must not take the patch from the first one."""
