@@ -87,8 +87,9 @@ def test_a_layer_that_runs_twice_is_recorded_once(student, batch):
     original = layer.forward
 
     def twice(hidden_states, **kwargs):
-        original(hidden_states, **kwargs)
-        return original(hidden_states, **kwargs)
+        output = original(hidden_states, **kwargs)
+        original(2 * hidden_states + 1, **kwargs)
+        return output
 
     with torch.no_grad(), lavender.patch(student) as patch:
         plain = patch.capture(**batch)
@@ -131,12 +132,13 @@ def test_a_cross_attention_with_too_few_keys_is_refused():
 
 
 def test_dropped_query_rows_are_refused():
-    """Gemma 4 computes only the rows whose logits are kept, where layers share their keys."""
+    """Where layers share their keys, Gemma 4 computes only the rows whose logits are kept."""
     student = built("gemma4")
     batch = with_keys(student, encoded(student))
     with lavender.patch(student.model) as patch, torch.no_grad():
-        full = patch.capture(**batch)
-        assert full.isfinite().all()
+        with pytest.raises(CaptureError, match=r"received 1 queries .* every logit kept"):
+            patch.capture(**batch, logits_to_keep=1)
+        assert patch.capture(**batch)[:, -1].sum() > 0
 
 
 def test_a_family_of_ones_own(processor, samples):

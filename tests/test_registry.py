@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from transformers import MistralConfig
@@ -10,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lavender
 from lavender.config import AlignmentConfig
-from lavender.errors import CaptureError
+from lavender.errors import CaptureError, ModelError
 from lavender.hooks.registry import mask_of, require_supported
 
 from .conftest import without_lavender
@@ -142,8 +144,9 @@ def test_calls_that_the_kernels_cannot_follow_are_refused(student, batch, argume
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is original
 
 
-@pytest.mark.parametrize(
-    "name", ["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "kernels/flash-attn"]
-)
-def test_supported_attention(name):
-    require_supported(name)
+def test_attention_that_nobody_can_read_is_refused_by_name():
+    for name in ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "kernels/flash-attn"):
+        require_supported(name)
+    for name in ("paged|eager", "paged|flash_attention_2", "my_attention"):
+        with pytest.raises(ModelError, match=rf"{re.escape(repr(name))}.*set_attn_implementation\('sdpa'\)"):
+            require_supported(name)

@@ -505,7 +505,7 @@ def test_the_heat_map_lies_on_the_picture():
     assert [a.get_title() for a in figure.axes if a.get_title()] == [w.text for w in lens.maps.words]
 
 
-def test_identical_images_without_a_picture_are_plotted(tmp_path):
+def test_a_map_is_plotted_without_its_picture(tmp_path):
     from matplotlib import pyplot as plt
 
     pipe = PIPELINES["StableDiffusionPipeline"]()
