@@ -19,6 +19,7 @@ _HOME = {
     "Pictures": "families",
     "TargetStore": "targets",
     "Word": "types",
+    "WordsConfig": "config",
     "WordMaps": "types",
     "extract": "teacher.extract",
     "patch": "patching",
@@ -40,6 +41,7 @@ __all__ = [
     "TrainingConfig",
     "Word",
     "WordMaps",
+    "WordsConfig",
     "__version__",
     "extract",
     "fine_tune",
@@ -49,7 +51,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .config import AlignmentConfig, TeacherConfig, TrainingConfig
+    from .config import AlignmentConfig, TeacherConfig, TrainingConfig, WordsConfig
     from .data import Collator
     from .errors import LavenderError
     from .families import Family, Pictures, register_family

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
@@ -12,8 +13,15 @@ from .errors import ConfigError
 
 Inversion = Literal["ddim", "noise"]
 Rows = Literal["predicts", "reads"]
-AlignerKind = Literal["sim", "identity"]
-Normalization = Literal["zscore", "minmax"]
+Aggregation = Literal["project_mean", "project_max", "mean_project", "max_project", "mean", "max", "flow", "learned", "parallel"]
+AlignerKind = Literal["light", "sim", "deep", "identity"]
+Norm = Literal["instance", "batch", "group", "identity"]
+Activation = Literal["relu6", "leaky_relu"]
+Normalization = Literal["zscore", "sum", "minmax", "max", "none"]
+Distance = Literal["mse", "kl"]
+Schedule = Literal["constant", "linear", "exponential", "inverse"]
+Match = Literal["exact", "casefold", "root"]
+PartOfSpeech = Literal["noun", "adjective", "verb", "subject", "object"]
 
 ConfigT = TypeVar("ConfigT")
 
@@ -47,6 +55,8 @@ def fingerprint(values: Any) -> str:
 
 DEFAULT_QUESTION = "Describe the picture."
 """What the user asks where there is a caption only."""
+NORM_GROUPS = 8
+"""Groups of the aligner's group norm."""
 
 
 @dataclass(frozen=True)
@@ -100,29 +110,115 @@ class AlignmentConfig:
     """
 
     weight: float = 10.0
-    """Lambda, the alignment term's weight beside the language-model loss. 0 switches the term off."""
+    """Lambda at the start, the alignment term's weight beside the language-model loss. 0 switches the term off."""
+    schedule: Schedule = "constant"
+    """How lambda falls with training's progress p from 0 to 1: `constant`; `linear`, weight (1 - p); `exponential`, weight
+    exp(-decay p); `inverse`, weight / (1 + decay p). It is never negative."""
+    decay: float = 5.0
+    """How fast `exponential` and `inverse` fall."""
     rows: Rows = "predicts"
     """Which row of the student speaks for a token: the one that `predicts` it (the row before) or the one that `reads` it."""
     layers: tuple[int, ...] = ()
     """Decoder layers to capture, counted from 0 among the attention layers; empty for all."""
     renormalize: bool = False
     """Whether the softmax runs over the picture's columns alone instead of over every key that the row sees."""
+    aggregation: Aggregation = "project_mean"
+    """How the maps A of L layers and H heads become one, G being the aligner (heads are its channels where they are kept apart):
+
+    - `project_mean`, `project_max`: mean or maximum over layers of G(A_l); the first is the published choice;
+    - `mean_project`, `max_project`: G of the mean or maximum over layers;
+    - `mean`, `max`: G of the mean or maximum over layers and heads, one channel;
+    - `flow`: G of the product over layers per head, each product scaled to the mean 1 in log space, where it cannot underflow;
+    - `learned`: G of a mean over layers and heads with learned weights (a softmax, even at first), one channel;
+    - `parallel`: instead of the student's own attention, new projections of the hidden states of the captured layers attend from
+      words to image tokens; then as `project_mean`. For students that read the picture by self-attention.
+    """
     aligner: AlignerKind = "sim"
-    """`sim`: the published three convolutions per layer, then the mean over layers; `identity`: the plain mean over layers and
-    heads, so that the term acts on the raw attention."""
+    """The aligner G: `light`, `sim` and `deep` are the published two, three and five convolutions (18,465, 27,681 and 46,113
+    weights for 32 heads); `identity` is the mean over its channels, so that the term acts on the attention itself."""
     hidden_channels: int = 32
-    """Channels of `sim`'s hidden layers."""
+    """Channels of the aligner's hidden layers (32 as published)."""
+    norm: Norm = "instance"
+    """The norm after each of the aligner's 3x3 convolutions, without weights of its own (`instance` as published). `group` has 8
+    groups. The statistics of `batch` are each process's own."""
+    activation: Activation = "relu6"
+    """What follows the norm: `relu6` (as published), or `leaky_relu` with a slope of 0.1."""
+    parallel_heads: int = 8
+    """Heads of `parallel`'s projections."""
+    parallel_width: int = 64
+    """Width of each of `parallel`'s heads."""
     normalization: Normalization = "zscore"
-    """How both sides are normalized per map before they are compared. `minmax` is the published choice; in small runs it let a
-    bounded aligner collapse to a constant."""
+    """How both sides are normalized per map before they are compared, by the formulas of `lavender.kernels.map_loss`. `minmax` is
+    the published choice; in small runs it let a bounded aligner collapse to a constant. `sum` and `max` expect maps that are not
+    negative: with them the output of the convolutions goes through softplus."""
+    distance: Distance = "mse"
+    """`mse`, or `kl`: the Kullback-Leibler divergence of the target from the student, for `normalization="sum"`."""
 
     def __post_init__(self) -> None:
-        _require(self.weight >= 0, f"weight is {self.weight}; it must not be negative")
-        _require_choice("rows", self.rows, Rows)
-        _require_choice("aligner", self.aligner, AlignerKind)
-        _require_choice("normalization", self.normalization, Normalization)
-        _require(self.hidden_channels >= 1, f"hidden_channels is {self.hidden_channels}; it must be at least 1")
+        _require(0 <= self.weight < math.inf, f"weight is {self.weight}; it must be a number that is not negative")
+        _require(0 <= self.decay < math.inf, f"decay is {self.decay}; it must be a number that is not negative")
+        for name, choices in (
+            ("schedule", Schedule),
+            ("rows", Rows),
+            ("aggregation", Aggregation),
+            ("aligner", AlignerKind),
+            ("norm", Norm),
+            ("activation", Activation),
+            ("normalization", Normalization),
+            ("distance", Distance),
+        ):
+            _require_choice(name, getattr(self, name), choices)
+        for name in ("hidden_channels", "parallel_heads", "parallel_width"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        _require(
+            self.norm != "group" or self.hidden_channels % NORM_GROUPS == 0,
+            f"hidden_channels is {self.hidden_channels}; norm='group' needs a multiple of {NORM_GROUPS}",
+        )
+        _require(
+            self.distance != "kl" or self.normalization == "sum",
+            f"distance='kl' compares distributions: use normalization='sum', not {self.normalization!r}",
+        )
         _require(all(layer >= 0 for layer in self.layers), f"layers is {self.layers}; layers are counted from 0")
+        _require(len(set(self.layers)) == len(self.layers), f"layers is {self.layers}; a layer stands there twice")
+
+    def weight_at(self, progress: float) -> float:
+        """Lambda at a training progress from 0 to 1 (values outside are clipped)."""
+        p = min(max(progress, 0.0), 1.0)
+        factors = {"constant": 1.0, "linear": 1 - p, "exponential": math.exp(-self.decay * p), "inverse": 1 / (1 + self.decay * p)}
+        return self.weight * factors[self.schedule]
+
+
+@dataclass(frozen=True)
+class WordsConfig:
+    """Which words of an answer are aligned, and with which words of the caption that the targets were made from.
+
+    Raises `ConfigError` when a value is out of range.
+    """
+
+    match: Match = "casefold"
+    """When a word of the answer is a word of the caption: `exact`, letter by letter; `casefold`, whatever its case; `root`, when
+    both have the same lemma by `tagger` ("dogs" and "dog"), whatever its case."""
+    parts_of_speech: tuple[PartOfSpeech, ...] = ()
+    """Words are kept if they are one of these by `tagger`, which reads the whole answer: `noun` (proper ones too), `adjective`,
+    `verb`, or the `subject` or `object` of a verb or preposition. Empty keeps every word that is no function word."""
+    tagger: str = ""
+    """A spaCy pipeline, by name or folder, such as `en_core_web_sm`; needed by `root` and by `parts_of_speech`."""
+    exclude: tuple[str, ...] = ()
+    """More words that are never aligned, whatever their case."""
+    min_coverage: float = 0.0
+    """Words whose target is too sparse are left out: less than this share of its places, in [0, 1), reaches half of the map's
+    range (a lone hot place is noise more often than an object)."""
+
+    def __post_init__(self) -> None:
+        _require_choice("match", self.match, Match)
+        for part in self.parts_of_speech:
+            _require_choice("parts_of_speech", part, PartOfSpeech)
+        _require(
+            bool(self.tagger) or not (self.parts_of_speech or self.match == "root"),
+            "match='root' and parts_of_speech need a tagger: name a spaCy pipeline, for example tagger='en_core_web_sm' (after "
+            "`pip install spacy` and `python -m spacy download en_core_web_sm`)",
+        )
+        _require(0 <= self.min_coverage < 1, f"min_coverage is {self.min_coverage}; it must be in [0, 1)")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from .config import DEFAULT_QUESTION, AlignmentConfig
+from .config import DEFAULT_QUESTION, WordsConfig
 from .errors import ConfigError, DataError, TargetError
 from .families import Pictures, student_family
 from .families.columns import image_token_of, model_type_of, place_columns
@@ -169,8 +169,8 @@ class Collator:
     A sample is a `Sample` or a mapping with its fields. The processor's chat template renders question and answer; the labels
     cover the answer alone. Beside the processor's tensors and `labels` (int64 [B, T], -100 where nothing is asked), a batch has
 
-        lavender_rows, lavender_row_words   int64 [B, R]   query rows and the words that they speak for; -1 is padding
-        lavender_row_weights                float32 [B, R]
+        lavender_tokens, lavender_token_words   int64 [B, R]  positions of the words' tokens, and the words; -1 is padding
+        lavender_token_weights              float32 [B, R]  each token's share of its word
         lavender_columns                    int64 [B, M]   positions of the image tokens; -1 is padding
         lavender_boxes                      float32 [B, M, 4]  their places in fractions of the picture; NaN where none
         lavender_present                    bool [B, W]    which words are compared
@@ -183,10 +183,11 @@ class Collator:
         self,
         processor: Any,
         targets: TargetStore | None = None,
-        config: AlignmentConfig | None = None,
+        words: WordsConfig | None = None,
+        *,
         model_config: Any = None,
     ) -> None:
-        """`processor` is the student's; `targets` are needed for training only; `config` is the one given to `lavender.patch`.
+        """`processor` is the student's; `targets` are needed for training only; `words` says which words are aligned.
 
         `model_config` is the student's `model.config`; families whose processor does not know the patch size (mllama) need it.
 
@@ -199,7 +200,7 @@ class Collator:
             raise ConfigError("the processor's tokenizer gives no character offsets; load the fast one")
         self.processor = processor
         self.targets = targets
-        self.config = config or AlignmentConfig()
+        self.words_config = words or WordsConfig()
         self.model_config = model_config
         self._family = student_family(model_type_of(processor, model_config))
         if not self._family.collates:
@@ -224,7 +225,7 @@ class Collator:
             )
         )
         ids = batch["input_ids"]
-        labels, all_rows, all_present, all_words = torch.full_like(ids, -100), [], [], []
+        labels, all_tokens, all_present, all_words = torch.full_like(ids, -100), [], [], []
         for b, sample in enumerate(samples):
             encoded = self.processor.tokenizer(texts[b], add_special_tokens=False, return_offsets_mapping=True)
             places = self._places(encoded.input_ids, ids[b], batch["attention_mask"][b], sample)
@@ -243,18 +244,16 @@ class Collator:
                     f"sample {sample.id!r}: the chat template changes the answer {sample.answer!r}; strip its white space"
                 )
             all_words.append(words)
-            rows = []
-            for word in words:
-                tokens = tokens_of((begin + word.start, begin + word.end), encoded.offset_mapping, texts[b])
-                shift = 1 if self.config.rows == "predicts" else 0
-                rows.append([places[t] - shift for t in tokens])
-            all_rows.append(rows)
-            all_present.append([bool(r) for r in rows])
+            tokens = [
+                [places[t] for t in tokens_of((begin + w.start, begin + w.end), encoded.offset_mapping, texts[b])] for w in words
+            ]
+            all_tokens.append(tokens)
+            all_present.append([bool(own) for own in tokens])
         batch["labels"] = labels
-        word_rows = collate_rows(all_rows)
-        batch["lavender_rows"], batch["lavender_row_words"] = word_rows.rows, word_rows.words
-        batch["lavender_row_weights"] = word_rows.weights
-        present = torch.zeros(len(samples), word_rows.num_words, dtype=torch.bool)
+        spoken = collate_rows(all_tokens)
+        batch["lavender_tokens"], batch["lavender_token_words"] = spoken.rows, spoken.words
+        batch["lavender_token_weights"] = spoken.weights
+        present = torch.zeros(len(samples), spoken.num_words, dtype=torch.bool)
         for b, flags in enumerate(all_present):
             present[b, : len(flags)] = torch.tensor(flags, dtype=torch.bool)
         batch["lavender_present"] = present

@@ -147,14 +147,14 @@ def student_maps(
     `rows` says which row of the attention speaks for a token. Without an aligner the aligned maps are the raw ones.
     """
     model = patch.model
-    collator = Collator(processor, config=AlignmentConfig(rows=rows), model_config=model.config)
+    collator = Collator(processor, model_config=model.config)
     raw, aligned = [], []
     was_training = model.training
     model.eval()
     with torch.no_grad():
         for chunk in _batches(scenes):
             batch = collator([Sample(str(i), s.image, DESCRIBE, s.caption) for i, s in enumerate(chunk)])
-            captured = patch.capture(**{k: v.to(model.device) for k, v in batch.items()})
+            captured = patch.capture(rows, **{k: v.to(model.device) for k, v in batch.items()})
             plain = captured.mean(dim=(1, 2))
             learned = model.lavender.align(captured) if hasattr(model, "lavender") else plain
             for b, scene in enumerate(chunk):

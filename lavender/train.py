@@ -100,7 +100,7 @@ def fine_tune(
         model=trained,
         args=_arguments(out / "checkpoints", training, progress),
         train_dataset=list(samples),  # type: ignore[arg-type]
-        data_collator=_collator(processor, targets, alignment, student.config),
+        data_collator=_collator(processor, targets, student.config),
         callbacks=[_AlignmentLog(handle)] if handle is not None else None,
     )
     _train(trainer, _last_checkpoint(out / "checkpoints"))
@@ -115,8 +115,8 @@ def load_aligner(patch_handle: StudentPatch, run: str | Path) -> None:
     alignment.load_state_dict(state)
 
 
-def _collator(processor: Any, targets: TargetStore | None, alignment: AlignmentConfig | None, model_config: Any) -> Any:
-    collator = Collator(processor, targets, alignment, model_config)
+def _collator(processor: Any, targets: TargetStore | None, model_config: Any) -> Any:
+    collator = Collator(processor, targets, model_config=model_config)
     if targets is not None:
         return collator
 

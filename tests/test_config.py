@@ -2,12 +2,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lavender.config import AlignmentConfig, TeacherConfig, TrainingConfig, fingerprint, from_dict, to_dict
+from lavender.config import (
+    Aggregation,
+    AlignmentConfig,
+    Match,
+    Norm,
+    PartOfSpeech,
+    Schedule,
+    TeacherConfig,
+    TrainingConfig,
+    WordsConfig,
+    fingerprint,
+    from_dict,
+    to_dict,
+)
 from lavender.errors import ConfigError
 
 teacher_configs = st.builds(
@@ -22,9 +37,48 @@ teacher_configs = st.builds(
 )
 
 
-@given(teacher_configs)
+alignment_configs = st.builds(
+    AlignmentConfig,
+    weight=st.floats(0, 1e6),
+    schedule=st.sampled_from(get_args(Schedule)),
+    decay=st.floats(0, 100),
+    layers=st.lists(st.integers(0, 99), unique=True).map(tuple),
+    aggregation=st.sampled_from(get_args(Aggregation)),
+    norm=st.sampled_from(get_args(Norm)),
+)
+words_configs = st.builds(
+    WordsConfig,
+    match=st.sampled_from(get_args(Match)),
+    parts_of_speech=st.lists(st.sampled_from(get_args(PartOfSpeech))).map(tuple),
+    tagger=st.just("en_core_web_sm"),
+    exclude=st.lists(st.text()).map(tuple),
+)
+
+
+@given(st.one_of(teacher_configs, alignment_configs, words_configs))
 def test_a_config_survives_json(config):
-    assert from_dict(TeacherConfig, json.loads(json.dumps(to_dict(config)))) == config
+    assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
+
+
+@given(alignment_configs, st.floats(0, 1), st.floats(0, 1))
+def test_lambda_starts_at_the_weight_falls_and_is_never_negative(config, p, q):
+    earlier, later = sorted((p, q))
+    assert config.weight_at(0) == config.weight_at(-0.1) == config.weight
+    assert config.weight_at(earlier) >= config.weight_at(later) >= config.weight_at(1) == config.weight_at(1.1) >= 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"),
+    [
+        ("constant", [8, 8, 8]),
+        ("linear", [8, 4, 0]),
+        ("exponential", [8, 8 * math.exp(-1), 8 * math.exp(-2)]),
+        ("inverse", [8, 4, 8 / 3]),
+    ],
+)
+def test_lambda_by_schedule(schedule, values):
+    config = AlignmentConfig(weight=8, schedule=schedule, decay=2)
+    assert [config.weight_at(p) for p in (0, 0.5, 1)] == pytest.approx(values)
 
 
 @given(teacher_configs, teacher_configs)
@@ -43,9 +97,22 @@ def test_fingerprints_differ_exactly_when_configs_do(one, other):
         (TeacherConfig, {"guidance_scale": 0.5}, "guidance_scale"),
         (AlignmentConfig, {"weight": -1.0}, "weight"),
         (AlignmentConfig, {"rows": "writes"}, "predicts, reads"),
-        (AlignmentConfig, {"aligner": "huge"}, "sim, identity"),
+        (AlignmentConfig, {"aligner": "huge"}, "light, sim, deep, identity"),
         (AlignmentConfig, {"layers": (-1,)}, "layers"),
-        (AlignmentConfig, {"normalization": "softmax"}, "zscore, minmax"),
+        (AlignmentConfig, {"layers": (2, 2)}, "twice"),
+        (AlignmentConfig, {"aggregation": "product"}, "flow, learned, parallel"),
+        (AlignmentConfig, {"norm": "layer"}, "instance, batch, group, identity"),
+        (AlignmentConfig, {"norm": "group", "hidden_channels": 12}, "multiple of 8"),
+        (AlignmentConfig, {"schedule": "cosine"}, "constant, linear, exponential, inverse"),
+        (AlignmentConfig, {"weight": math.nan}, "weight"),
+        (AlignmentConfig, {"decay": -1.0}, "decay"),
+        (AlignmentConfig, {"distance": "kl"}, "normalization='sum'"),
+        (AlignmentConfig, {"normalization": "softmax"}, "zscore, sum, minmax"),
+        (WordsConfig, {"match": "stem"}, "exact, casefold, root"),
+        (WordsConfig, {"match": "root"}, "spacy download"),
+        (WordsConfig, {"parts_of_speech": ("noun",)}, "spacy download"),
+        (WordsConfig, {"parts_of_speech": ("adverb",), "tagger": "x"}, "noun, adjective, verb"),
+        (WordsConfig, {"min_coverage": 1.0}, "min_coverage"),
         (TrainingConfig, {"steps": 0}, "steps"),
         (TrainingConfig, {"learning_rate": 0.0}, "learning_rate"),
         (TrainingConfig, {"lora_dropout": 1.0}, "lora_dropout"),
@@ -61,7 +128,7 @@ def test_an_unknown_setting_is_named():
         from_dict(TrainingConfig, {"stepz": 3})
 
 
-@pytest.mark.parametrize("cls", [TeacherConfig, AlignmentConfig, TrainingConfig])
+@pytest.mark.parametrize("cls", [TeacherConfig, AlignmentConfig, WordsConfig, TrainingConfig])
 def test_configs_are_frozen(cls):
     config = cls()
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -63,9 +63,9 @@ def test_a_layer_that_passes_nothing_on_is_noticed():
     ids = torch.full((1, 20), 5)
     ids[:, 16:] = 7
     keys = {
-        "lavender_rows": torch.tensor([[17]]),
-        "lavender_row_words": torch.zeros(1, 1, dtype=torch.long),
-        "lavender_row_weights": torch.ones(1, 1),
+        "lavender_tokens": torch.tensor([[17]]),
+        "lavender_token_words": torch.zeros(1, 1, dtype=torch.long),
+        "lavender_token_weights": torch.ones(1, 1),
         "lavender_present": torch.ones(1, 1, dtype=torch.bool),
         "lavender_columns": torch.arange(16)[None],
     }

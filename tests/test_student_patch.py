@@ -29,7 +29,7 @@ def registry_is_left_as_it_was():
     assert "sdpa" not in ALL_ATTENTION_FUNCTIONS._local_mapping
 
 
-def eager_rows(model, batch, dtype=torch.float64):
+def eager_rows(model, batch, dtype=torch.float64, rows="predicts"):
     """[B, L, H, W, 8, 8] from eager attention: the mean over each word's rows, at the image tokens."""
     eager = copy.deepcopy(model).to(dtype)
     eager.set_attn_implementation("eager")
@@ -39,31 +39,30 @@ def eager_rows(model, batch, dtype=torch.float64):
     maps = attentions.new_zeros(*attentions.shape[:3], words, 64)
     for b in range(len(attentions)):
         for w in range(words):
-            rows = batch["lavender_rows"][b][batch["lavender_row_words"][b] == w]
-            if len(rows):
-                maps[b, :, :, w] = attentions[b][:, :, rows][..., batch["lavender_columns"][b]].mean(2)
+            own = batch["lavender_tokens"][b][batch["lavender_token_words"][b] == w] - int(rows == "predicts")
+            if len(own):
+                maps[b, :, :, w] = attentions[b][:, :, own][..., batch["lavender_columns"][b]].mean(2)
     return maps.unflatten(-1, (8, 8))
 
 
 @pytest.mark.parametrize("rows", ["predicts", "reads"])
-def test_maps_equal_eager_attention_in_float64(student, processor, samples, rows):
-    batch = Collator(processor, config=AlignmentConfig(rows=rows))(samples[:4])
+def test_maps_equal_eager_attention_in_float64(student, batch, rows):
+    """The row that predicts a token is the one before it: the config's choice, or the call's."""
     with lavender.patch(student) as patch, torch.no_grad():
-        maps = patch.capture(**batch)
+        maps = patch.capture(rows, **batch)
+        default = patch.capture(**batch)
     assert maps.shape[:3] == (4, 4, 4)
-    torch.testing.assert_close(maps.double(), eager_rows(student, batch), rtol=0, atol=1e-6)
+    assert torch.equal(maps, default) == (rows == "predicts")
+    torch.testing.assert_close(maps.double(), eager_rows(student, batch, rows=rows), rtol=0, atol=1e-6)
 
 
-def test_the_row_that_predicts_a_word_comes_before_the_one_that_reads_it(processor, samples):
-    predicts = Collator(processor, config=AlignmentConfig(rows="predicts"))(samples[:2])
-    reads = Collator(processor, config=AlignmentConfig(rows="reads"))(samples[:2])
-    valid = reads["lavender_rows"] >= 0
-    assert torch.equal(reads["lavender_rows"][valid] - 1, predicts["lavender_rows"][valid])
+def test_the_tokens_of_words_are_labels_too(processor, samples, batch):
+    valid = batch["lavender_tokens"] >= 0
     for b in range(2):
-        spoken = reads["input_ids"][b][reads["lavender_rows"][b][valid[b]]]
+        at = batch["lavender_tokens"][b][valid[b]]
         words = [w.text for w in Collator.words(samples[b].answer)]
-        assert processor.tokenizer.decode(spoken).split() == words
-        assert torch.equal(predicts["labels"][b][predicts["lavender_rows"][b][valid[b]] + 1], spoken)
+        assert processor.tokenizer.decode(batch["input_ids"][b][at]).split() == words
+        assert torch.equal(batch["labels"][b][at], batch["input_ids"][b][at])
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
@@ -254,10 +253,10 @@ def test_the_gradient_equals_that_of_eager_attention(student, training_batch):
         indicator = torch.zeros(4, batch["lavender_present"].shape[1], attentions.shape[3], dtype=torch.float64)
         for b in range(4):
             for row, word, share in zip(
-                batch["lavender_rows"][b], batch["lavender_row_words"][b], batch["lavender_row_weights"][b], strict=True
+                batch["lavender_tokens"][b], batch["lavender_token_words"][b], batch["lavender_token_weights"][b], strict=True
             ):
                 if word >= 0:
-                    indicator[b, word, row] = share
+                    indicator[b, word, row - 1] = share
         columns = batch["lavender_columns"][:, None, None, None].expand(-1, 4, 4, attentions.shape[3], -1)
         maps = (indicator[:, None, None] @ attentions.gather(4, columns)).unflatten(-1, (8, 8))
         alignment(maps, batch["lavender_targets"], batch["lavender_present"]).backward()
@@ -396,7 +395,7 @@ def test_an_aligner_in_training_is_not_thrown_away(student):
     assert patch.is_patched
     patch.unpatch()
     with pytest.raises(CaptureError, match="patch was undone"):
-        patch.capture(lavender_rows=None)
+        patch.capture(lavender_tokens=None)
 
 
 def test_ids_may_come_by_position(student, batch):

@@ -45,10 +45,9 @@ def look(
     if not words:
         raise CaptureError(f"the answer {text!r} has no words")
     batch, first = _with_answer(model, inputs, ids, family.answer_type)
-    shift = 1 if patch.config.rows == "predicts" else 0
-    tokens = [tokens_of((word.start, word.end), offsets, text) for word in words]
-    rows = collate_rows([[[first + t - shift for t in own] for own in tokens]])
-    batch["lavender_rows"], batch["lavender_row_words"], batch["lavender_row_weights"] = rows.rows, rows.words, rows.weights
+    tokens = collate_rows([[[first + t for t in tokens_of((w.start, w.end), offsets, text)] for w in words]])
+    batch["lavender_tokens"], batch["lavender_token_words"] = tokens.rows, tokens.words
+    batch["lavender_token_weights"] = tokens.weights
     batch["lavender_present"] = torch.ones(1, len(words), dtype=torch.bool)
     columns, places = place_columns(inputs["input_ids"], boxes, family, processor, model.config)
     batch["lavender_columns"], batch["lavender_boxes"] = columns, places

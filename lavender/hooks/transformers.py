@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..boxes import lattice_of, rasterize
-from ..config import AlignmentConfig
+from ..config import AlignmentConfig, Rows
 from ..errors import CaptureError, ModelError
 from ..families import known_family
 from ..images import ImageSource
@@ -27,9 +27,9 @@ from .registry import REQUEST, Request, Tap, require_supported
 from .resamplers import Resamplers
 
 KEYS = (
-    "lavender_rows",
-    "lavender_row_words",
-    "lavender_row_weights",
+    "lavender_tokens",
+    "lavender_token_words",
+    "lavender_token_weights",
     "lavender_columns",
     "lavender_boxes",
     "lavender_present",
@@ -79,6 +79,7 @@ class StudentPatch(Handle):
         self.num_layers = len(chosen)
         self._active: _Forward | None = None
         self._captured: list[torch.Tensor] | None = None
+        self._rows: Rows | None = None
         self._maps: Maps | None = None
         self._handles: list[Any] = []
         self._attach(train)
@@ -134,8 +135,12 @@ class StudentPatch(Handle):
             del self.model.lavender
         del self.model._lavender_patch
 
-    def capture(self, **batch: Any) -> torch.Tensor:
+    def capture(self, rows: Rows | None = None, **batch: Any) -> torch.Tensor:
         """One forward over a batch of `lavender.Collator`; gradients flow if autograd is on.
+
+        Args:
+            rows: which row of the attention speaks for a token, in place of the config's choice.
+            batch: the batch.
 
         Returns:
             Raw maps [B, L, H, W, y, x]: the attention from each word's rows to the picture, on the grid of the image tokens;
@@ -146,16 +151,16 @@ class StudentPatch(Handle):
         """
         if not self.is_patched:
             raise CaptureError("the patch was undone; call lavender.patch(model) again")
-        if "lavender_rows" not in batch:
+        if "lavender_tokens" not in batch:
             raise CaptureError("the batch carries no lavender keys; make it with lavender.Collator")
         wanted = {k: v for k, v in batch.items() if k not in ("lavender_targets", "labels")}
-        self._captured = []
+        self._captured, self._rows = [], rows
         try:
             self.model(**wanted, use_cache=False)
             (maps,) = self._captured
             return maps
         finally:
-            self._captured = None
+            self._captured = self._rows = None
 
     @property
     def maps(self) -> Maps:
@@ -269,9 +274,10 @@ class _Forward:
         assert self.present is not None
         self.num_layers = patch.num_layers
         self.attention = type(next(iter(patch._layers))).__name__
-        rows = WordRows(given["lavender_rows"], given["lavender_row_words"], given["lavender_row_weights"], self.present.shape[1])
+        tokens = given["lavender_tokens"]
+        rows = tokens if (patch._rows or patch.config.rows) == "reads" else (tokens - 1).clamp_min(-1)
         self.request = Request(
-            rows,
+            WordRows(rows, given["lavender_token_words"], given["lavender_token_weights"], self.present.shape[1]),
             given["lavender_columns"],
             patch._layers,
             cross=patch.crosses,

@@ -23,7 +23,7 @@ SAMPLES = [
 ]
 
 
-def collator_of(name: str, side: str, rows: str = "reads") -> Collator:
+def collator_of(name: str, side: str) -> Collator:
     student = built(name)
     processor = copy.deepcopy(student.processor)
     processor.tokenizer.padding_side = side
@@ -32,7 +32,7 @@ def collator_of(name: str, side: str, rows: str = "reads") -> Collator:
         + student.placeholder
         + " {% else %}{{ part['text'] }}{% endif %}{% endfor %} {% endfor %}"
     )
-    return Collator(processor, config=AlignmentConfig(rows=rows), model_config=student.model.config)
+    return Collator(processor, model_config=student.model.config)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -44,9 +44,9 @@ def test_labels_are_the_answer_and_rows_its_words(name, side):
     for b, sample in enumerate(SAMPLES):
         assert tokenizer.decode(batch["labels"][b][batch["labels"][b] >= 0]).split() == sample.answer.split()
         words = [word.text for word in Collator.words(sample.answer)]
-        valid = batch["lavender_rows"][b] >= 0
-        spoken = batch["input_ids"][b][batch["lavender_rows"][b][valid]]
-        assert tokenizer.convert_ids_to_tokens(spoken) == [words[w] for w in batch["lavender_row_words"][b][valid]]
+        valid = batch["lavender_tokens"][b] >= 0
+        spoken = batch["input_ids"][b][batch["lavender_tokens"][b][valid]]
+        assert tokenizer.convert_ids_to_tokens(spoken) == [words[w] for w in batch["lavender_token_words"][b][valid]]
         assert batch["lavender_present"][b].sum() == len(words)
 
 

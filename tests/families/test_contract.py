@@ -54,11 +54,11 @@ def with_keys(student: Student, inputs: dict[str, torch.Tensor]) -> dict[str, to
     lengths = torch.full((len(read),), read.shape[1])
     if "decoder_input_ids" not in inputs and inputs["attention_mask"][:, 0].all():  # padded on the right
         lengths = inputs["attention_mask"].sum(dim=1)
-    rows = lengths[:, None] - torch.tensor([1, 2, 3])
+    rows = lengths[:, None] - torch.tensor([0, 1, 2])  # of tokens whose predicting rows are the last three
     keys = {
-        "lavender_rows": rows,
-        "lavender_row_words": torch.tensor([0, 1, 1]).expand_as(rows).clone(),
-        "lavender_row_weights": torch.tensor([1.0, 0.5, 0.5]).expand_as(rows).clone(),
+        "lavender_tokens": rows,
+        "lavender_token_words": torch.tensor([0, 1, 1]).expand_as(rows).clone(),
+        "lavender_token_weights": torch.tensor([1.0, 0.5, 0.5]).expand_as(rows).clone(),
         "lavender_present": torch.tensor([True, True, False]).expand_as(rows).clone(),
     }
     keys["lavender_columns"], keys["lavender_boxes"] = place_columns(inputs["input_ids"], boxes, family, student.processor, config)
@@ -82,7 +82,7 @@ def eager_maps(model, inputs, batch) -> torch.Tensor:
     columns = batch["lavender_columns"]
     result = []
     for b in range(len(weights)):
-        rows = weights[b][:, :, batch["lavender_rows"][b]][..., columns[b].clamp_min(0)] * (columns[b] >= 0)
+        rows = weights[b][:, :, batch["lavender_tokens"][b] - 1][..., columns[b].clamp_min(0)] * (columns[b] >= 0)
         result.append(torch.stack([rows[:, :, 0], rows[:, :, 1:].mean(2), torch.zeros_like(rows[:, :, 0])], dim=2))
     return torch.stack(result)
 
