@@ -21,8 +21,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import lavender
+from lavender.collator import Collator
 from lavender.config import AlignmentConfig, TeacherConfig
-from lavender.data import Collator, Sample
+from lavender.data import Sample
 from lavender.miniworld.experiment import STUDENT, TEACHER
 from lavender.miniworld.scenes import DESCRIBE, make_scenes
 from lavender.report import environment

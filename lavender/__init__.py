@@ -12,7 +12,7 @@ _HOME = {
     "TeacherConfig": "config",
     "TrainingConfig": "config",
     "LavenderError": "errors",
-    "Collator": "data",
+    "Collator": "collator",
     "Family": "families",
     "HeatMap": "maps",
     "Maps": "maps",
@@ -51,8 +51,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .collator import Collator
     from .config import AlignmentConfig, TeacherConfig, TrainingConfig, WordsConfig
-    from .data import Collator
     from .errors import LavenderError
     from .families import Family, Pictures, register_family
     from .maps import HeatMap, Maps

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from .collator import Collator
 from .config import AlignmentConfig, Rows
-from .data import Collator, Sample
+from .data import Sample
 from .miniworld.scenes import DESCRIBE, QUESTION_TYPES, Referent, Scene
 
 if TYPE_CHECKING:

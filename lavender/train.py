@@ -32,8 +32,9 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from .collator import Collator
 from .config import AlignmentConfig, TrainingConfig, to_dict
-from .data import Collator, Sample
+from .data import Sample
 from .errors import DataError, ModelError, TargetError
 from .hooks.discovery import base_model_of
 from .hooks.transformers import StudentPatch

@@ -14,7 +14,8 @@ if not torch.cuda.is_available():
     # Before anything imports triton: kernels that are asked for by name then run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from lavender.data import Collator, Sample
+from lavender.collator import Collator
+from lavender.data import Sample
 from lavender.miniworld.scenes import DESCRIBE, Scene, make_scenes
 
 

@@ -15,8 +15,8 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lavender
+from lavender.collator import Collator
 from lavender.config import AlignmentConfig
-from lavender.data import Collator
 from lavender.errors import CaptureError, DataError, ModelError
 from lavender.families import Family, Pictures, known_family, register_family
 

@@ -22,6 +22,7 @@ RANKS = [
     {"aligner", "hooks"},
     {"patching"},
     {"targets", "data"},
+    {"collator", "published", "tagging"},
     {"teacher"},
     {"train", "doctor"},
     {"evaluate", "report"},

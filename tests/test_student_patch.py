@@ -10,8 +10,8 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lavender
+from lavender.collator import Collator
 from lavender.config import AlignmentConfig
-from lavender.data import Collator
 from lavender.errors import CaptureError, ModelError
 from lavender.families import student_family
 

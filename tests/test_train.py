@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 import lavender
+from lavender.collator import Collator
 from lavender.config import AlignmentConfig, TeacherConfig, TrainingConfig
-from lavender.data import Collator, Sample, read_samples
+from lavender.data import Sample, read_samples
 from lavender.errors import DataError, ModelError, TargetError
 from lavender.miniworld import write_dataset
 from lavender.targets import Target, TargetStore, TargetWriter, image_sha256

@@ -12,8 +12,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ..collator import Collator
 from ..config import Rows, to_dict
-from ..data import Collator
 from ..evaluate import compare_targets, student_maps
 from ..hooks.transformers import StudentPatch
 from ..patching import patch

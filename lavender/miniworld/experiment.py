@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..collator import Collator
 from ..config import AlignmentConfig, Rows, TeacherConfig, TrainingConfig
-from ..data import Collator, read_pairs, read_samples
+from ..data import read_pairs, read_samples
 from ..errors import ModelError
 from ..evaluate import (
     alignment_error,

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import lavender
+from lavender.collator import Collator
 from lavender.config import AlignmentConfig
-from lavender.data import Collator, Sample
+from lavender.data import Sample
 
 from .probe import noise
 from .test_contract import NAMES, built, family_of

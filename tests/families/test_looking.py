@@ -7,7 +7,8 @@ import torch
 
 import lavender
 import lavender.families.columns
-from lavender.data import Collator, Sample
+from lavender.collator import Collator
+from lavender.data import Sample
 from lavender.errors import CaptureError, ConfigError, DataError, ModelError
 from lavender.families import student_family
 from lavender.hooks.looking import _inputs, _with_answer
