@@ -25,6 +25,7 @@ _HOME = {
     "patch": "patching",
     "register_family": "families",
     "fine_tune": "train",
+    "watch": "watching",
     "words_of": "words",
 }
 
@@ -47,6 +48,7 @@ __all__ = [
     "fine_tune",
     "patch",
     "register_family",
+    "watch",
     "words_of",
 ]
 
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from .teacher.extract import extract
     from .train import fine_tune
     from .types import Word, WordMaps
+    from .watching import watch
     from .words import words_of
 
 

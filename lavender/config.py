@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
 from .errors import ConfigError
@@ -20,6 +21,7 @@ Activation = Literal["relu6", "leaky_relu"]
 Normalization = Literal["zscore", "sum", "minmax", "max", "none"]
 Distance = Literal["mse", "kl"]
 Schedule = Literal["constant", "linear", "exponential", "inverse"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 Match = Literal["exact", "casefold", "root"]
 PartOfSpeech = Literal["noun", "adjective", "verb", "subject", "object"]
 
@@ -48,6 +50,31 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def override(config: ConfigT, assignments: Iterable[str]) -> ConfigT:
+    """A config with some settings changed by texts like `weight=5`, `layers=[1, 2]` or `arguments.bf16=true`.
+
+    Values are JSON; what is none is a text. Raises `ConfigError` on an unknown setting, or a text without `=`.
+    """
+    values = to_dict(config)
+    for assignment in assignments:
+        name, found, text = assignment.partition("=")
+        _require(bool(found), f"{assignment!r} sets nothing; expected name=value")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        outer, _, inner = name.strip().partition(".")
+        if inner:
+            _require(isinstance(values.get(outer), dict), f"{type(config).__name__} has no settings below {outer!r}")
+            values[outer] = values[outer] | {inner: value}
+        else:
+            values[outer] = value
+    try:
+        return from_dict(type(config), values)
+    except TypeError as error:
+        raise ConfigError(f"{', '.join(assignments)}: a value of another type was expected ({error})") from None
+
+
 def fingerprint(values: Any) -> str:
     """Sixteen hexadecimal digits that change whenever any of the given JSON values does."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
@@ -55,6 +82,20 @@ def fingerprint(values: Any) -> str:
 
 DEFAULT_QUESTION = "Describe the picture."
 """What the user asks where there is a caption only."""
+OWN_ARGUMENTS = {
+    "max_steps": "steps",
+    "num_train_epochs": "steps",
+    "per_device_train_batch_size": "batch_size",
+    "learning_rate": "learning_rate",
+    "warmup_steps": "warmup_steps",
+    "save_steps": "save_steps",
+    "seed": "seed",
+    "data_seed": "seed",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "output_dir": "fine_tune(out=...)",
+    "remove_unused_columns": "False, always",
+}
+"""Arguments of `transformers.TrainingArguments` that are settings of `TrainingConfig` itself, or may not be changed."""
 NORM_GROUPS = 8
 """Groups of the aligner's group norm."""
 
@@ -234,6 +275,12 @@ class TrainingConfig:
     """Samples a step and device."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW, without weight decay (1e-4 as published)."""
+    aligner_learning_rate: float | None = None
+    """Peak learning rate of the aligner's weights; None takes the student's."""
+    aligner_steps: int = 0
+    """Optimizer steps of a first stage that trains the aligner alone, with a schedule of its own; 0 leaves it out."""
+    freeze_student: bool = True
+    """Whether the student stands still in the first stage."""
     warmup_steps: int = 10
     """Steps over which the learning rate rises linearly; it then falls linearly to zero."""
     lora_rank: int = 8
@@ -242,19 +289,43 @@ class TrainingConfig:
     """LoRA's scale numerator."""
     lora_dropout: float = 0.05
     """Dropout before LoRA's first matrix."""
-    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
-    """Modules that receive LoRA, in the text and in the vision tower."""
+    lora_targets: tuple[str, ...] | str = ("q_proj", "v_proj")
+    """Modules that receive LoRA, as PEFT takes them: ends of names, in the text and in the vision tower (as published); or one
+    regular expression for whole names, such as `.*language_model.*\\.(q|v)_proj`."""
+    dtype: Dtype = "float32"
+    """In which the student's weights are loaded. Half precision is for LoRA, whose own weights stay in float32; a full fine-tuning
+    by mixed precision keeps its weights in float32."""
+    max_length: int | None = None
+    """Tokens after which a sample is cut off, pictures included; None cuts nothing."""
     gradient_checkpointing: bool = False
     """Whether to recompute activations in the backward pass (non-reentrant)."""
     save_steps: int = 50
     """A checkpoint is written every so many steps; a killed run continues from the last one."""
     seed: int = 0
     """Seed of the batch order, of the dropout and of the new weights."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of `transformers.TrainingArguments`, such as `{"bf16": True, "deepspeed": "zero3.json", "report_to":
+    "tensorboard"}`: precision, engine, gradient accumulation, trackers, the number of checkpoints kept."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_steps"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; it must be positive")
+        for name in ("learning_rate", "aligner_learning_rate"):
+            value = getattr(self, name)
+            _require(value is None or 0 < value < math.inf, f"{name} is {value}; it must be a positive number")
+        _require(self.aligner_steps >= 0, f"aligner_steps is {self.aligner_steps}; it must not be negative")
+        _require_choice("dtype", self.dtype, Dtype)
+        _require(
+            self.dtype == "float32" or self.lora_rank > 0,
+            f"dtype is {self.dtype!r} and lora_rank 0; a full fine-tuning keeps its weights in float32: leave dtype, and compute "
+            'in half precision by arguments={"bf16": True} or {"fp16": True}',
+        )
+        _require(self.max_length is None or self.max_length >= 1, f"max_length is {self.max_length}; it must be at least 1")
+        taken = sorted(OWN_ARGUMENTS.keys() & self.arguments.keys())
+        _require(
+            not taken,
+            f"arguments holds {', '.join(taken)}, set elsewhere: {', '.join(OWN_ARGUMENTS[name] for name in taken)}",
+        )
         _require(self.lora_rank >= 0, f"lora_rank is {self.lora_rank}; it must be 0 (full fine-tuning) or more")
         _require(self.warmup_steps >= 0, f"warmup_steps is {self.warmup_steps}; it must not be negative")
         _require(0 <= self.lora_dropout < 1, f"lora_dropout is {self.lora_dropout}; it must be in [0, 1)")

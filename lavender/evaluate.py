@@ -155,9 +155,10 @@ def student_maps(
     with torch.no_grad():
         for chunk in _batches(scenes):
             batch = collator([Sample(str(i), s.image, DESCRIBE, s.caption) for i, s in enumerate(chunk)])
-            captured = patch.capture(rows, **{k: v.to(model.device) for k, v in batch.items()})
+            moved = {key: value.to(model.device) for key, value in batch.items()}
+            captured = patch.capture(rows, **moved)
             plain = captured.mean(dim=(1, 2))
-            learned = model.lavender.align(captured) if hasattr(model, "lavender") else plain
+            learned = patch.align(**moved) if patch.trains else plain
             for b, scene in enumerate(chunk):
                 spans = [(w.start, w.end) for w in Collator.words(scene.caption)]
                 raw.append({span: plain[b, w].float().cpu().numpy() for w, span in enumerate(spans)})

@@ -190,8 +190,8 @@ def test_the_loss_is_language_loss_plus_weighted_alignment(student, training_bat
     plain = student(**without_lavender(training_batch)).loss
     with lavender.patch(student, AlignmentConfig(weight=3.0, aligner=aligner)) as patch:
         output = student(**training_batch)
-        assert patch.term > 0
-        torch.testing.assert_close(output.loss, plain + 3.0 * patch.term)
+        assert patch.last.loss > 0
+        torch.testing.assert_close(output.loss, plain + 3.0 * patch.last.loss)
         as_tuple = student(**training_batch, return_dict=False)
         assert torch.equal(as_tuple[0], output.loss)
 
@@ -202,7 +202,9 @@ def test_the_identity_aligner_trains_on_the_mean_over_heads_alone(student, train
     batch = {k: v.double() if v.is_floating_point() else v for k, v in training_batch.items() if k != "labels"}
     with lavender.patch(student, AlignmentConfig(aligner="identity", weight=1.0)) as patch:
         kept = patch.capture(**batch)
-        expected = student.lavender(kept, batch["lavender_targets"], batch["lavender_present"])
+        expected = mean_loss(
+            student.lavender(kept, lambda maps: maps, batch["lavender_targets"], batch["lavender_present"])[0], batch
+        )
         wanted = torch.autograd.grad(expected, student.model.language_model.layers[0].self_attn.q_proj.weight)[0]
         seen = []
         student.lavender.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[2]))
@@ -212,6 +214,10 @@ def test_the_identity_aligner_trains_on_the_mean_over_heads_alone(student, train
     assert seen == [1]
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(found, wanted)
+
+
+def mean_loss(per_word, batch):
+    return per_word.sum() / batch["lavender_present"].sum()
 
 
 def language_gradients(model):
@@ -259,7 +265,8 @@ def test_the_gradient_equals_that_of_eager_attention(student, training_batch):
                     indicator[b, word, row - 1] = share
         columns = batch["lavender_columns"][:, None, None, None].expand(-1, 4, 4, attentions.shape[3], -1)
         maps = (indicator[:, None, None] @ attentions.gather(4, columns)).unflatten(-1, (8, 8))
-        alignment(maps, batch["lavender_targets"], batch["lavender_present"]).backward()
+        per_word, _ = alignment(maps, lambda maps: maps, batch["lavender_targets"], batch["lavender_present"])
+        mean_loss(per_word, batch).backward()
         student.set_attn_implementation("sdpa")
     assert captured.keys() == {n for n, p in student.named_parameters() if p.grad is not None} | {
         n for n in captured if n.startswith("lavender.")
@@ -282,7 +289,7 @@ def test_no_matched_word_adds_exactly_zero(student, training_batch):
     plain = student(**without_lavender(training_batch)).loss
     with lavender.patch(student, AlignmentConfig(weight=1000)) as patch:
         assert torch.equal(student(**training_batch).loss, plain)
-        assert patch.term == 0
+        assert patch.last.loss == 0
 
 
 def test_a_weight_of_zero_leaves_the_loss(student, training_batch):
@@ -298,7 +305,7 @@ def test_the_term_is_scaled_as_the_trainer_expects(student, training_batch):
     expected = student(**plain, num_items_in_batch=total).loss
     with lavender.patch(student, AlignmentConfig(weight=2)) as patch:
         loss = student(**training_batch, num_items_in_batch=total).loss
-        torch.testing.assert_close(loss, expected + 2 * patch.term / 4)
+        torch.testing.assert_close(loss, expected + 2 * patch.last.loss / 4)
 
 
 def test_half_precision_students_are_captured(student, training_batch):

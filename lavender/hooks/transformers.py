@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..aligner import Alignment, HiddenStates, keeps_heads
 from ..boxes import lattice_of, rasterize
 from ..config import AlignmentConfig, Rows
 from ..errors import CaptureError, ModelError
@@ -25,6 +27,7 @@ from .handle import Handle
 from .looking import look
 from .registry import REQUEST, Request, Tap, require_supported
 from .resamplers import Resamplers
+from .training import Comparison, add_to_loss, compare, require_gradient, require_image_tokens, require_whole_sequences
 
 KEYS = (
     "lavender_tokens",
@@ -33,9 +36,10 @@ KEYS = (
     "lavender_columns",
     "lavender_boxes",
     "lavender_present",
-    "lavender_targets",
 )
-"""What `lavender.Collator` adds to a batch; the last one only in training. See its docstring for shapes."""
+"""What `lavender.Collator` adds to every batch. See its docstring for shapes."""
+TRAINING_KEYS = ("lavender_targets", "lavender_outcomes")
+"""What it adds in training."""
 
 
 class StudentPatch(Handle):
@@ -52,7 +56,9 @@ class StudentPatch(Handle):
         num_layers: L, the number of captured layers.
         crosses: whether the text reads the picture by cross-attention.
         family: what places the model's image tokens; None where nobody knows, and maps have no grid.
-        term: the unweighted alignment loss of the latest training forward, detached; None before the first.
+        decoder: the text tower.
+        progress: how far the training is, 0 to 1, for a lambda that falls; `lavender.watch` sets it.
+        last: what the latest forward with targets compared; None before the first.
     """
 
     def __init__(self, model: Any, config: AlignmentConfig, train: bool, processor: Any = None) -> None:
@@ -64,34 +70,42 @@ class StudentPatch(Handle):
         self.processor = processor
         self.config = config
         self.trains = train
-        self.term: torch.Tensor | None = None
-        self._decoder = text_tower(model)
-        self._attention_name = _attention_name(self._decoder)
+        self.progress: float | None = None
+        self.last: Comparison | None = None
+        self.decoder = text_tower(model)
+        self._attention_name = _attention_name(self.decoder)
         self.family = known_family(model.config.model_type)
         resamplers = self.family.resamplers if self.family is not None else None
         self._resamplers = Resamplers(resamplers(model)) if resamplers is not None else None
-        every = attention_modules(self._decoder)
+        every = attention_modules(self.decoder)
         _require_layers(config.layers, every)
         chosen = [every[i] for i in config.layers] if config.layers else every
         self._layers = {module: place for place, module in enumerate(chosen)}
-        names = {module: name for name, module in self._decoder.named_modules()}
+        names = {module: name for name, module in self.decoder.named_modules()}
         self.crosses = any(is_cross(names[module], module) for module in chosen)
         self.num_layers = len(chosen)
-        self._active: _Forward | None = None
-        self._captured: list[torch.Tensor] | None = None
+        if config.aggregation == "parallel" and self.crosses:
+            raise ModelError(
+                f"{type(model).__name__} reads the picture by cross-attention, and has no need of aggregation='parallel'; choose "
+                "another one"
+            )
+        self._active: Forward | None = None
+        self._wanted: list[str] = []
+        self._found: torch.Tensor | None = None
         self._rows: Rows | None = None
+        self._knows_batch = False
         self._maps: Maps | None = None
         self._handles: list[Any] = []
         self._attach(train)
 
     def _attach(self, train: bool) -> None:
         if train:
-            from ..aligner import Alignment
-
-            reference = next(self._decoder.parameters())
-            alignment = Alignment(self.config, self._decoder.config.num_attention_heads)
-            self.model.add_module("lavender", alignment.to(reference.device))
-        for layer in layers_around(self._decoder, self._layers):
+            text = self.decoder.config
+            alignment = Alignment(self.config, self.num_layers, text.num_attention_heads, text.hidden_size)
+            self.model.add_module("lavender", alignment.to(next(self.decoder.parameters()).device))
+        self._outer: dict[nn.Module, int] = {}
+        for layer in layers_around(self.decoder, self._layers):
+            self._outer[layer] = min(self._layers[module] for module in layer.modules() if module in self._layers)
             self._handles.append(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True))
         if self._attention_name == "eager":
             for module in self._layers:
@@ -149,18 +163,31 @@ class StudentPatch(Handle):
         Raises:
             CaptureError: the batch carries no lavender keys, or a layer did not record.
         """
+        return self._forward("maps", rows, batch)
+
+    def align(self, **batch: Any) -> torch.Tensor:
+        """One forward over a batch of `lavender.Collator`: the aligner's maps [B, W, y, x], not normalized.
+
+        Raises:
+            CaptureError: the model was patched without a config, so that it has no aligner; or as `capture`.
+        """
+        if not self.trains:
+            raise CaptureError("the model has no aligner; patch it with a config: lavender.patch(model, AlignmentConfig(...))")
+        return self._forward("aligned", None, batch)
+
+    def _forward(self, wanted: str, rows: Rows | None, batch: dict[str, Any]) -> torch.Tensor:
         if not self.is_patched:
             raise CaptureError("the patch was undone; call lavender.patch(model) again")
         if "lavender_tokens" not in batch:
             raise CaptureError("the batch carries no lavender keys; make it with lavender.Collator")
-        wanted = {k: v for k, v in batch.items() if k not in ("lavender_targets", "labels")}
-        self._captured, self._rows = [], rows
+        given = {k: v for k, v in batch.items() if k not in (*TRAINING_KEYS, "labels")}
+        self._wanted, self._rows = [wanted], rows
         try:
-            self.model(**wanted, use_cache=False)
-            (maps,) = self._captured
-            return maps
+            self.model(**given, use_cache=False)
+            assert self._found is not None
+            return self._found
         finally:
-            self._captured = self._rows = None
+            self._wanted, self._rows, self._found = [], None, None
 
     @property
     def maps(self) -> Maps:
@@ -208,21 +235,29 @@ class StudentPatch(Handle):
 
     def layer_names(self) -> list[str]:
         """Dotted names of the captured attention modules in the text tower, in order."""
-        names = {module: name for name, module in self._decoder.named_modules()}
+        names = {module: name for name, module in self.decoder.named_modules()}
         return [names[module] for module in self._layers]
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        given = {key: kwargs.pop(key) for key in KEYS if key in kwargs}
+        given = {key: kwargs.pop(key) for key in (*KEYS, *TRAINING_KEYS) if key in kwargs}
         self._active = None
         if given:
+            require_whole_sequences(module, kwargs)
             names = list(inspect.signature(type(module).forward).parameters)[1:]
-            self._active = _Forward(self, given, {**dict(zip(names, args, strict=False)), **kwargs})
-            if self._active.resamplers is not None:
-                self._active.resamplers.start()
+            active = Forward(self, given, {**dict(zip(names, args, strict=False)), **kwargs})
+            if active.targets is not None and not self._knows_batch:
+                require_image_tokens(self, active)
+                self._knows_batch = True
+            if active.resamplers is not None:
+                active.resamplers.start()
+            self._active = active
         return args, kwargs
 
     def _before_layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         if self._active is None:
+            return None
+        if self._active.request is None:
+            self._active.record_hidden(self._outer[module], args[0] if args else kwargs["hidden_states"])
             return None
         return args, {**kwargs, REQUEST: self._active.request}
 
@@ -232,77 +267,100 @@ class StudentPatch(Handle):
             self._resamplers.listening = False
         if active is None or output is None:  # no request, or the forward raised
             return None
-        maps = active.maps()
-        if self._captured is not None:
-            self._captured.append(maps)
-        if active.targets is None or not hasattr(self.model, "lavender"):
+        if "maps" in self._wanted:
+            self._found = active.place(active.attention())
             return None
-        self._require_gradient(maps)
-        term = self.model.lavender(maps, active.targets, active.present)
-        self.term = term.detach()
-        return _add_to_loss(output, self.config.weight * active.share * term)
-
-    def _require_gradient(self, maps: torch.Tensor) -> None:
-        if not (torch.is_grad_enabled() and self.model.training):
-            return
-        aligner = [p for p in self.model.lavender.parameters() if p.is_floating_point()]
-        if aligner and not any(p.requires_grad for p in aligner):
-            raise CaptureError(
-                "every weight of the aligner is frozen; with PEFT, name it: LoraConfig(..., modules_to_save=['lavender'])"
-            )
-        checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in self._decoder.modules())
-        trainable = any(p.requires_grad for p in self._decoder.parameters())
-        if checkpointed and trainable and not maps.requires_grad:
-            raise CaptureError(
-                "the captured attention carries no gradient: the model uses re-entrant gradient checkpointing. Enable it with "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
+        source = active.source()
+        if "aligned" in self._wanted:
+            self._found = self.model.lavender(source, active.place)[1]
+        if active.targets is None or not self.trains:
+            return None
+        require_gradient(self, source)
+        self.last, term = compare(self, active, source)
+        return add_to_loss(output, term)
 
 
-class _Forward:
-    """One captured forward: the request made of the batch's lavender keys, and what becomes of its recordings."""
+class Forward:
+    """One captured forward: the request made of the batch's lavender keys, and what becomes of its recordings.
+
+    Of `aggregation="parallel"` the layers' inputs are recorded instead of their attention, unless that is what was asked for.
+    """
 
     def __init__(self, patch: StudentPatch, given: dict[str, torch.Tensor], kwargs: dict[str, Any]) -> None:
-        self.present = given.get("lavender_present")
         self.targets = given.get("lavender_targets")
         self.boxes = given.get("lavender_boxes")
+        self.kwargs = kwargs
         self.resamplers = patch._resamplers if self.boxes is not None else None
-        needed = [key for key in KEYS[:-1] if key != "lavender_boxes" or self.targets is not None]
-        missing = [key for key in needed if key not in given]
+        missing = [key for key in KEYS if key not in given and (key != "lavender_boxes" or self.targets is not None)]
         if missing:
             raise CaptureError(f"the batch lacks {', '.join(missing)}; make it with lavender.Collator")
-        assert self.present is not None
+        self.present = given["lavender_present"]
+        self.columns = given["lavender_columns"]
+        self.tokens, self.token_words = given["lavender_tokens"], given["lavender_token_words"]
+        self.outcomes = given.get("lavender_outcomes", self.tokens.new_zeros(len(self.tokens)))
         self.num_layers = patch.num_layers
-        self.attention = type(next(iter(patch._layers))).__name__
-        tokens = given["lavender_tokens"]
-        rows = tokens if (patch._rows or patch.config.rows) == "reads" else (tokens - 1).clamp_min(-1)
-        self.request = Request(
-            WordRows(rows, given["lavender_token_words"], given["lavender_token_weights"], self.present.shape[1]),
-            given["lavender_columns"],
-            patch._layers,
-            cross=patch.crosses,
-            renormalize=patch.config.renormalize,
-            # The identity aligner sees the mean over heads alone: then no map per head is made.
-            keep_heads=patch._captured is not None or patch.config.aligner != "identity",
-            length=_text_length(patch.model, kwargs),
+        self.attention_class = type(next(iter(patch._layers))).__name__
+        reads = (patch._rows or patch.config.rows) == "reads"
+        self.rows = WordRows(
+            self.tokens if reads else (self.tokens - 1).clamp_min(-1),
+            self.token_words,
+            given["lavender_token_weights"],
+            self.present.shape[1],
         )
-        self.share = _token_share(kwargs)
+        self.hidden: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.request: Request | None = None
+        aligns = patch.trains and "maps" not in patch._wanted
+        if not (aligns and patch.config.aggregation == "parallel"):
+            self.request = Request(
+                self.rows,
+                self.columns,
+                patch._layers,
+                cross=patch.crosses,
+                renormalize=patch.config.renormalize,
+                # Where the aligner sees the mean over heads alone, no map per head is made.
+                keep_heads=not aligns or keeps_heads(patch.config),
+                length=_text_length(patch.model, kwargs),
+            )
 
-    def maps(self) -> torch.Tensor:
-        recorded = self.request.recorded
+    def record_hidden(self, layer: int, hidden: torch.Tensor) -> None:
+        """Keeps what the parallel attention reads of a layer's input [B, T, D]."""
+        samples = torch.arange(len(hidden), device=hidden.device)[:, None]
+        queries, keys = (hidden[samples, at.clamp_min(0)] for at in (self.rows.rows, self.columns))
+        self.hidden.setdefault(layer, (queries, keys))
+
+    def attention(self) -> torch.Tensor:
+        """The recorded attention [B, L, H, W, M]."""
+        assert self.request is not None
+        return torch.stack(self._in_order(self.request.recorded), dim=1)
+
+    def source(self) -> torch.Tensor | HiddenStates:
+        """What the aligner takes: the recorded attention, or hidden states."""
+        if self.request is not None:
+            return self.attention()
+        pairs = self._in_order(self.hidden)
+        queries, keys = (torch.stack(own, dim=1) for own in zip(*pairs, strict=True))
+        rows, columns = (
+            torch.arange(places.shape[1], device=places.device).where(places >= 0, -1) for places in (self.rows.rows, self.columns)
+        )
+        return HiddenStates(queries, keys, replace(self.rows, rows=rows), columns)
+
+    def _in_order(self, recorded: dict[int, Any]) -> list[Any]:
         missing = [layer for layer in range(self.num_layers) if layer not in recorded]
         if missing:
             raise CaptureError(
                 f"{len(missing)} of {self.num_layers} attention layers recorded nothing (numbers {missing}). Was the attention "
                 "implementation changed after lavender.patch? Then unpatch, set it, patch again. Or does the layer around "
-                f"{self.attention} keep its keyword arguments to itself? Then lavender cannot reach it"
+                f"{self.attention_class} keep its keyword arguments to itself? Then lavender cannot reach it"
             )
-        stacked = torch.stack([recorded[layer] for layer in range(self.num_layers)], dim=1)
+        return [recorded[layer] for layer in range(self.num_layers)]
+
+    def place(self, maps: torch.Tensor) -> torch.Tensor:
+        """Attention by image token, [B, L, H, W, M], on the grid, [B, L, H, W, y, x], if the batch has boxes."""
         if self.boxes is None:
-            return stacked
+            return maps
         if self.resamplers is not None:
-            stacked = self.resamplers.compose(stacked)
-        return rasterize(stacked, self.boxes, lattice_of(self.boxes))
+            maps = self.resamplers.compose(maps)
+        return rasterize(maps, self.boxes, lattice_of(self.boxes))
 
 
 def _text_length(model: Any, kwargs: dict[str, Any]) -> int:
@@ -321,21 +379,6 @@ def _after_eager_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any
     request = kwargs.get(REQUEST)
     if request is not None:
         request.record_weights(module, output[1])
-
-
-def _token_share(kwargs: dict[str, Any]) -> torch.Tensor | float:
-    """This micro-batch's share of the optimizer step's label tokens, by which the Trainer expects losses to be scaled."""
-    total, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
-    if total is None or labels is None:
-        return 1.0
-    return (labels[:, 1:] != -100).sum() / total
-
-
-def _add_to_loss(output: Any, term: torch.Tensor) -> Any:
-    if isinstance(output, tuple):
-        return (output[0] + term, *output[1:])
-    output["loss"] = term if output.get("loss") is None else output["loss"] + term.to(output["loss"].dtype)
-    return output
 
 
 def _attention_name(decoder: Any) -> str:
