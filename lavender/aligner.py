@@ -36,7 +36,7 @@ class Aligner(nn.Module):
         }
         blocks: list[nn.Module] = []
         for _ in range(NUM_CONVOLUTIONS[config.aligner]):
-            activation = nn.ReLU6() if config.activation == "relu6" else nn.LeakyReLU(0.1)
+            activation = nn.ReLU6(inplace=True) if config.activation == "relu6" else nn.LeakyReLU(0.1, inplace=True)
             blocks += [nn.Conv2d(channels, hidden, 3, padding=1, bias=False), norms[config.norm](), activation]
             channels = hidden
         self.blocks = nn.Sequential(*blocks, nn.Conv2d(channels, 1, 1))
@@ -194,7 +194,7 @@ class Alignment(nn.Module):
 
 def keeps_heads(config: AlignmentConfig) -> bool:
     """Whether the alignment needs attention per head, or the mean over heads will do."""
-    linear = config.aligner == "identity" and config.aggregation in ("project_mean", "mean_project")
+    linear = config.aligner == "identity" and config.aggregation in ("project_mean", "project_max", "mean_project")
     return not linear and config.aggregation != "mean"
 
 

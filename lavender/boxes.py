@@ -71,13 +71,29 @@ def rasterize(maps: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) ->
     boxes = boxes.to(maps.dtype)
     placed = ~boxes.isnan().any(dim=-1)
     top, left, bottom, right = boxes.nan_to_num(0.0).unbind(-1)
-    tall = _overlap(top, bottom, rows)
-    wide = _overlap(left, right, columns)
-    share = tall[..., :, None] * wide[..., None, :]
-    share = share / share.sum(dim=(-2, -1), keepdim=True).clamp_min(1e-12)
-    share = (share * placed[..., None, None]).flatten(2)
-    flat = maps.flatten(1, -2) @ share
+    tall, wide = (
+        part / part.sum(dim=-1, keepdim=True).clamp_min(1e-6)
+        for part in (_overlap(top, bottom, rows) * placed[..., None], _overlap(left, right, columns))
+    )
+    flat = _Spread.apply(maps.flatten(1, -2), tall, wide)
     return flat.view(*maps.shape[:-1], rows, columns)
+
+
+class _Spread(torch.autograd.Function):
+    """Sum over m of A[b, k, m] tall[b, m, y] wide[b, m, x], as [B, K, y x]: the shares [M, y x] are made again for the gradient."""
+
+    @staticmethod
+    def forward(ctx, maps, tall, wide):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(tall, wide)
+        return maps @ _shares(tall, wide)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        return gradient @ _shares(*ctx.saved_tensors).mT, None, None
+
+
+def _shares(tall: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    return (tall[..., :, None] * wide[..., None, :]).flatten(2)
 
 
 def _overlap(start: torch.Tensor, end: torch.Tensor, cells: int) -> torch.Tensor:

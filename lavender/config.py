@@ -179,6 +179,9 @@ class AlignmentConfig:
     weights for 32 heads); `identity` is the mean over its channels, so that the term acts on the attention itself."""
     hidden_channels: int = 32
     """Channels of the aligner's hidden layers (32 as published)."""
+    max_grid: int = 32
+    """Height and width, in places, above which attention is brought to a grid of that size before the aligner sees it, by shared
+    area. The teacher's maps have 32; four tiles of Llama 3.2 Vision have 80, at six times the aligner's memory."""
     norm: Norm = "instance"
     """The norm after each of the aligner's 3x3 convolutions, without weights of its own (`instance` as published). `group` has 8
     groups. The statistics of `batch` are each process's own."""
@@ -209,7 +212,7 @@ class AlignmentConfig:
             ("distance", Distance),
         ):
             _require_choice(name, getattr(self, name), choices)
-        for name in ("hidden_channels", "parallel_heads", "parallel_width"):
+        for name in ("hidden_channels", "max_grid", "parallel_heads", "parallel_width"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         _require(
             self.norm != "group" or self.hidden_channels % NORM_GROUPS == 0,

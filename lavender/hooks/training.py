@@ -55,13 +55,17 @@ def compare(patch: StudentPatch, active: Forward, source: torch.Tensor | HiddenS
 
     The mean runs over the words of all processes. Engines average gradients over processes, so each adds its own words' sum times
     the number of processes. They are told how many label tokens an optimizer step has, if at all, over all processes or their own:
-    this micro-batch's share of them is taken from the mean over processes, which serves both.
+    this micro-batch's share of them is taken from the mean over processes, which serves both. TRL's `SFTTrainer` takes sums and
+    divides them itself: by the step's tokens where the model accepts their number, else by this forward's own.
     """
     model, trains = patch.model, patch.model.training and torch.is_grad_enabled()
     assert active.targets is not None
     per_word, aligned = model.lavender(source, active.place, active.targets, active.present)
     total = per_word.sum()
     labels, step_tokens = active.kwargs.get("labels"), active.kwargs.get("num_items_in_batch")
+    summed = bool(active.kwargs.get("fused_lm_head"))
+    if summed and getattr(model, "accepts_loss_kwargs", True):
+        step_tokens = 1
     tokens = total.new_zeros(()) if labels is None else (labels[:, 1:] != -100).sum()
     outcomes = torch.bincount(active.outcomes, minlength=NUM_OUTCOMES).to(total.dtype)
     sums = torch.cat([torch.stack([total.detach(), active.present.sum(), tokens]), outcomes])
@@ -85,7 +89,8 @@ def compare(patch: StudentPatch, active: Forward, source: torch.Tensor | HiddenS
         tokens=active.tokens,
         token_words=active.token_words,
     )
-    return comparison, weight * processes * share * total / all_words
+    term = weight * processes * share * total / all_words
+    return comparison, term * tokens if summed and step_tokens is None else term
 
 
 def _weight(patch: StudentPatch, trains: bool) -> float:
@@ -98,9 +103,18 @@ def _weight(patch: StudentPatch, trains: bool) -> float:
 
 
 def add_to_loss(output: Any, term: torch.Tensor) -> Any:
-    """A model's output with `term` added to its loss."""
+    """A model's output with `term` added to its loss.
+
+    TRL's `SFTTrainer` makes its loss of minus the sum of `log_probs`, perhaps after weighting each by its exponential (`dft`): two
+    positions more per row hold the term, one its gradient, at the value zero, the other its value, without gradient.
+    """
     if isinstance(output, tuple):
         return (output[0] + term, *output[1:])
+    if "log_probs" in output:
+        held = -term / len(output["log_probs"])
+        more = torch.stack([held - held.detach(), held.detach()]).expand(len(output["log_probs"]), 2)
+        output["log_probs"] = torch.cat([output["log_probs"], more], dim=1)
+        return output
     output["loss"] = term if output.get("loss") is None else output["loss"] + term.to(output["loss"].dtype)
     return output
 

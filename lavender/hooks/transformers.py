@@ -309,8 +309,9 @@ class Forward:
         )
         self.hidden: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.request: Request | None = None
-        aligns = patch.trains and "maps" not in patch._wanted
-        if not (aligns and patch.config.aggregation == "parallel"):
+        self.aligns = patch.trains and "maps" not in patch._wanted
+        self.max_grid = patch.config.max_grid
+        if not (self.aligns and patch.config.aggregation == "parallel"):
             self.request = Request(
                 self.rows,
                 self.columns,
@@ -318,7 +319,7 @@ class Forward:
                 cross=patch.crosses,
                 renormalize=patch.config.renormalize,
                 # Where the aligner sees the mean over heads alone, no map per head is made.
-                keep_heads=not aligns or keeps_heads(patch.config),
+                keep_heads=not self.aligns or keeps_heads(patch.config),
                 length=_text_length(patch.model, kwargs),
             )
 
@@ -360,7 +361,10 @@ class Forward:
             return maps
         if self.resamplers is not None:
             maps = self.resamplers.compose(maps)
-        return rasterize(maps, self.boxes, lattice_of(self.boxes))
+        rows, columns = lattice_of(self.boxes)
+        if self.aligns:
+            rows, columns = min(rows, self.max_grid), min(columns, self.max_grid)
+        return rasterize(maps, self.boxes, (rows, columns))
 
 
 def _text_length(model: Any, kwargs: dict[str, Any]) -> int:
