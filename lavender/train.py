@@ -25,6 +25,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
     PreTrainedModel,
@@ -49,11 +51,16 @@ logger = logging.getLogger("lavender")
 LOG_EVERY = 10
 
 
-def load_student(model: str | Path, dtype: Dtype = "float32") -> tuple[PreTrainedModel, Any]:
+def load_student(model: str | Path, dtype: Dtype = "float32", *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
     """Loads an image-text-to-text model and its processor. Raises `ModelError` when there is none."""
     try:
-        processor = AutoProcessor.from_pretrained(str(model))
-        return AutoModelForImageTextToText.from_pretrained(str(model), dtype=getattr(torch, dtype)), processor
+        processor = AutoProcessor.from_pretrained(str(model), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(str(model), trust_remote_code=trust_remote_code)
+        # Code of a model's own often registers the general class alone.
+        brought = getattr(config, "auto_map", {})
+        general = "AutoModel" in brought and "AutoModelForImageTextToText" not in brought
+        auto = AutoModel if general else AutoModelForImageTextToText
+        return auto.from_pretrained(str(model), dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code), processor
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise ModelError(
@@ -181,7 +188,7 @@ class _Run:
 
     def build(self) -> tuple[nn.Module, PreTrainedModel, Any]:
         """The model to train, the student in it, and its processor."""
-        student, processor = load_student(self.model, self.training.dtype)
+        student, processor = load_student(self.model, self.training.dtype, trust_remote_code=self.training.trust_remote_code)
         set_seed(self.training.seed)
         handle = patch(student, self.alignment) if self.alignment is not None else None
         if handle is not None and self.aligner is not None:
@@ -299,9 +306,9 @@ def _arguments(folder: Path, training: TrainingConfig, progress: bool) -> Traini
         "seed": training.seed,
         "data_seed": training.seed,
         "remove_unused_columns": False,
-        "gradient_checkpointing": training.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if training.gradient_checkpointing else None,
     }
+    if training.gradient_checkpointing:
+        own |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     preset = {
         "lr_scheduler_type": "linear",
         "weight_decay": 0.0,

@@ -28,6 +28,7 @@ RANKS = [
     {"train", "doctor"},
     {"evaluate", "report"},
     {"miniworld"},
+    {"presets"},
     {"cli"},
 ]
 RANK_OF = {name: rank for rank, names in enumerate(RANKS) for name in names}

@@ -15,10 +15,11 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from ..config import TeacherConfig
-from ..data import Pair, load_image, require_unicode
+from ..data import Pair, require_unicode
 from ..errors import ConfigError, DataError, ModelError
 from ..families.prompts import word_weights
 from ..hooks.diffusers import DenoiserHooks
+from ..images import load_image
 from ..targets import Target, TargetWriter, image_sha256
 from ..types import WordMaps
 from ..words import words_of
