@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from tqdm import tqdm
 
 from .config import AlignmentConfig, TeacherConfig, TrainingConfig
 from .errors import ConfigError, LavenderError
+
+if TYPE_CHECKING:
+    from .data import Conversation, Sample
 
 app = typer.Typer(
     name="lavender",
@@ -20,6 +24,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+targets_app = typer.Typer(help="Bring published word maps into a target store, and out of it.", no_args_is_help=True)
+app.add_typer(targets_app, name="targets")
 
 
 class Inversion(str, Enum):
@@ -33,8 +40,15 @@ class Rows(str, Enum):
 
 
 class AlignerKind(str, Enum):
+    light = "light"
     sim = "sim"
+    deep = "deep"
     identity = "identity"
+
+
+class Format(str, Enum):
+    folder = "folder"
+    parquet = "parquet"
 
 
 _TEACHER = TeacherConfig()
@@ -115,42 +129,66 @@ def extract(
 
 @app.command()
 def train(
-    model: Annotated[str, typer.Option(help="Folder or hub id of the student, an image-text-to-text model of transformers.")],
-    data: Annotated[Path, typer.Option(help='JSON lines {"image", "question", "answer"}; "caption" serves as answer.')],
+    data: Annotated[Path, typer.Option(help='JSON lines {"image", "question", "answer"}, or a published format.')],
     out: Annotated[Path, typer.Option(help="Run folder; an interrupted run in it is continued.")],
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of the student; the preset's without it.")] = None,
     targets: Annotated[Path | None, typer.Option(help="Target store of `lavender extract`; plain fine-tuning without it.")] = None,
-    weight: Annotated[float, typer.Option(help="Lambda, the weight of the alignment loss.")] = _ALIGNMENT.weight,
-    rows: Annotated[Rows, typer.Option(help="Which row speaks for a token.")] = Rows.predicts,
-    layers: Annotated[str, typer.Option(help="Decoder layers to align, as numbers from 0. All if empty.")] = "",
-    aligner: Annotated[
-        AlignerKind, typer.Option(help="sim: the published convolutions; identity: raw attention.")
-    ] = AlignerKind.sim,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = _TRAINING.steps,
-    batch_size: Annotated[int, typer.Option(help="Samples a step and device.")] = _TRAINING.batch_size,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = _TRAINING.learning_rate,
-    lora_rank: Annotated[int, typer.Option(help="Rank of the LoRA adapter; 0 fine-tunes every weight.")] = _TRAINING.lora_rank,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute activations in the backward pass.")] = False,
-    save_steps: Annotated[int, typer.Option(help="Write a checkpoint every so many steps.")] = _TRAINING.save_steps,
-    seed: Annotated[int, typer.Option(help="Seed of order, dropout and new weights.")] = _TRAINING.seed,
+    preset: Annotated[str | None, typer.Option(help="Settings to start from, such as llama-3.2-11b-vision-lora.")] = None,
+    weight: Annotated[float | None, typer.Option(help=f"Lambda, the weight of the alignment loss [{_ALIGNMENT.weight}].")] = None,
+    rows: Annotated[Rows | None, typer.Option(help=f"Which row speaks for a token [{_ALIGNMENT.rows}].")] = None,
+    layers: Annotated[str | None, typer.Option(help="Decoder layers to align, as numbers from 0 [all].")] = None,
+    aligner: Annotated[AlignerKind | None, typer.Option(help=f"The aligner's size [{_ALIGNMENT.aligner}].")] = None,
+    steps: Annotated[int | None, typer.Option(help=f"Optimizer steps [{_TRAINING.steps}].")] = None,
+    batch_size: Annotated[int | None, typer.Option(help=f"Samples a step and device [{_TRAINING.batch_size}].")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help=f"Peak learning rate of AdamW [{_TRAINING.learning_rate}].")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help=f"LoRA's rank; 0 trains every weight [{_TRAINING.lora_rank}].")] = None,
+    gradient_checkpointing: Annotated[bool | None, typer.Option(help="Recompute activations in the backward pass.")] = None,
+    save_steps: Annotated[int | None, typer.Option(help=f"Steps between checkpoints [{_TRAINING.save_steps}].")] = None,
+    seed: Annotated[int | None, typer.Option(help=f"Seed of order, dropout and new weights [{_TRAINING.seed}].")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter to start from, in place of a new one.")] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Any other setting: alignment.schedule=linear, words.match=exact, training.arguments.bf16=true."
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune a student, with the alignment loss if there are targets."""
     from .data import read_samples
+    from .presets import Preset
+    from .presets import preset as preset_of
     from .targets import TargetStore
     from .train import fine_tune
 
-    alignment = AlignmentConfig(weight=weight, rows=rows.value, layers=_integers(layers, "--layers"), aligner=aligner.value)
-    training = TrainingConfig(
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        lora_rank=lora_rank,
-        gradient_checkpointing=gradient_checkpointing,
-        save_steps=save_steps,
-        seed=seed,
-    )
+    if model is None and preset is None:
+        raise ConfigError("no student: give --model, or a --preset that names one")
+    start = Preset("", AlignmentConfig(), TrainingConfig()) if preset is None else preset_of(preset)
+    alignment = {
+        "weight": weight,
+        "rows": rows and rows.value,
+        "layers": None if layers is None else _integers(layers, "--layers"),
+        "aligner": aligner and aligner.value,
+    }
+    training = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "lora_rank": lora_rank,
+        "gradient_checkpointing": gradient_checkpointing,
+        "save_steps": save_steps,
+        "seed": seed,
+    }
+    chosen = replace(
+        start, alignment=replace(start.alignment, **_given(alignment)), training=replace(start.training, **_given(training))
+    ).with_settings(setting or [])
     store = TargetStore(targets) if targets is not None else None
-    fine_tune(model, read_samples(data), out, training, targets=store, alignment=alignment)
-    print(f"{out}: {'adapter/' if lora_rank else 'model/'} and history.json written")
+    settings = {"alignment": chosen.alignment, "words": chosen.words} if store is not None else {}
+    fine_tune(model or chosen.model, read_samples(data), out, chosen.training, targets=store, adapter=adapter, **settings)
+    print(f"{out}: {'adapter/' if chosen.training.lora_rank else 'model/'} and history.json written")
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @app.command()
@@ -184,6 +222,47 @@ def evaluate(
         out.write_text(text + "\n")
 
 
+@targets_app.command("import")
+def import_targets(
+    source: Annotated[Path, typer.Argument(help="Published maps: the root of a folder of pictures, or parquet.")],
+    out: Annotated[Path, typer.Option(help="Folder of the target store; an interrupted import into it is continued.")],
+    samples: Annotated[
+        Path | None, typer.Option(help="Samples to take ids, captions and pictures from, by the pictures' file names.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures.")] = None,
+) -> None:
+    """Make a target store of word maps in one of the published formats."""
+    from .published import import_targets as run
+
+    summary = run(source, out, samples=_samples(samples, images), images=images)
+    print(
+        f"{out}: {summary.written} written, {summary.present} there before, {summary.failed} skipped, "
+        f"{summary.unused_maps} maps not used"
+    )
+    if summary.failed or summary.unused_maps:
+        print(f"what was left out, and why: {out / 'failed.jsonl'}")
+
+
+@targets_app.command("export")
+def export_targets(
+    store: Annotated[Path, typer.Argument(help="Folder of the target store.")],
+    out: Annotated[Path, typer.Argument(help="New folder, or new file whose name ends in .parquet.")],
+    format: Annotated[Format, typer.Option(help="folder: one JPEG a word. parquet: one row a sample, with its picture.")],
+    samples: Annotated[Path | None, typer.Option(help="The store's samples, for their pictures and questions.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the pictures; without --samples, the store's ids are paths in it.")
+    ] = None,
+) -> None:
+    """Write a target store in one of the published formats."""
+    from .published import export_targets as run
+    from .targets import TargetStore
+
+    summary = run(TargetStore(store), out, format=format.value, samples=_samples(samples, images), images=images)
+    for own_id, reason in summary.failed:
+        print(f"skipped {own_id}: {reason}")
+    print(f"{out}: {summary.written} samples with {summary.maps} maps written, {len(summary.failed)} skipped")
+
+
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a finished `lavender demo`.")] = Path("runs/demo"),
@@ -212,6 +291,12 @@ def doctor(
             print(f"{'':<{width}}  -> {finding.remedy}")
     if any(finding.remedy for finding in findings):
         raise typer.Exit(1)
+
+
+def _samples(path: Path | None, images: Path | None) -> list[Sample | Conversation] | None:
+    from .data import read_samples
+
+    return None if path is None else read_samples(path, split=None, images=images)
 
 
 def _device(name: str) -> str:

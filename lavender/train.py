@@ -179,7 +179,7 @@ class _Run:
             aligner_learning_rate=self.training.aligner_learning_rate,
         )
         if self.targets is not None:
-            watch(trainer)
+            watch(trainer, processor=processor)
         with arguments.main_process_first():
             checkpoint = _last_checkpoint(out / "checkpoints")
         _train(trainer, checkpoint)

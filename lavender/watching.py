@@ -23,7 +23,7 @@ NUM_PICTURED = 6
 """Words whose maps are drawn."""
 
 
-def watch(trainer: Trainer, *, picture_steps: int | None = None) -> None:
+def watch(trainer: Trainer, *, processor: Any = None, picture_steps: int | None = None) -> None:
     """Lets a Trainer, or a TRL trainer, show what the alignment does; the one line more that a training script may have.
 
     Whatever the Trainer logs - to the terminal, to `report_to`, to its history - gains `language_loss`, `alignment_loss` (the
@@ -34,6 +34,7 @@ def watch(trainer: Trainer, *, picture_steps: int | None = None) -> None:
 
     Args:
         trainer: a Trainer of a patched model, before `train()`.
+        processor: names the drawn words; the Trainer's `processing_class` by default.
         picture_steps: steps between pictures; a tenth of the training by default, 0 for none.
 
     Raises:
@@ -43,13 +44,14 @@ def watch(trainer: Trainer, *, picture_steps: int | None = None) -> None:
     if patch is None or not patch.trains:
         raise ModelError("the Trainer's model is not patched for training; call lavender.patch(model, AlignmentConfig(...)) first")
     # In front of all others: trackers get what it adds to the log.
-    trainer.callback_handler.callbacks.insert(0, _Watcher(trainer, patch, picture_steps))
+    trainer.callback_handler.callbacks.insert(0, _Watcher(trainer, patch, processor or trainer.processing_class, picture_steps))
 
 
 class _Watcher(TrainerCallback):
-    def __init__(self, trainer: Trainer, patch: StudentPatch, picture_steps: int | None) -> None:
+    def __init__(self, trainer: Trainer, patch: StudentPatch, processor: Any, picture_steps: int | None) -> None:
         self.trainer = trainer
         self.patch = patch
+        self.processor = processor
         self.picture_steps = picture_steps
         self.last: Comparison | None = None
         self.sums = _Sums()
@@ -93,7 +95,7 @@ class _Watcher(TrainerCallback):
             logger.warning("samples that were trained on without alignment (counted each time they came up): %s", told)
 
     def _draw(self, comparison: Comparison, args: Any, state: Any) -> None:
-        figure = draw(comparison, getattr(self.trainer, "processing_class", None))
+        figure = draw(comparison, self.processor)
         path = Path(args.output_dir) / "maps" / f"step-{state.global_step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
