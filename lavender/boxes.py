@@ -75,7 +75,8 @@ def rasterize(maps: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) ->
         part / part.sum(dim=-1, keepdim=True).clamp_min(1e-6)
         for part in (_overlap(top, bottom, rows) * placed[..., None], _overlap(left, right, columns))
     )
-    flat = _Spread.apply(maps.flatten(1, -2), tall, wide)
+    with torch.autocast(maps.device.type, enabled=False):
+        flat = _Spread.apply(maps.flatten(1, -2), tall, wide)
     return flat.view(*maps.shape[:-1], rows, columns)
 
 

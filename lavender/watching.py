@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer, TrainerCallback
 
-from .errors import ModelError
+from .errors import ConfigError, ModelError
 from .hooks.discovery import base_model_of
 
 if TYPE_CHECKING:
@@ -39,10 +39,16 @@ def watch(trainer: Trainer, *, processor: Any = None, picture_steps: int | None 
 
     Raises:
         ModelError: the Trainer's model is not patched for training.
+        ConfigError: the Trainer would not train by the model's loss, to which the alignment is added.
     """
     patch = getattr(base_model_of(trainer.model), "_lavender_patch", None)
     if patch is None or not patch.trains:
         raise ModelError("the Trainer's model is not patched for training; call lavender.patch(model, AlignmentConfig(...)) first")
+    if trainer.args.label_smoothing_factor or trainer.compute_loss_func is not None:
+        raise ConfigError(
+            "with label_smoothing_factor or compute_loss_func the Trainer drops the model's loss, and the alignment with it; leave "
+            "them out"
+        )
     # In front of all others: trackers get what it adds to the log.
     trainer.callback_handler.callbacks.insert(0, _Watcher(trainer, patch, processor or trainer.processing_class, picture_steps))
 

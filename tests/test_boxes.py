@@ -84,3 +84,17 @@ def test_a_lattice_is_nobody_elses():
     assert not square_boxes(3, 3).isnan().any()
     with torch.device("meta"):
         assert square_boxes(4, 5).device.type == "cpu"
+
+
+def test_half_precision_around_changes_nothing():
+    """Under autocast, as in mixed precision training, values and gradients are those of float32."""
+    maps, boxes = torch.rand(1, 2, 16, generator=torch.Generator().manual_seed(0)), square_boxes(4, 4)[None]
+    found = []
+    for enabled in (False, True):
+        given = maps.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            spread = rasterize(given, boxes, (3, 5))
+        spread.square().sum().backward()
+        found.append((spread, given.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])

@@ -165,6 +165,15 @@ def test_pictures_show_each_words_maps_under_its_name(student, processor, sample
     assert torch.equal(torch.as_tensor(figure.axes[1].images[0].get_array().data), training_batch["lavender_targets"][0, 1])
 
 
+def test_losses_that_drop_the_models_own_are_refused(student, tmp_path):
+    with lavender.patch(student, AlignmentConfig()):
+        for settings in ({"label_smoothing_factor": 0.1}, {}):
+            arguments = TrainingArguments(tmp_path, report_to=[], use_cpu=True, **settings)
+            trainer = Trainer(model=student, args=arguments, compute_loss_func=None if settings else lambda *_, **__: 0)
+            with pytest.raises(ConfigError, match="drops the model's loss"):
+                lavender.watch(trainer)
+
+
 def test_a_model_that_is_not_patched_for_training_is_named(student, tmp_path):
     trainer = Trainer(model=student, args=TrainingArguments(tmp_path, report_to=[], use_cpu=True))
     with pytest.raises(ModelError, match=r"lavender.patch\(model, AlignmentConfig"):

@@ -63,9 +63,6 @@ def compare(patch: StudentPatch, active: Forward, source: torch.Tensor | HiddenS
     per_word, aligned = model.lavender(source, active.place, active.targets, active.present)
     total = per_word.sum()
     labels, step_tokens = active.kwargs.get("labels"), active.kwargs.get("num_items_in_batch")
-    summed = bool(active.kwargs.get("fused_lm_head"))
-    if summed and getattr(model, "accepts_loss_kwargs", True):
-        step_tokens = 1
     tokens = total.new_zeros(()) if labels is None else (labels[:, 1:] != -100).sum()
     outcomes = torch.bincount(active.outcomes, minlength=NUM_OUTCOMES).to(total.dtype)
     sums = torch.cat([torch.stack([total.detach(), active.present.sum(), tokens]), outcomes])
@@ -90,7 +87,9 @@ def compare(patch: StudentPatch, active: Forward, source: torch.Tensor | HiddenS
         token_words=active.token_words,
     )
     term = weight * processes * share * total / all_words
-    return comparison, term * tokens if summed and step_tokens is None else term
+    if active.kwargs.get("fused_lm_head"):
+        term = term * (sums[2] / processes if getattr(model, "accepts_loss_kwargs", True) else tokens)
+    return comparison, term
 
 
 def _weight(patch: StudentPatch, trains: bool) -> float:

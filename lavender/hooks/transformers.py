@@ -147,6 +147,10 @@ class StudentPatch(Handle):
         self._release_tap()
         if hasattr(self.model, "lavender"):
             del self.model.lavender
+            # An adapter that PEFT saves from here on must not name what is gone.
+            for config in getattr(self.model, "peft_config", {}).values():
+                kept = [name for name in getattr(config, "modules_to_save", None) or () if name != "lavender"]
+                config.modules_to_save = kept or None
         del self.model._lavender_patch
 
     def capture(self, rows: Rows | None = None, **batch: Any) -> torch.Tensor:
