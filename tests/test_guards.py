@@ -161,3 +161,79 @@ def test_a_family_of_ones_own(processor, samples):
     finally:
         type(model.config).model_type = named
         lavender.families.STUDENTS.pop("unheard_of", None)
+
+
+def test_data_parallel_is_refused_with_the_remedy(student, training_batch):
+    """nn.DataParallel marks its copies so; it needs two GPUs to make any."""
+    with lavender.patch(student, AlignmentConfig()):
+        replica = student._replicate_for_data_parallel()
+        replica._is_replica = True
+        with pytest.raises(CaptureError, match=r"one process per GPU \(torchrun"):
+            replica(**training_batch)
+
+
+def test_split_sequences_are_refused(student, training_batch):
+    """transformers' context and sequence parallelism give labels that are shifted already."""
+    with lavender.patch(student, AlignmentConfig()), pytest.raises(CaptureError, match="sequence is split over processes"):
+        student(**training_batch, shift_labels=training_batch["labels"])
+
+
+def test_a_batch_of_another_models_processor_is_named(student, training_batch):
+    """Its image columns hold other tokens: found at the first forward of a training."""
+    with lavender.patch(student, AlignmentConfig()):
+        student(**training_batch)
+    columns = training_batch["lavender_columns"]
+    training_batch["lavender_columns"] = torch.where(columns >= 0, columns + 1, columns)
+    told = r"made for another model: 4 of its image columns .* LlavaForConditionalGeneration's image token \d+"
+    with lavender.patch(student, AlignmentConfig()), pytest.raises(CaptureError, match=told):
+        student(**training_batch)
+
+
+def gradients_of_a_step(student, batch):
+    student.zero_grad()
+    student(**batch).loss.backward()
+    return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("aggregation", ["project_mean", "parallel"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_batch_sees_anything_of_another(student, processor, samples, checkpointing, aggregation):
+    """Train, evaluate, train: the second step is what it would be alone, with other words, lengths and sizes between."""
+
+    def targeted(chosen):
+        batch = Collator(processor)(chosen)
+        return {**batch, "lavender_targets": torch.rand(*batch["lavender_present"].shape, 16, 16)}
+
+    torch.manual_seed(0)
+    first, between, second = targeted(samples[:4]), targeted(samples[4:7]), targeted(samples[7:9])
+    if checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with lavender.patch(student, AlignmentConfig(aggregation=aggregation, parallel_heads=2)) as patch:
+        alone = gradients_of_a_step(student.train(), second)
+        gradients_of_a_step(student, first)
+        with torch.no_grad():
+            student.eval()(**between)
+            patch.capture(**between)
+            patch.align(**between)
+        found = gradients_of_a_step(student.train(), second)
+        assert patch.last.words == second["lavender_present"].sum()
+    assert found.keys() == alone.keys()
+    for name, gradient in found.items():
+        assert torch.equal(gradient, alone[name]), name
+
+
+def test_a_compiled_student_trains_the_same(student, training_batch):
+    """torch.compile around the patched model: same loss and gradients."""
+    student.train()
+    with lavender.patch(student, AlignmentConfig()):
+        plain = gradients_of_a_step(student, training_batch)
+        loss = student(**training_batch).loss
+        compiled = torch.compile(student, backend="aot_eager")
+        student.zero_grad()
+        output = compiled(**training_batch)
+        torch.testing.assert_close(output.loss, loss)
+        output.loss.backward()
+        for name, parameter in student.named_parameters():
+            if parameter.grad is not None:
+                torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-4, atol=1e-6)
+    torch._dynamo.reset()

@@ -341,6 +341,7 @@ def test_a_peft_model_trains_adapter_and_aligner(student, training_batch):
     assert any("language_model.layers.0.self_attn.q_proj.lora_B" in n for n in with_gradient)
     assert any("lavender.modules_to_save.default.aligner" in n for n in with_gradient)
     patch.unpatch()
+    assert wrapped.peft_config["default"].modules_to_save is None
 
 
 @pytest.mark.parametrize(
