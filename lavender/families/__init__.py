@@ -6,6 +6,7 @@ A student without an entry here is captured all the same; only the places of its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -24,7 +25,7 @@ class Pictures:
     Attributes:
         processor: the model's processor.
         outputs: what the processor returned for the pictures.
-        sizes: (height, width) in pixels of every original picture, in order.
+        sizes: (height, width) in pixels of every original picture, in order; a sample may have several, or none.
         config: the model's config; None where only a processor is at hand.
     """
 
@@ -53,10 +54,11 @@ class Family:
             original picture, in the order of the tokens; NaN for tokens that have no place (newlines, class tokens). The tokens
             are those whose id is the model's image token, or, if `cross`, every key of the cross-attention.
         cross: whether the text reads the picture by cross-attention, whose keys are not in the text.
-        answer_type: what `token_type_ids`, if the model has them, say of an answer's tokens.
+        answer_type: what `token_type_ids`, if the model has them, say of an answer's tokens and of all that follows the first one.
         collates: whether the answer follows the picture in one text, as `lavender.Collator` builds it.
         resamplers: the attention modules by which the model's few image tokens were made from many patches; the attention to an
             image token is then carried on to its patches, and `boxes` are those of the patches.
+        pictures: the fewest and the most pictures that a sample may have. Through a resampler exactly one is followed.
     """
 
     boxes: Callable[[Pictures], list[torch.Tensor]]
@@ -64,6 +66,7 @@ class Family:
     answer_type: int = 0
     collates: bool = True
     resamplers: Callable[[nn.Module], list[nn.Module]] | None = None
+    pictures: tuple[int, float] = (0, math.inf)
 
 
 STUDENTS: dict[str, str | Family] = {

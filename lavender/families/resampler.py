@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,7 +16,11 @@ from . import Family, Pictures
 
 def _modules(pattern: str) -> Callable[[nn.Module], list[nn.Module]]:
     """Finds the modules whose dotted name ends as the pattern says, in the model's order."""
-    return lambda model: [module for name, module in model.named_modules() if re.search(rf"(^|\.){pattern}$", name)]
+    return partial(_named, pattern)
+
+
+def _named(pattern: str, model: nn.Module) -> list[nn.Module]:
+    return [module for name, module in model.named_modules() if re.search(rf"(^|\.){pattern}$", name)]
 
 
 def _nowhere(count: int) -> torch.Tensor:
@@ -43,7 +48,7 @@ def _perceiver(pictures: Pictures) -> list[torch.Tensor]:
     return boxes
 
 
-IDEFICS2 = Family(boxes=_perceiver, resamplers=_modules(r"perceiver_resampler\.layers\.\d+\.self_attn"))
+IDEFICS2 = Family(boxes=_perceiver, resamplers=_modules(r"perceiver_resampler\.layers\.\d+\.self_attn"), pictures=(1, 1))
 
 
 def _class_first(pictures: Pictures) -> list[torch.Tensor]:
@@ -53,7 +58,7 @@ def _class_first(pictures: Pictures) -> list[torch.Tensor]:
     return [lattice for _ in pictures.sizes]
 
 
-BLIP2 = Family(boxes=_class_first, resamplers=_modules(r"qformer\.encoder\.layer\.\d+\.crossattention\.attention"))
+BLIP2 = Family(boxes=_class_first, resamplers=_modules(r"qformer\.encoder\.layer\.\d+\.crossattention\.attention"), pictures=(1, 1))
 
 
 def _own_sizes(pictures: Pictures) -> list[torch.Tensor]:
@@ -70,4 +75,4 @@ def _own_sizes(pictures: Pictures) -> list[torch.Tensor]:
     return [torch.cat([lattice, _nowhere(longest - len(lattice))]) for lattice in lattices]
 
 
-MINICPMV = Family(boxes=_own_sizes, resamplers=_modules(r"resampler\.attn"))
+MINICPMV = Family(boxes=_own_sizes, resamplers=_modules(r"resampler\.attn"), pictures=(1, 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isqrt
+from math import inf, isqrt
 
 import torch
 
@@ -39,8 +39,8 @@ def _whole(pictures: Pictures) -> list[torch.Tensor]:
 
 
 WHOLE = Family(boxes=_whole)
-# Tokens of type 0 see each other in both directions: an answer's must not.
-PALIGEMMA = Family(boxes=_whole, answer_type=1)
+# Tokens of type 0 see each other in both directions: an answer's must not. The processor looks for a picture in every text.
+PALIGEMMA = Family(boxes=_whole, answer_type=1, pictures=(1, inf))
 
 
 def _padded(pictures: Pictures) -> list[torch.Tensor]:

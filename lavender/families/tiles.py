@@ -41,10 +41,23 @@ def _thumbnail_last(pictures: Pictures, side: int) -> list[torch.Tensor]:
     return boxes
 
 
-INTERNVL = Family(boxes=lambda pictures: _thumbnail_last(pictures, isqrt(pictures.processor.image_seq_length)))
-# Both processors' patch_size is in pixels or tokens after the vision tower's downsampling.
-AYA = Family(boxes=lambda pictures: _thumbnail_last(pictures, pictures.processor.img_size // pictures.processor.patch_size))
-COHERE = Family(boxes=lambda pictures: _thumbnail_last(pictures, pictures.processor.patch_size))
+def _internvl(pictures: Pictures) -> list[torch.Tensor]:
+    return _thumbnail_last(pictures, isqrt(pictures.processor.image_seq_length))
+
+
+def _aya(pictures: Pictures) -> list[torch.Tensor]:
+    """The processor's patch_size is in pixels, after the vision tower's downsampling."""
+    return _thumbnail_last(pictures, pictures.processor.img_size // pictures.processor.patch_size)
+
+
+def _cohere(pictures: Pictures) -> list[torch.Tensor]:
+    """The processor's patch_size is in tokens, after the vision tower's downsampling."""
+    return _thumbnail_last(pictures, pictures.processor.patch_size)
+
+
+INTERNVL = Family(boxes=_internvl)
+AYA = Family(boxes=_aya)
+COHERE = Family(boxes=_cohere)
 
 
 def _global_last(pictures: Pictures) -> list[torch.Tensor]:
