@@ -13,9 +13,11 @@ _HOME = {
     "TrainingConfig": "config",
     "LavenderError": "errors",
     "Collator": "collator",
+    "Conversation": "data",
     "Family": "families",
     "HeatMap": "maps",
     "Maps": "maps",
+    "Message": "data",
     "Pictures": "families",
     "TargetStore": "targets",
     "Word": "types",
@@ -32,10 +34,12 @@ _HOME = {
 __all__ = [
     "AlignmentConfig",
     "Collator",
+    "Conversation",
     "Family",
     "HeatMap",
     "LavenderError",
     "Maps",
+    "Message",
     "Pictures",
     "TargetStore",
     "TeacherConfig",
@@ -55,6 +59,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .collator import Collator
     from .config import AlignmentConfig, TeacherConfig, TrainingConfig, WordsConfig
+    from .data import Conversation, Message
     from .errors import LavenderError
     from .families import Family, Pictures, register_family
     from .maps import HeatMap, Maps

@@ -298,8 +298,6 @@ class TrainingConfig:
     dtype: Dtype = "float32"
     """In which the student's weights are loaded. Half precision is for LoRA, whose own weights stay in float32; a full fine-tuning
     by mixed precision keeps its weights in float32."""
-    trust_remote_code: bool = False
-    """Whether code from the model's own folder or hub repository may run, as transformers' argument of the name."""
     max_length: int | None = None
     """Tokens after which a sample is cut off, pictures included; None cuts nothing."""
     gradient_checkpointing: bool = False

@@ -82,20 +82,9 @@ def qwen2_5_vl_7b() -> Preset:
     return _lora("Qwen/Qwen2.5-VL-7B-Instruct", AlignmentConfig())
 
 
-def minicpm_v_2_6() -> Preset:
-    """MiniCPM-V-2.6 by LoRA, on its language model: attention reaches the picture through a resampler. Its code is on the hub."""
-    return _minicpm("openbmb/MiniCPM-V-2_6")
-
-
-def minicpm_llama3_v_2_5() -> Preset:
-    """MiniCPM-Llama3-V-2.5 by LoRA, likewise."""
-    return _minicpm("openbmb/MiniCPM-Llama3-V-2_5")
-
-
-def _minicpm(model: str) -> Preset:
-    lora = _lora(model, AlignmentConfig())
-    targets = r"llm\..*\.self_attn\.(q|v)_proj"
-    return replace(lora, training=replace(lora.training, lora_targets=targets, trust_remote_code=True))
+def minicpm_v_4_6() -> Preset:
+    """MiniCPM-V 4.6 by LoRA: the one of its family whose code is part of transformers."""
+    return _lora("openbmb/MiniCPM-V-4.6", AlignmentConfig())
 
 
 def small_world() -> Preset:
@@ -122,8 +111,7 @@ PRESETS: dict[str, Callable[[], Preset]] = {
     "llama-3.2-11b-vision-full": llama_3_2_11b_vision_full,
     "llava-1.5-7b": llava_1_5_7b,
     "qwen2.5-vl-7b": qwen2_5_vl_7b,
-    "minicpm-v-2.6": minicpm_v_2_6,
-    "minicpm-llama3-v-2.5": minicpm_llama3_v_2_5,
+    "minicpm-v-4.6": minicpm_v_4_6,
     "small-world": small_world,
 }
 """Names of the presets."""

@@ -25,8 +25,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
     PreTrainedModel,
@@ -51,16 +49,11 @@ logger = logging.getLogger("lavender")
 LOG_EVERY = 10
 
 
-def load_student(model: str | Path, dtype: Dtype = "float32", *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
+def load_student(model: str | Path, dtype: Dtype = "float32") -> tuple[PreTrainedModel, Any]:
     """Loads an image-text-to-text model and its processor. Raises `ModelError` when there is none."""
     try:
-        processor = AutoProcessor.from_pretrained(str(model), trust_remote_code=trust_remote_code)
-        config = AutoConfig.from_pretrained(str(model), trust_remote_code=trust_remote_code)
-        # Code of a model's own often registers the general class alone.
-        brought = getattr(config, "auto_map", {})
-        general = "AutoModel" in brought and "AutoModelForImageTextToText" not in brought
-        auto = AutoModel if general else AutoModelForImageTextToText
-        return auto.from_pretrained(str(model), dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code), processor
+        processor = AutoProcessor.from_pretrained(str(model))
+        return AutoModelForImageTextToText.from_pretrained(str(model), dtype=getattr(torch, dtype)), processor
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise ModelError(
@@ -188,7 +181,7 @@ class _Run:
 
     def build(self) -> tuple[nn.Module, PreTrainedModel, Any]:
         """The model to train, the student in it, and its processor."""
-        student, processor = load_student(self.model, self.training.dtype, trust_remote_code=self.training.trust_remote_code)
+        student, processor = load_student(self.model, self.training.dtype)
         set_seed(self.training.seed)
         handle = patch(student, self.alignment) if self.alignment is not None else None
         if handle is not None and self.aligner is not None:

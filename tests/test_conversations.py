@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import lavender
 from lavender.collator import OUTCOMES, Collator
-from lavender.config import TeacherConfig, WordsConfig
+from lavender.config import AlignmentConfig, TeacherConfig, WordsConfig
 from lavender.data import Conversation, Message, Sample, as_conversation
 from lavender.errors import ConfigError, DataError, TargetError
 from lavender.targets import Target, TargetStore, TargetWriter, image_sha256
@@ -426,3 +427,15 @@ def test_a_trainer_takes_conversations_through_workers(student, processor, tmp_p
         assert patch.last.outcomes.tolist() == [3, 1, 0, 0]
         assert patch.last.loss > 0
     assert not torch.equal(student.model.language_model.layers[0].self_attn.q_proj.weight, before)
+
+
+def test_a_batch_that_is_cut_off_entirely_harms_no_weight(student, processor, samples):
+    """The model's mean over no label is NaN; its gradient is zero all the same, and the Trainer's log leaves such losses out."""
+    prompt = Collator(processor)(samples[:1])["labels"][0].ne(-100).int().argmax()
+    batch = Collator(processor, max_length=int(prompt))(samples[:1])
+    assert (batch["labels"] == -100).all()
+    assert batch["lavender_outcomes"].tolist() == [3]
+    targets = torch.zeros(*batch["lavender_present"].shape, 8, 8)
+    with lavender.patch(student.train(), AlignmentConfig()):
+        student(**batch, lavender_targets=targets).loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in student.parameters())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -243,12 +244,12 @@ class StudentPatch(Handle):
         return [names[module] for module in self._layers]
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        given = {key: kwargs.pop(key) for key in (*KEYS, *TRAINING_KEYS) if key in kwargs}
+        kwargs, given = _parted(kwargs)
         self._active = None
         if given:
             require_whole_sequences(module, kwargs)
             names = list(inspect.signature(type(module).forward).parameters)[1:]
-            active = Forward(self, given, {**dict(zip(names, args, strict=False)), **kwargs})
+            active = Forward(self, given, _flat({**dict(zip(names, args, strict=False)), **kwargs}))
             if active.targets is not None and not self._knows_batch:
                 require_image_tokens(self, active)
                 self._knows_batch = True
@@ -369,6 +370,27 @@ class Forward:
         if self.aligns:
             rows, columns = min(rows, self.max_grid), min(columns, self.max_grid)
         return rasterize(maps, self.boxes, (rows, columns))
+
+
+def _parted(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A forward's arguments without lavender's keys, and these. MiniCPM-V takes its inputs in one mapping: they may be in there."""
+    ours, given = (*KEYS, *TRAINING_KEYS), {}
+    left: dict[str, Any] = {}
+    for name, value in kwargs.items():
+        if name in ours:
+            given[name] = value
+        elif isinstance(value, Mapping):
+            given |= {key: inner for key, inner in value.items() if key in ours}
+            left[name] = {key: inner for key, inner in value.items() if key not in ours} if given else value
+        else:
+            left[name] = value
+    return left, given
+
+
+def _flat(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A forward's arguments and those in its mappings, side by side."""
+    inner = [value for value in kwargs.values() if isinstance(value, Mapping)]
+    return {key: value for mapping in (*inner, kwargs) for key, value in mapping.items()}
 
 
 def _text_length(model: Any, kwargs: dict[str, Any]) -> int:

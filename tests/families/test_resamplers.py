@@ -9,6 +9,7 @@ import torch
 
 import lavender
 from lavender.boxes import lattice_of, rasterize
+from lavender.config import AlignmentConfig
 from lavender.errors import CaptureError
 
 from .test_contract import NAMES, built, encoded, family_of, student, with_keys, without_boxes
@@ -67,3 +68,21 @@ def test_batches_that_cannot_be_composed_are_refused(student):
     batch["lavender_columns"] = batch["lavender_columns"][:, :-1]
     with torch.no_grad(), lavender.patch(student.model) as patch, pytest.raises(CaptureError, match="one picture per sample"):
         patch.capture(**batch)
+
+
+def test_inputs_in_one_mapping_are_captured_and_trained_alike(monkeypatch):
+    """MiniCPM-V's own code takes `forward(data, **kwargs)`: lavender's keys lie in there, or beside it."""
+    student = built("minicpmv")
+    model = copy.deepcopy(student.model)
+    batch = with_keys(student, encoded(student))
+    training = batch | {"lavender_targets": torch.rand(*batch["lavender_present"].shape, 8, 8)}
+    inputs = {key: value for key, value in batch.items() if not key.startswith("lavender_")}
+    original = type(model).forward
+    with lavender.patch(model, AlignmentConfig()) as patch, torch.no_grad():
+        expected, loss = patch.capture(**batch), model(**training).loss
+        monkeypatch.setattr(type(model), "forward", lambda self, data, **kwargs: original(self, **data, **kwargs))
+        beside = {key: value for key, value in training.items() if key not in inputs}
+        for given in ({"data": dict(training)}, {"data": inputs, **beside}):
+            assert torch.equal(model(**given).loss, loss)
+            assert torch.equal(patch.capture(**beside, data=inputs), expected)
+            assert given["data"].keys() in (training.keys(), inputs.keys())
