@@ -167,7 +167,7 @@ class _Run:
         trainer = _Trainer(
             model=trained,
             args=arguments,
-            train_dataset=list(self.samples),  # type: ignore[arg-type]
+            train_dataset=list(self.samples),
             data_collator=self.collator(processor, student.config),
             aligner_learning_rate=self.training.aligner_learning_rate,
         )
@@ -239,7 +239,8 @@ class _Trainer(Trainer):
         optimizer = super().create_optimizer(model)
         if made_before or self.aligner_learning_rate is None:
             return optimizer
-        own = {id(p) for name, p in (self.model if model is None else model).named_parameters() if "lavender." in name}
+        trained: Any = self.model if model is None else model
+        own = {id(p) for name, p in trained.named_parameters() if "lavender." in name}
         groups = list(optimizer.param_groups)
         for group in groups:
             aligner = [p for p in group["params"] if id(p) in own]
@@ -256,7 +257,7 @@ def _texts(sample: Sample | Conversation) -> list[Any]:
     return [sample.id, *([message.role, message.content] for message in sample.messages)]
 
 
-def _with_lora(student: PreTrainedModel, training: TrainingConfig, adapter: str | Path | None, aligned: bool) -> nn.Module:
+def _with_lora(student: Any, training: TrainingConfig, adapter: str | Path | None, aligned: bool) -> nn.Module:
     """The student with a new LoRA adapter, or with one that a folder or hub id holds; the aligner is trained beside it."""
     from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.utils.save_and_load import load_peft_weights
@@ -278,7 +279,7 @@ def _with_lora(student: PreTrainedModel, training: TrainingConfig, adapter: str 
         trained = get_peft_model(student, found)
         # PEFT wants the weights of everything that it saves, the aligner's too.
         own = {name: value for name, value in get_peft_model_state_dict(trained).items() if "lavender." in name}
-        report = set_peft_model_state_dict(trained, own | load_peft_weights(str(adapter), device="cpu"))
+        report: Any = set_peft_model_state_dict(trained, own | load_peft_weights(str(adapter), device="cpu"))
     except (KeyError, ValueError, RuntimeError, OSError) as error:
         raise ModelError(f"cannot load a LoRA adapter for this student from {adapter} ({_first_line(error)})") from error
     if report.unexpected_keys:
@@ -289,7 +290,7 @@ def _with_lora(student: PreTrainedModel, training: TrainingConfig, adapter: str 
 
 
 def _arguments(folder: Path, training: TrainingConfig, progress: bool) -> TrainingArguments:
-    own = {
+    own: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": training.steps,
         "per_device_train_batch_size": training.batch_size,
@@ -302,7 +303,7 @@ def _arguments(folder: Path, training: TrainingConfig, progress: bool) -> Traini
     }
     if training.gradient_checkpointing:
         own |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    preset = {
+    preset: dict[str, Any] = {
         "lr_scheduler_type": "linear",
         "weight_decay": 0.0,
         "save_total_limit": 2,
@@ -358,7 +359,7 @@ def _write(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _saved(out: Path) -> dict[str, Path]:
+def _saved(out: Path) -> dict[str, Any]:
     """What a finished run is loaded from, as settings of a run."""
     places = {"model": out / "model", "adapter": out / "adapter"}
     found = {name: path for name, path in places.items() if path.exists()}
