@@ -40,7 +40,7 @@ def main():
     parser.add_argument("--fp32", dest="precision", action="store_const", const="fp32")
     parser.add_argument("--deepspeed", help="DeepSpeed's config file")
     parser.add_argument("--report-to", default="none", help="tensorboard, wandb, ... as transformers names them")
-    parser.add_argument("--set", nargs="*", default=[], help="alignment.weight=5 training.steps=100 words.match=exact ...")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], help="alignment.weight=5 training.steps=100 ...")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     args = parser.parse_args()
     if bool(args.data) != bool(args.targets):

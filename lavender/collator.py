@@ -25,8 +25,6 @@ from .words import FUNCTION_WORDS, align, collate_rows, tokens_of, words_of
 if TYPE_CHECKING:
     from .targets import Target, TargetStore
 
-OUTCOMES = ("matched", "no target", "no word matched", "cut off")
-"""What became of a sample, by its number in `lavender_outcomes`."""
 
 _TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
 """What processors return with one entry per token, [B, T] or [B, T, ...]."""

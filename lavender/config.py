@@ -8,7 +8,8 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
 
@@ -39,10 +40,38 @@ def _require_choice(name: str, value: str, choices: Any) -> None:
 
 def from_dict(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
     """Rebuilds a config of this module from `to_dict`'s result or parsed JSON. Raises `ConfigError` on an unknown key."""
-    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - known)
-    _require(not unknown, f"{cls.__name__} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    hints = get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    _require(not unknown, f"{cls.__name__} has no setting {', '.join(unknown)}; it has {', '.join(sorted(hints))}")
+    return cls(**{name: _typed(name, value, hints[name]) for name, value in values.items()})
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """A JSON value as a field's type has it. A list becomes a tuple, one text a tuple of one, an integer a float."""
+    options = [hint] if get_origin(hint) not in (Union, UnionType) else list(get_args(hint))
+    for option in options:
+        inner = get_args(option)
+        if get_origin(option) is tuple:
+            items = value if isinstance(value, list | tuple) else None
+            if items is not None and all(_fits(item, inner[0]) for item in items):
+                return tuple(items)
+        elif _fits(value, option):
+            return float(value) if option is float else value
+    several = [get_args(option)[0] for option in options if get_origin(option) is tuple]
+    if several and _fits(value, several[0]):
+        return (value,)
+    expected = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+    raise ConfigError(f"{name} is {value!r}; a value of another type was expected: {expected}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return isinstance(value, str)  # which one is checked by the config itself
+    if get_origin(kind) is Mapping:
+        return isinstance(value, Mapping)
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -58,7 +87,7 @@ def override(config: ConfigT, assignments: Iterable[str]) -> ConfigT:
     values = to_dict(config)
     for assignment in assignments:
         name, found, text = assignment.partition("=")
-        _require(bool(found), f"{assignment!r} sets nothing; expected name=value")
+        _require(bool(found) and name.count(".") <= 1, f"{assignment!r} sets nothing; expected name=value")
         try:
             value = json.loads(text)
         except json.JSONDecodeError:
@@ -69,10 +98,7 @@ def override(config: ConfigT, assignments: Iterable[str]) -> ConfigT:
             values[outer] = values[outer] | {inner: value}
         else:
             values[outer] = value
-    try:
-        return from_dict(type(config), values)
-    except TypeError as error:
-        raise ConfigError(f"{', '.join(assignments)}: a value of another type was expected ({error})") from None
+    return from_dict(type(config), values)
 
 
 def fingerprint(values: Any) -> str:
@@ -194,7 +220,8 @@ class AlignmentConfig:
     normalization: Normalization = "zscore"
     """How both sides are normalized per map before they are compared, by the formulas of `lavender.kernels.map_loss`. `minmax` is
     the published choice; in small runs it let a bounded aligner collapse to a constant. `sum` and `max` expect maps that are not
-    negative: with them the output of the convolutions goes through softplus."""
+    negative: with them the output of the convolutions goes through softplus. `sum` is meant for `kl`: the squared error of
+    distributions over many places is next to nothing."""
     distance: Distance = "mse"
     """`mse`, or `kl`: the Kullback-Leibler divergence of the target from the student, for `normalization="sum"`."""
 

@@ -40,7 +40,7 @@ class Preset:
         changed: dict[str, list[str]] = {"alignment": [], "training": [], "words": []}
         for assignment in assignments:
             part, _, rest = assignment.partition(".")
-            if part not in changed:
+            if part not in changed or "=" not in rest:
                 raise ConfigError(
                     f"{assignment!r} changes nothing; expected {', '.join(changed)} and a setting: alignment.weight=5"
                 )

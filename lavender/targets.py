@@ -239,6 +239,10 @@ class TargetStore:
             raise TargetError(f"{self.folder} has no targets for sample {sample_id!r}; extract them, or drop the sample")
         return _from_row(self._table.slice(self._row_of[sample_id], 1))
 
+    def contents(self) -> str:
+        """Sixteen hexadecimal digits that change with the samples: their ids, pictures and captions."""
+        return fingerprint([self._table[name].to_pylist() for name in ("id", "image_sha256", "caption")])
+
     def checked(self, sample_id: str, image: Image.Image) -> Target:
         """The targets of a sample after a look at its picture. Raises `TargetError` if they were made from another one."""
         target = self[sample_id]

@@ -18,6 +18,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from .collator import Collator
 from .config import AlignmentConfig, Dtype, TrainingConfig, WordsConfig, to_dict
@@ -102,9 +104,19 @@ def fine_tune(
     """
     training = training or TrainingConfig()
     out = Path(out)
+    _require_pictures(samples)
+    if adapter is not None and not training.lora_rank:
+        raise ConfigError(
+            "an adapter was given, and lora_rank is 0; leave lora_rank as it is to train the adapter, or the adapter out"
+        )
     if targets is not None:
         alignment, words = alignment or AlignmentConfig(), words or WordsConfig()
         _require_targets(samples, targets)
+        weightless = alignment.aligner == "identity" and alignment.aggregation not in ("learned", "parallel")
+        if training.aligner_steps and training.freeze_student and weightless:
+            raise ConfigError(
+                "aligner='identity' has no weights that a first stage could train; choose another, or aligner_steps=0"
+            )
     elif training.aligner_steps or aligner is not None:
         raise ConfigError("an aligner is trained with targets only; give targets, or leave out aligner_steps and aligner")
     else:
@@ -186,6 +198,9 @@ class _Run:
         handle = patch(student, self.alignment) if self.alignment is not None else None
         if handle is not None and self.aligner is not None:
             load_aligner(handle, self.aligner)
+        if handle is not None and not self.training.lora_rank:
+            # What ZeRO-3 loads in half precision, it trains in half precision: all of it.
+            student.lavender.to(student.dtype)
         trained: nn.Module = student
         if self.training.lora_rank:
             trained = _with_lora(student, self.training, self.adapter, aligned=handle is not None)
@@ -212,7 +227,7 @@ class _Run:
             "training": to_dict(self.training),
             "alignment": None if self.alignment is None else to_dict(self.alignment),
             "words": None if self.words is None else to_dict(self.words),
-            "targets_fingerprint": None if self.targets is None else self.targets.fingerprint,
+            "targets_fingerprint": None if self.targets is None else [self.targets.fingerprint, self.targets.contents()],
         }
 
 
@@ -250,11 +265,48 @@ class _Trainer(Trainer):
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The Trainer's. FSDP2 resumes an optimizer only if it has a state of every weight, unused ones too."""
+        loss, model = super().training_step(*args, **kwargs), self.model
+        if self.is_fsdp_enabled and model is not None:
+            for parameter in model.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """The Trainer's, with the weights' own names in checkpoints, which it loads without renaming (transformers issue 43701),
+        and under ZeRO-3, where nobody knows the names that they were loaded by."""
+        model: Any = self.model
+        if is_deepspeed_zero3_enabled() or Path(output_dir or "").name.startswith(PREFIX_CHECKPOINT_DIR):
+            model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            vars(model).pop("save_pretrained", None)
+
 
 def _texts(sample: Sample | Conversation) -> list[Any]:
+    """What a run's record knows of a sample; of pictures their paths and sizes."""
+    pictures = [[str(path), path.stat().st_size] for path in _paths(sample)]
     if isinstance(sample, Sample):
-        return [sample.id, sample.question, sample.answer]
-    return [sample.id, *([message.role, message.content] for message in sample.messages)]
+        return [sample.id, pictures, sample.question, sample.answer]
+    return [sample.id, pictures, *([message.role, message.content] for message in sample.messages)]
+
+
+def _paths(sample: Sample | Conversation) -> list[Path]:
+    images = (sample.image,) if isinstance(sample, Sample) else sample.images
+    return [Path(image) for image in images if isinstance(image, str | Path)]
+
+
+def _require_pictures(samples: Sequence[Sample | Conversation]) -> None:
+    if not samples:
+        raise DataError("there are no samples to train on")
+    missing = [(sample.id, path) for sample in samples for path in _paths(sample) if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} pictures are missing, first that of sample {missing[0][0]!r}: there is no file {missing[0][1]}"
+        )
 
 
 def _with_lora(student: Any, training: TrainingConfig, adapter: str | Path | None, aligned: bool) -> nn.Module:
@@ -272,16 +324,23 @@ def _with_lora(student: Any, training: TrainingConfig, adapter: str | Path | Non
             target_modules=targets if isinstance(targets, str) else list(targets),
             modules_to_save=beside,
         )
-        return get_peft_model(student, config)
+        try:
+            return get_peft_model(student, config)
+        except ValueError as error:
+            raise ModelError(f"LoRA cannot be added to the student's {targets} ({_first_line(error)})") from error
     try:
         found = PeftConfig.from_pretrained(str(adapter))
         found.inference_mode, found.modules_to_save = False, beside
         trained = get_peft_model(student, found)
         # PEFT wants the weights of everything that it saves, the aligner's too.
         own = {name: value for name, value in get_peft_model_state_dict(trained).items() if "lavender." in name}
-        report: Any = set_peft_model_state_dict(trained, own | load_peft_weights(str(adapter), device="cpu"))
+        loaded = load_peft_weights(str(adapter), device="cpu")
+        lacking = sorted(name for name in get_peft_model_state_dict(trained) if "lora_" in name and name not in loaded)
+        report: Any = set_peft_model_state_dict(trained, own | loaded)
     except (KeyError, ValueError, RuntimeError, OSError) as error:
         raise ModelError(f"cannot load a LoRA adapter for this student from {adapter} ({_first_line(error)})") from error
+    if lacking:
+        raise ModelError(f"the adapter at {adapter} is damaged: it lacks {len(lacking)} weights, such as {lacking[0]}")
     if report.unexpected_keys:
         raise ModelError(
             f"the adapter at {adapter} has weights for modules that the student lacks, such as {report.unexpected_keys[0]}"
@@ -311,8 +370,13 @@ def _arguments(folder: Path, training: TrainingConfig, progress: bool) -> Traini
         "logging_steps": math.gcd(LOG_EVERY, training.save_steps),
         "report_to": [],
         "disable_tqdm": not progress,
+        # Not every weight need be used: the last layer of Llava's vision tower is not.
+        "ddp_find_unused_parameters": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision in ("bf16", "fp16"):  # `accelerate launch` says it to DeepSpeed, which wants the Trainer to say the same
+        preset[precision] = True
     try:
         return TrainingArguments(**preset | dict(training.arguments) | own)
     except (TypeError, ValueError, ImportError) as error:
@@ -391,6 +455,8 @@ def _last_checkpoint(folder: Path) -> str | None:
 def _write_results(out: Path, trainer: Trainer, processor: Any, frozen: bool) -> None:
     """Every process calls it: a sharded model is gathered by all. A frozen student is not written."""
     folder = out / ("adapter" if hasattr(trainer.model, "peft_config") else "model")
+    if trainer.is_fsdp_enabled:  # checkpoints may be sharded; a model that is saved is whole
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
         _part(folder, out / "aligner.safetensors")
@@ -429,4 +495,5 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Non
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    first, *more = str(error).strip().split("\n")
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first

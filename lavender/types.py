@@ -22,6 +22,9 @@ Box = tuple[float, float, float, float]
 
 WHOLE_PICTURE: Box = (0.0, 0.0, 1.0, 1.0)
 
+OUTCOMES = ("matched", "no target", "no word matched", "cut off")
+"""What becomes of a training sample, by the numbers in a batch's `lavender_outcomes`."""
+
 
 @dataclass(frozen=True)
 class Word:

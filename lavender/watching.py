@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from .errors import ConfigError, ModelError
 from .hooks.discovery import base_model_of
+from .types import OUTCOMES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lavender")
 
+TINY = 1e-12
 NUM_PICTURED = 6
 """Words whose maps are drawn."""
 
@@ -75,6 +77,8 @@ class _Watcher(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._remember()
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # or what came since the last log would be lost
         if state.is_world_process_zero and self.picture_steps and state.global_step % self.picture_steps == 0 and self.last:
             self._draw(self.last, args, state)
 
@@ -92,8 +96,6 @@ class _Watcher(TrainerCallback):
         state.log_history[-1].update(parts)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        from .collator import OUTCOMES
-
         entries = [entry for entry in state.log_history if "matched_words" in entry]
         totals = {name: sum(int(entry.get(_key(name), 0)) for entry in entries) for name in OUTCOMES[1:]}
         if state.is_world_process_zero and any(totals.values()):
@@ -123,6 +125,7 @@ class _Sums:
     def __init__(self) -> None:
         self.count = 0
         self.share: Any = 0.0
+        self.matched: Any = 0.0
         self.loss: Any = 0.0
         self.weighted: Any = 0.0
         self.words: Any = 0.0
@@ -132,6 +135,7 @@ class _Sums:
     def add(self, comparison: Comparison) -> None:
         self.count += 1
         self.share = self.share + comparison.share
+        self.matched = self.matched + comparison.share * (comparison.words > 0)
         self.loss = self.loss + comparison.share * comparison.loss
         self.weighted = self.weighted + comparison.weight * comparison.share * comparison.loss
         self.words = self.words + comparison.words
@@ -140,12 +144,11 @@ class _Sums:
 
     def parts(self, loss: float) -> dict[str, float]:
         """What a log entry of the whole `loss` gains."""
-        from .collator import OUTCOMES
-
         counts = {_key(name): int(count) for name, count in zip(OUTCOMES, self.outcomes.tolist(), strict=True)}
         parts = {
-            "language_loss": loss - float(self.weighted / self.share),
-            "alignment_loss": float(self.loss / self.share),
+            "language_loss": loss - float(self.weighted / max(self.share, TINY)),
+            # Of the micro-batches that have matched words.
+            "alignment_loss": float(self.loss / max(self.matched, TINY)),
             "alignment_weight": self.weight,
             "matched_words": float(self.words / self.count),
         }

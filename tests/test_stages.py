@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lavender.config import AlignmentConfig, TrainingConfig, WordsConfig, override
 from lavender.data import read_samples
-from lavender.errors import ConfigError, ModelError
+from lavender.errors import ConfigError, DataError, ModelError, TargetError
 from lavender.miniworld import write_dataset
 from lavender.presets import PRESETS, preset
 from lavender.train import fine_tune, load_student
@@ -64,7 +64,7 @@ def test_a_first_stage_trains_the_aligner_alone(train):
     assert not same(first, fresh)
     assert all(value.abs().max() < 1e-20 for name, value in adapter_of(out).items() if "lora_B" in name)
     assert not (out / "first_stage/adapter").exists()
-    assert [entry["step"] for entry in json.loads((out / "first_stage/history.json").read_text())] == [2]
+    assert [entry["step"] for entry in json.loads((out / "first_stage/history.json").read_text())] == [2, 3]
     # The second stage trains it too, at its own rate.
     assert not same(aligner_of(out), first)
     alone = train("alone", replace(still, aligner_learning_rate=1e-30), aligner=out / "first_stage")
@@ -143,11 +143,52 @@ def test_a_run_starts_from_an_adapter_as_published(student_folder, train, tmp_pa
 def test_adapters_and_aligners_that_do_not_fit_are_named(train, tmp_path):
     with pytest.raises(ModelError, match="cannot load a LoRA adapter"):
         train("a", TRAINING, adapter=tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="lora_rank is 0"):
+        train("a", replace(TRAINING, lora_rank=0), adapter=tmp_path / "nowhere")
+    with pytest.raises(ModelError, match="LoRA cannot be added"):
+        train("a", replace(TRAINING, lora_targets=("nope",)))
     with pytest.raises(ModelError, match="no aligner at"):
         train("b", TRAINING, aligner=tmp_path / "nowhere")
     out = train("c", TRAINING)
     with pytest.raises(ModelError, match="another AlignmentConfig"):
         train("d", TRAINING, aligner=out, alignment=AlignmentConfig(aligner="deep"))
+    weights = adapter_of(out)
+    weights.pop(min(weights))
+    save_file(weights, out / "adapter/adapter_model.safetensors")
+    with pytest.raises(ModelError, match="is damaged: it lacks 1 weights"):
+        train("e", TRAINING, adapter=out / "adapter")
+
+
+def test_a_first_stage_needs_something_to_train(train):
+    with pytest.raises(ConfigError, match="has no weights that a first stage could train"):
+        train("run", replace(TRAINING, aligner_steps=2), alignment=AlignmentConfig(aligner="identity"))
+
+
+def test_samples_that_cannot_be_trained_on_are_named_first(student_folder, samples, tmp_path):
+    with pytest.raises(DataError, match="no samples"):
+        fine_tune(student_folder, [], tmp_path / "run", TRAINING)
+    gone = [*samples, replace(samples[0], id="gone", image=tmp_path / "gone.png")]
+    with pytest.raises(DataError, match=r"1 pictures are missing, first that of sample 'gone'.*gone\.png"):
+        fine_tune("no model is needed", gone, tmp_path / "run", TRAINING)
+
+
+def test_a_run_notices_other_pictures(train, samples, scenes, tmp_path):
+    train("run", TRAINING)
+    scenes[9].image.resize((80, 80)).save(samples[0].image)
+    with pytest.raises(TargetError, match="another samples_sha256"):
+        train("run", TRAINING)
+
+
+def test_batches_that_are_cut_off_entirely_harm_no_weight(train):
+    """Not even under the Trainer, which divides by the step's number of label tokens: none."""
+    out = train("run", replace(TRAINING, max_length=72))
+    assert all(value.isfinite().all() for value in (*adapter_of(out).values(), *aligner_of(out).values()))
+    assert [entry["samples_cut_off"] for entry in json.loads((out / "history.json").read_text())] == [8]
+
+
+def test_the_last_steps_are_logged_too(train):
+    out = train("run", replace(TRAINING, steps=3, save_steps=10))
+    assert [entry["step"] for entry in json.loads((out / "history.json").read_text())] == [3]
 
 
 def test_a_first_stage_needs_targets(student_folder, samples, tmp_path):
@@ -202,11 +243,21 @@ def test_settings_are_changed_by_texts():
     assert found.words == WordsConfig(match="exact")
     assert (found.training.steps, found.training.arguments) == (7, {"bf16": True})
     assert override(TrainingConfig(), ["learning_rate=2e-5"]).learning_rate == 2e-5
+    assert override(TrainingConfig(), ["freeze_student=false"]).freeze_student is False
+    assert override(TrainingConfig(), ["lora_targets=.*q_proj"]).lora_targets == ".*q_proj"
+    assert override(TrainingConfig(), ['lora_targets=["q_proj"]']).lora_targets == ("q_proj",)
+    assert override(WordsConfig(), ["exclude=red"]).exclude == ("red",)
+    assert override(WordsConfig(), ['exclude=["red", "blue"]']).exclude == ("red", "blue")
     for wrong, message in (
         ("steps=7", "expected alignment, training, words"),
         ("training.stepz=7", "stepz"),
-        ("training.steps", "expected name=value"),
-        ("training.steps=many", "another type"),
+        ("training.steps", "'training.steps' changes nothing"),
+        ("training.steps=many", "steps is 'many'.*expected: int"),
+        ("training.steps=1.5", "steps is 1.5.*expected: int"),
+        ("training.freeze_student=False", "freeze_student is 'False'.*expected: bool"),
+        ("training.arguments=5", "arguments is 5.*expected: Mapping"),
+        ("training.arguments.a.b=5", "sets nothing"),
+        ("alignment.layers=[1.5]", "layers is"),
         ("training.steps.x=1", "no settings below 'steps'"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -10,13 +10,11 @@ from torch import distributed as dist
 from torch import nn
 
 from ..errors import CaptureError, ConfigError
+from ..types import OUTCOMES
 
 if TYPE_CHECKING:
     from ..aligner import HiddenStates
     from .transformers import Forward, StudentPatch
-
-NUM_OUTCOMES = 4
-"""Kinds of outcomes that a Collator tells of its samples."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +26,7 @@ class Comparison:
         weight: lambda.
         share: this micro-batch's share of its optimizer step, as the Trainer scales losses; 1 where it does not.
         words: the number of matched words, a scalar.
-        outcomes: [4], samples by `lavender.collator.OUTCOMES`.
+        outcomes: [4], samples by `lavender.types.OUTCOMES`.
         aligned: [B, W, y, x], the aligned maps of this process's batch, detached.
         targets: [B, W, y', x'].
         present: bool [B, W].
@@ -55,7 +53,8 @@ def compare(patch: StudentPatch, active: Forward, source: torch.Tensor | HiddenS
 
     The mean runs over the words of all processes. Engines average gradients over processes, so each adds its own words' sum times
     the number of processes. They are told how many label tokens an optimizer step has, if at all, over all processes or their own:
-    this micro-batch's share of them is taken from the mean over processes, which serves both. TRL's `SFTTrainer` takes sums and
+    this micro-batch's share of them is taken from the mean over processes, which serves both. A micro-batch without matched words
+    keeps its share, for nobody here knows how many words the others have. TRL's `SFTTrainer` takes sums and
     divides them itself: by the step's tokens where the model accepts their number, else by this forward's own.
     """
     model, trains = patch.model, patch.model.training and torch.is_grad_enabled()
@@ -64,14 +63,15 @@ def compare(patch: StudentPatch, active: Forward, source: torch.Tensor | HiddenS
     total = per_word.sum()
     labels, step_tokens = active.kwargs.get("labels"), active.kwargs.get("num_items_in_batch")
     tokens = total.new_zeros(()) if labels is None else (labels[:, 1:] != -100).sum()
-    outcomes = torch.bincount(active.outcomes, minlength=NUM_OUTCOMES).to(total.dtype)
+    outcomes = torch.bincount(active.outcomes, minlength=len(OUTCOMES)).to(total.dtype)
     sums = torch.cat([torch.stack([total.detach(), active.present.sum(), tokens]), outcomes])
     processes = 1
     if trains and dist.is_available() and dist.is_initialized():
         processes = dist.get_world_size()
         dist.all_reduce(sums)
     all_words = sums[1].clamp_min(1)
-    share = 1.0 if labels is None or step_tokens is None else sums[2] / processes / step_tokens
+    # A step that was cut off entirely has no label token.
+    share = 1.0 if labels is None or step_tokens is None else sums[2] / processes / max(step_tokens, 1)
     weight = _weight(patch, trains)
     comparison = Comparison(
         loss=sums[0] / all_words,
