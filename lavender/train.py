@@ -172,10 +172,11 @@ class _Run:
         # First of all: they start the process group, and from_pretrained asks whether ZeRO-3 shards what it loads.
         arguments = _arguments(out / "checkpoints", self.training, self.progress)
         with arguments.main_process_first():
-            finished = _begin(out, self.record(), writes=arguments.process_index == 0)
+            finished = _begin(out, self.record(), writes=False)
         if finished:
             return replace(self, **_saved(out)).build()[0]
         trained, student, processor = self.build()
+        _begin(out, self.record(), writes=arguments.process_index == 0)
         trainer = _Trainer(
             model=trained,
             args=arguments,

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import lavender
-from lavender.collator import OUTCOMES, Collator
+from lavender.collator import Collator
 from lavender.config import AlignmentConfig, TeacherConfig, WordsConfig
 from lavender.data import Conversation, Message, Sample, as_conversation
 from lavender.errors import ConfigError, DataError, TargetError
 from lavender.targets import Target, TargetStore, TargetWriter, image_sha256
-from lavender.types import WordMaps
+from lavender.types import OUTCOMES, WordMaps
 from lavender.words import words_of
 
 RED, BLUE, GREEN = (Image.new("RGB", (64, 64), color) for color in ("red", "blue", "green"))

@@ -219,7 +219,7 @@ def test_the_fingerprint_follows_every_weight_and_the_schedule(pipe):
 def test_pictures_of_every_mode_look_alike(tmp_path):
     from PIL import Image
 
-    from lavender.data import load_image
+    from lavender.images import load_image
 
     ramp = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
     wanted = np.repeat(ramp[..., None], 3, axis=2)

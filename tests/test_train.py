@@ -56,7 +56,7 @@ def test_a_run_writes_what_it_promises(student_folder, data, targets, tmp_path, 
     out = tmp_path / "run"
     trained = fine_tune(student_folder, read_samples(data), out, TRAINING, targets=targets, progress=False).eval()
     record = json.loads((out / "run.json").read_text())
-    assert record["targets_fingerprint"] == targets.fingerprint
+    assert record["targets_fingerprint"] == [targets.fingerprint, targets.contents()]
     assert record["alignment"]["weight"] == 10.0
     assert record["training"]["steps"] == 4
     # The adapter is what plain PEFT expects: it loads into an unpatched model and gives the trained model's answers.
