@@ -1,0 +1,103 @@
+"""The command line: parse, build a config, call one function. A user's mistake is one clear line and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+from ..errors import LavenderError
+from .evaluate import evaluate
+from .extract import extract
+from .targets import app as targets_app
+from .train import train
+
+app = typer.Typer(
+    name="lavender",
+    help="See, and teach, where a vision-language model looks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for data, runs and report; an interrupted demo in it is continued.")] = Path(
+        "runs/demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Chooses the training pictures, their order and the new weights.")] = 0,
+) -> None:
+    """Run the main job on the embedded small world and write a report.
+
+    The teacher's word maps of generated pictures, plain fine-tuning and fine-tuning with the maps, measurements on held-out
+    pictures, and runs/demo/report.html. Some minutes on two CPU cores.
+    """
+    from ..miniworld.demo import run_demo
+    from ..miniworld.experiment import demo_config
+
+    run_demo(out, demo_config(seed))
+
+
+app.command()(extract)
+app.command()(train)
+app.command()(evaluate)
+app.add_typer(targets_app, name="targets")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished `lavender demo`.")] = Path("runs/demo"),
+) -> None:
+    """Write report.html again from a finished demo's results."""
+    from ..report import write_report
+
+    print(write_report(run))
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a transformers model or a diffusers pipeline.")],
+) -> None:
+    """Say what lavender finds in a model, what it can do with it, and what is missing. Weights are not loaded.
+
+    Exit code 1 if something is missing.
+    """
+    from ..doctor import examine
+
+    findings = examine(model)
+    width = max(len(finding.topic) for finding in findings)
+    for finding in findings:
+        print(f"{finding.topic:<{width}}  {finding.found}")
+        if finding.remedy:
+            print(f"{'':<{width}}  -> {finding.remedy}")
+    if any(finding.remedy for finding in findings):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the `lavender` command."""
+    try:
+        app()
+    except LavenderError as error:
+        _say(str(error))
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _say(f"{error.strerror}: {error.filename}")
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        _say(f"this needs the package {error.name}; pip install 'lavender-attention[all]'")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _say("interrupted; the same command continues")
+        sys.exit(130)
+
+
+def _say(message: str) -> None:
+    """One line on standard error, below a progress bar if there is one."""
+    tqdm.write(f"lavender: {message}", file=sys.stderr)
