@@ -50,6 +50,7 @@ def train(
     ] = None,
 ) -> None:
     """Fine-tune a student, with the alignment loss if there are targets."""
+    from ..data import read_samples
     from ..presets import Preset
     from ..presets import preset as preset_of
     from ..targets import TargetStore
