@@ -27,7 +27,7 @@ from lavender.data import Sample
 from lavender.miniworld.experiment import STUDENT, TEACHER
 from lavender.miniworld.scenes import DESCRIBE, make_scenes
 from lavender.report import environment
-from lavender.teacher.extract import Teacher
+from lavender.teacher.model import Teacher
 from lavender.train import load_student
 
 Row = dict[str, object]

@@ -6,6 +6,8 @@ from functools import cache
 
 import torch
 
+from .types import Box
+
 
 def square_boxes(height: int, width: int) -> torch.Tensor:
     """Boxes [height * width, 4] (top, left, bottom, right) of a lattice over the whole picture, row by row; float32 on the CPU."""
@@ -43,6 +45,13 @@ def unframed_boxes(boxes: torch.Tensor, frame: tuple[int, int], start: tuple[int
     """
     sides, corner, inner = (torch.tensor(pair).repeat(2) for pair in (frame, start, shown))
     return (boxes * sides - corner) / inner
+
+
+def boxes_within(boxes: torch.Tensor, crop: Box) -> torch.Tensor:
+    """Boxes [N, 4] of a picture as boxes of a part of it; NaN where they are outside of that."""
+    top, left, bottom, right = crop
+    corner, sides = (torch.tensor(pair).repeat(2) for pair in ((top, left), (bottom - top, right - left)))
+    return shown_boxes((boxes - corner) / sides)
 
 
 def lattice_of(boxes: torch.Tensor) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .boxes import boxes_within
 from .config import WordsConfig
 from .data import Conversation, Sample, as_conversation
 from .errors import ConfigError, DataError, TargetError
@@ -19,7 +20,7 @@ from .families.columns import image_token_of, model_type_of, place_columns, requ
 from .images import load_image
 from .rendering import Rendered, Turn, render
 from .tagging import WordSelector
-from .types import Span, Word
+from .types import WHOLE_PICTURE, Span, Word
 from .words import FUNCTION_WORDS, align, collate_rows, tokens_of, words_of
 
 if TYPE_CHECKING:
@@ -282,7 +283,14 @@ class Collator:
 
     def _add_columns(self, batch: dict[str, torch.Tensor], items: Sequence[_Item]) -> None:
         sizes = [(image.height, image.width) for item in items for image in item.images]
-        boxes = self._family.boxes(Pictures(self.processor, batch, sizes, self.model_config)) if sizes else []
+        boxes = list(self._family.boxes(Pictures(self.processor, batch, sizes, self.model_config))) if sizes else []
+        first = 0
+        for item in items:
+            crop = WHOLE_PICTURE if item.target is None else item.target.word_maps.crop
+            if item.picture is not None and crop != WHOLE_PICTURE:
+                # The student's maps show what the teacher's do.
+                boxes[first + item.picture] = boxes_within(boxes[first + item.picture], crop)
+            first += len(item.images)
         shown = [(len(item.images), item.picture) for item in items]
         try:
             placed = place_columns(batch["input_ids"], boxes, self._family, self.processor, self.model_config, shown=shown)

@@ -13,7 +13,13 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from .errors import ConfigError
 
-Inversion = Literal["ddim", "noise"]
+Inversion = Literal["ddim", "noise", "null_text", "flow"]
+Fit = Literal["pad", "crop", "stretch"]
+LongCaptions = Literal["chunks", "truncate", "error"]
+HeadReduction = Literal["mean", "max"]
+Storage = Literal["float16", "uint8"]
+Engine = Literal["local", "ray"]
+Offload = Literal["none", "model", "sequential"]
 Rows = Literal["predicts", "reads"]
 Aggregation = Literal["project_mean", "project_max", "mean_project", "max_project", "mean", "max", "flow", "learned", "parallel"]
 AlignerKind = Literal["light", "sim", "deep", "identity"]
@@ -134,39 +140,151 @@ class TeacherConfig:
     """
 
     inversion: Inversion = "ddim"
-    """How a photograph becomes a noisy latent: `ddim` inverts it and reads the maps while denoising it again (the paper's way);
-    `noise` adds noise at `timesteps` and reads one forward each, which is cheaper and keeps the picture's geometry exactly."""
+    """How a photograph becomes a noisy latent:
+
+    - `ddim` inverts it (Song et al. 2021) and reads the maps while denoising it again: the paper's way;
+    - `null_text` inverts it so, and then fits the empty caption at every step until guided denoising returns to the picture
+      (Mokady et al. 2023): many forwards and a backward pass each;
+    - `flow` does the same as `ddim` for flow-matching models, by Euler steps: Stable Diffusion 3, Flux;
+    - `noise` adds noise at `timesteps` and reads one forward each, with any model: cheap, and exact about the picture's geometry.
+    """
     inversion_steps: int = 5
-    """`ddim`: number of inversion steps (5 as published)."""
+    """`ddim`, `flow`: steps of the inversion (5 as published). `null_text` takes `diffusion_steps` for both ways."""
     diffusion_steps: int = 10
-    """`ddim`: number of denoising steps that the maps are averaged over (10 as published)."""
+    """`ddim`, `flow`, `null_text`: steps of the denoising that the maps are averaged over (10 as published)."""
+    inner_steps: int = 10
+    """`null_text`: at most so many steps of Adam at each timestep."""
     timesteps: tuple[int, ...] = (51, 151, 301)
-    """`noise`: the training timesteps at which the picture is noised."""
+    """`noise`: the training timesteps, from 0 to 999, at which the picture is noised; of a flow-matching model, thousandths of its
+    sigma."""
+    first_timestep: int = 0
+    """All but `noise`: maps are read at this timestep and above only."""
     last_timestep: int = 1000
-    """`ddim`: maps are read at timesteps below this one only; the noisiest steps see little of the picture."""
+    """All but `noise`: maps are read below this timestep only; the noisiest steps see little of the picture."""
+    timestep_weights: tuple[float, ...] = ()
+    """Weights of the forwards that are read, in their order (a denoising goes from noise to picture); empty for their mean."""
     layers: tuple[str, ...] = ()
-    """Cross-attention modules to read, as name fragments such as `up_blocks.1`; empty for every one."""
+    """Attention modules to read, as name fragments such as `up_blocks.1`; empty for every one."""
+    layer_weights: tuple[float, ...] = ()
+    """Weights of the modules that each of `layers` names (the first that fits a module counts); empty for their mean."""
+    resolutions: tuple[int, ...] = ()
+    """Layers to read by the longer side of their grid, in places, such as 16 or 32; empty for all."""
+    heads: tuple[int, ...] = ()
+    """Heads to read, counted from 0; empty for all."""
+    head_reduction: HeadReduction = "mean"
+    """How the heads of a layer become one map: their `mean`, or their `max` at every place."""
+    renormalize: bool = False
+    """Whether a word's attention is divided by that of the whole text. It matters where text and picture are attended to at once
+    (Stable Diffusion 3, Flux)."""
+    normalization: Normalization = "none"
+    """How every finished map is normalized, by the formulas of `lavender.kernels.map_loss`; `none` stores raw attention, which
+    training normalizes as it needs."""
+    storage: Storage = "float16"
+    """What maps are stored as: `float16`, or `uint8` between each map's own lowest and highest value, in half the space."""
     guidance_scale: float = 1.0
-    """`ddim`: classifier-free guidance while denoising; maps come from the conditional half only. 1 is no guidance."""
+    """`ddim`, `null_text`, `flow`: classifier-free guidance while denoising; maps come from the conditional half only. 1 is no
+    guidance. Models with guidance as an input (Flux) are given this number and computed once."""
+    long_captions: LongCaptions = "chunks"
+    """What happens to a caption that is longer than the text encoder's window: it is read in `chunks`, each a caption of its own,
+    cut between sentences if possible; or `truncate` leaves the words beyond without maps; or `error` refuses it."""
     image_size: int | None = None
-    """Side in pixels that pictures are resized to (whole picture, no crop); None takes the model's own."""
+    """Side in pixels of the square that pictures are brought to; None takes the model's own."""
+    fit: Fit = "pad"
+    """How a picture is brought to that square: `pad` keeps its aspect ratio and adds gray beside it, which is cut from the maps;
+    `crop` keeps it and takes the middle, whose place is stored with the maps; `stretch` does not keep it."""
+    vae_tiling: bool = False
+    """Whether the autoencoder works in tiles: less memory for large pictures, at slightly different latents."""
+    dtype: Dtype = "float32"
+    """In which the teacher's weights are loaded and run."""
     map_size: int = 32
     """Height and width of the stored maps."""
     seed: int = 0
     """Seed of the noise; each picture's noise follows from it and the picture, not from the order of pictures."""
 
     def __post_init__(self) -> None:
-        _require_choice("inversion", self.inversion, Inversion)
+        for name, choices in (
+            ("inversion", Inversion),
+            ("head_reduction", HeadReduction),
+            ("normalization", Normalization),
+            ("storage", Storage),
+            ("long_captions", LongCaptions),
+            ("fit", Fit),
+            ("dtype", Dtype),
+        ):
+            _require_choice(name, getattr(self, name), choices)
         for name in ("inversion_steps", "diffusion_steps"):
             _require(1 <= getattr(self, name) <= 1000, f"{name} is {getattr(self, name)}; it must be from 1 to 1000")
+        _require(self.inner_steps >= 1, f"inner_steps is {self.inner_steps}; it must be at least 1")
         _require(
             len(self.timesteps) > 0 and all(0 <= t < 1000 for t in self.timesteps),
             f"timesteps is {self.timesteps}; give one or more integers from 0 to 999",
         )
+        for name in ("timestep_weights", "layer_weights"):
+            weights = getattr(self, name)
+            _require(
+                not weights or (all(0 <= w < math.inf for w in weights) and sum(weights) > 0),
+                f"{name} is {weights}; weights are not negative, and not all zero",
+            )
+        _require(
+            len(self.layer_weights) in (0, len(self.layers)),
+            f"layer_weights has {len(self.layer_weights)} numbers for {len(self.layers)} layers; give one for each of `layers`",
+        )
+        _require(
+            self.inversion != "noise" or len(self.timestep_weights) in (0, len(self.timesteps)),
+            f"timestep_weights has {len(self.timestep_weights)} numbers for {len(self.timesteps)} timesteps; give one for each",
+        )
+        for name in ("resolutions", "heads"):
+            values, least = getattr(self, name), 1 if name == "resolutions" else 0
+            _require(all(v >= least for v in values), f"{name} is {values}; they are integers from {least}")
+            _require(len(set(values)) == len(values), f"{name} is {values}; a number stands there twice")
         _require(self.image_size is None or self.image_size >= 1, f"image_size is {self.image_size}; it must be at least 1")
         _require(1 <= self.map_size <= 256, f"map_size is {self.map_size}; it must be from 1 to 256")
-        _require(self.guidance_scale >= 1.0, f"guidance_scale is {self.guidance_scale}; it must be at least 1")
-        _require(self.last_timestep >= 1, f"last_timestep is {self.last_timestep}; it must be at least 1")
+        _require(1.0 <= self.guidance_scale < math.inf, f"guidance_scale is {self.guidance_scale}; it must be at least 1")
+        _require(
+            self.inversion != "null_text" or self.guidance_scale > 1,
+            f"guidance_scale is {self.guidance_scale}; null_text is there to make guidance exact: give one above 1, such as 7.5",
+        )
+        _require(
+            0 <= self.first_timestep < self.last_timestep,
+            f"first_timestep is {self.first_timestep} and last_timestep {self.last_timestep}; the first is at least 0 and below "
+            "the last",
+        )
+
+
+@dataclass(frozen=True)
+class ExtractionConfig:
+    """How the work of an extraction is done. Nothing here is part of what the maps are.
+
+    Raises `ConfigError` when a value is out of range.
+    """
+
+    batch_size: int = 8
+    """Pictures that are computed together."""
+    devices: tuple[str, ...] = ("cpu",)
+    """Where teachers run, one process for each of them: `cpu`, `cuda`, or `cuda:0` and `cuda:1`; a device may stand there twice."""
+    engine: Engine = "local"
+    """Who starts the processes: `local` does on this machine; with `ray`, Ray Data does on the machines of a cluster, one actor for
+    each of `devices` (of which the kind counts, not the number)."""
+    offload: Offload = "none"
+    """What leaves the GPU while it is not used: `model` moves whole models, `sequential` one layer after the other, by diffusers'
+    `enable_model_cpu_offload` and `enable_sequential_cpu_offload`."""
+    threads: int = 1
+    """Threads of each teacher on a CPU. More `devices` use more cores, and better; another number of threads changes the maps' last
+    bits."""
+    vae_slicing: bool = False
+    """Whether the autoencoder takes the pictures of a batch one by one, which needs less memory."""
+    shard_size: int = 256
+    """Samples in a file of the store."""
+    max_retries: int = 3
+    """How often a batch whose process died is tried again before the run gives up."""
+
+    def __post_init__(self) -> None:
+        _require_choice("engine", self.engine, Engine)
+        _require_choice("offload", self.offload, Offload)
+        for name in ("batch_size", "threads", "shard_size"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        _require(self.max_retries >= 0, f"max_retries is {self.max_retries}; it must not be negative")
+        _require(len(self.devices) >= 1, "devices is empty; give one or more, such as cuda:0")
 
 
 @dataclass(frozen=True)

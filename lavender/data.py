@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,12 +13,12 @@ from typing import Any
 
 from .config import DEFAULT_QUESTION
 from .errors import ConfigError, DataError
-from .images import ImageSource
+from .images import ImageSource, is_folder, is_url, path_within, read_file
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A picture and its caption, for `lavender.extract`. `image` is a path, encoded bytes or a PIL image."""
+    """A picture and its caption, for `lavender.extract`."""
 
     id: str
     image: ImageSource
@@ -205,16 +207,18 @@ def read_pairs(
             default); or Karpathy's JSON of Flickr30k or COCO; or a folder in the `imagefolder` layout of `datasets` with captions
             in its `metadata.csv` or `metadata.jsonl` under `caption` or `text`. What a file is shows in its content.
         split: of Karpathy's file, the pictures of this split; None takes all.
-        images: the folder that image paths in a file are relative to; by default the one that the file is in.
+        images: the folder that image paths in a file are relative to, and that none may lead out of; by default the one that
+            the file is in. Files and folders may be URLs that fsspec knows.
         captions: of Karpathy's file, the `"first"` caption of each picture, whose id is its file name, or `"all"` of them, with
             the ids `name#0`, `name#1`...
 
     Raises:
         ConfigError: `captions` is neither.
-        DataError: the file or folder is missing or empty, an entry is no such object, the split is empty, or an id occurs twice.
+        DataError: the file or folder is missing or empty, an entry is no such object, a picture lies outside of the folder, the
+            split is empty, or an id occurs twice.
     """
-    path = Path(data)
-    if path.is_dir():
+    path = str(data) if is_url(data) else Path(data)
+    if is_folder(path):
         pairs = _pairs_of_folder(path)
     else:
         folder, found = _folder_of(path, images), _json(path)
@@ -241,7 +245,7 @@ def read_samples(
     Raises:
         ConfigError, DataError: as `read_pairs`.
     """
-    path = Path(data)
+    path = str(data) if is_url(data) else Path(data)
     samples: list[Sample | Conversation]
     folder, found = _folder_of(path, images), _json(path)
     if isinstance(found, dict):
@@ -260,23 +264,27 @@ def read_samples(
     return samples
 
 
-def _folder_of(path: Path, images: str | Path | None) -> Path:
-    """The folder that the image paths of a file are relative to."""
+def _folder_of(path: str | Path, images: str | Path | None) -> str | Path:
+    """The folder that the image paths of a file are relative to, or its URL."""
     if images is None:
-        return path.parent
+        return path.parent if isinstance(path, Path) else path.rpartition("/")[0]
+    if is_url(images):
+        return images
     if not Path(images).is_dir():
         raise DataError(f"there is no folder {images}; give the one that the image paths in {path} are relative to")
     return Path(images)
 
 
-def _json(path: Path) -> list[tuple[str, dict[str, Any]]] | dict[str, Any]:
+def _json(path: str | Path) -> list[tuple[str, dict[str, Any]]] | dict[str, Any]:
     """The entries of a JSON list or of JSON lines, each with its place for messages; or the one object of Karpathy's format."""
-    if not path.exists():
-        raise DataError(f"there is no data at {path}; expected JSON lines, or a folder of pictures with captions")
-    if path.is_dir():
-        raise DataError(f"{path} is a folder; expected a file of JSON lines")
     try:
-        text = path.read_text(encoding="utf-8-sig").strip()
+        text = read_file(path).decode("utf-8-sig").strip()
+    except FileNotFoundError:
+        raise DataError(f"there is no data at {path}; expected JSON lines, or a folder of pictures with captions") from None
+    except IsADirectoryError:
+        raise DataError(f"{path} is a folder; expected a file of JSON lines") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})") from None
     values: list[tuple[str, Any]] = []
@@ -297,30 +305,34 @@ def _json(path: Path) -> list[tuple[str, dict[str, Any]]] | dict[str, Any]:
     return values
 
 
-def _parsed(text: str, path: Path, line: int) -> Any:
+def _parsed(text: str, path: str | Path, line: int) -> Any:
     """The value of a JSON text that begins at a line of a file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {line + error.lineno - 1} is no JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # numbers too long, lists too deep
+        raise DataError(f"{path}, line {line} cannot be read as JSON ({error})") from None
 
 
 def _karpathy_object(text: str) -> dict[str, Any] | None:
     """A JSON text's only object if it lists images and is no conversation."""
     try:
         value, end = json.JSONDecoder().raw_decode(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     alone = end == len(text) and isinstance(value, dict)
     lists_images = alone and isinstance(value.get("images"), list) and not {"messages", "conversations"} & value.keys()
     return value if lists_images else None
 
 
-def _karpathy(path: Path, found: dict[str, Any], split: str | None, folder: Path, captions: str) -> list[tuple[str, Path, str]]:
+def _karpathy(
+    path: str | Path, found: dict[str, Any], split: str | None, folder: str | Path, captions: str
+) -> list[tuple[str, str | Path, str]]:
     """Id, picture and caption of every sample of Karpathy's format."""
     if captions not in ("first", "all"):
         raise ConfigError(f"captions is {captions!r}; choose first or all")
-    samples: list[tuple[str, Path, str]] = []
+    samples: list[tuple[str, str | Path, str]] = []
     splits = set()
     for n, image in enumerate(found["images"], start=1):
         place = f"{path}, image {n}"
@@ -337,16 +349,17 @@ def _karpathy(path: Path, found: dict[str, Any], split: str | None, folder: Path
         texts = texts[:1] if captions == "first" else texts
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise DataError(f"{place} ({name}): no captions; expected texts under 'raw' in 'sentences'")
+        picture = _within(folder, os.path.join(str(image.get("filepath") or ""), name), place)
         for k, text in enumerate(texts):
             require_unicode(text, f"{place} ({name}): caption {k + 1}")
             own_id = name if captions == "first" else f"{name}#{k}"
-            samples.append((own_id, folder / (image.get("filepath") or "") / name, text.strip()))
+            samples.append((own_id, picture, text.strip()))
     if not samples:
         raise DataError(f"{path} has no pictures of the split {split!r}; its splits are {', '.join(sorted(splits)) or 'none'}")
     return samples
 
 
-def _sample_of(place: str, entry: Mapping[str, Any], folder: Path) -> Sample:
+def _sample_of(place: str, entry: Mapping[str, Any], folder: str | Path) -> Sample:
     answer: Any = entry.get("caption") if entry.get("answer") is None else entry["answer"]
     question = entry.get("question", DEFAULT_QUESTION)
     for name, text in (("answer", answer), ("question", question)):
@@ -357,7 +370,7 @@ def _sample_of(place: str, entry: Mapping[str, Any], folder: Path) -> Sample:
     return Sample(_id_of(entry), image, question, answer)
 
 
-def _conversation_of(place: str, entry: Mapping[str, Any], folder: Path) -> Conversation:
+def _conversation_of(place: str, entry: Mapping[str, Any], folder: str | Path) -> Conversation:
     own: dict[str, Any] = dict(entry)
     for key in ("image", "images"):
         if entry.get(key) is None:
@@ -365,7 +378,7 @@ def _conversation_of(place: str, entry: Mapping[str, Any], folder: Path) -> Conv
         names = entry[key] if isinstance(entry[key], list) else [entry[key]]
         if not all(isinstance(name, str) and name for name in names):
             raise DataError(f"{place}: {key!r} is {str(entry[key])[:80]}; expected a path or a list of paths")
-        own[key] = [folder / name for name in names]
+        own[key] = [_within(folder, name, place) for name in names]
         if own.get("id") is None and names:
             own["id"] = names[0]
     try:
@@ -374,14 +387,19 @@ def _conversation_of(place: str, entry: Mapping[str, Any], folder: Path) -> Conv
         raise DataError(f"{place}: {error}") from None
 
 
-def _image_of(place: str, entry: Mapping[str, Any], folder: Path) -> Path:
+def _image_of(place: str, entry: Mapping[str, Any], folder: str | Path) -> str | Path:
     image = entry.get("image")
     if not isinstance(image, str) or not image:
         raise DataError(f"{place}: no image; expected a path under 'image'")
-    return folder / image
+    return _within(folder, image, place)
 
 
-def _pair_of(place: str, entry: Mapping[str, Any], folder: Path) -> Pair:
+def _within(folder: str | Path, name: str, place: str) -> str | Path:
+    require_unicode(name, f"{place}: the path of the picture")
+    return path_within(folder, name, place)
+
+
+def _pair_of(place: str, entry: Mapping[str, Any], folder: str | Path) -> Pair:
     image = _image_of(place, entry, folder)
     caption = entry.get("caption", entry.get("text"))
     if not isinstance(caption, str):
@@ -401,7 +419,9 @@ def require_unicode(text: str, name: str) -> None:
         raise DataError(f"{name} is no valid Unicode ({error.reason}, at character {error.start})") from None
 
 
-def _pairs_of_folder(path: Path) -> list[Pair]:
+def _pairs_of_folder(path: str | Path) -> list[Pair]:
+    if isinstance(path, str):
+        return _pairs_of_metadata(path.rstrip("/"))
     from datasets import Image as ImageFeature
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
@@ -409,7 +429,8 @@ def _pairs_of_folder(path: Path) -> list[Pair]:
     try:
         dataset = load_dataset("imagefolder", data_dir=str(path), split="train")
     except (FileNotFoundError, ValueError, DatasetGenerationError) as error:
-        raise DataError(f"{path} is no folder of pictures in the imagefolder layout ({str(error).splitlines()[0]})") from None
+        cause = str(error.__cause__ or error).splitlines()[0]  # what datasets raises while it reads says nothing in itself
+        raise DataError(f"{path} is no folder of pictures in the imagefolder layout ({cause})") from None
     column = next((name for name in ("caption", "text") if name in dataset.column_names), None)
     if column is None:
         raise DataError(f"{path} has no captions; expected a metadata.jsonl with 'file_name' and 'caption' in it")
@@ -419,11 +440,25 @@ def _pairs_of_folder(path: Path) -> list[Pair]:
         name = os.path.relpath(file, os.path.abspath(path))
         if not isinstance(caption, str):
             raise DataError(f"{path}: the caption of {name} is {caption!r}; expected a text")
-        pairs.append(Pair(name, row["image"]["bytes"] or Path(file), caption))
+        pairs.append(Pair(name, row["image"]["bytes"] or path_within(path, name, f"{path}, the entry {name}"), caption))
     return pairs
 
 
-def _require_unique(ids: Sequence[str], path: Path) -> None:
+def _pairs_of_metadata(folder: str) -> list[Pair]:
+    """The imagefolder layout at a URL, where `datasets` does not read it."""
+    try:
+        table = io.StringIO(read_file(f"{folder}/metadata.csv").decode("utf-8-sig"))
+        found: Any = [(f"{folder}/metadata.csv, row {n}", row) for n, row in enumerate(csv.DictReader(table), start=1)]
+    except FileNotFoundError:
+        found = _json(f"{folder}/metadata.jsonl")
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot read {folder}/metadata.csv: {error}") from None
+    if isinstance(found, dict):
+        raise DataError(f"{folder}/metadata.jsonl is no list; expected lines with 'file_name' and 'caption'")
+    return [_pair_of(place, {**entry, "image": entry.get("file_name"), "id": None}, folder) for place, entry in found]
+
+
+def _require_unique(ids: Sequence[str], path: str | Path) -> None:
     seen: set[str] = set()
     for sample_id in ids:
         if sample_id in seen:

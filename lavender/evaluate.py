@@ -1,44 +1,60 @@
-"""How well word maps find their objects, and how well a student answers, on scenes whose masks are known exactly.
+"""How well word maps find their objects, and how well a student answers: on scenes whose masks are known exactly, and word maps
+of any target store on whatever masks or boxes its pictures have.
 
 Four measures of a word map A against the mask of the object that the word names:
 
 - `pointing`: the hottest pixel lies inside the mask;
-- `own_object` ("ref"): among the scene's objects, the word's own has the highest mean attention (scenes of two and more);
+- `own_object` ("ref"): among the picture's objects, the word's own has the highest mean attention (pictures of two and more);
 - `iou`: intersection over union of the mask with the pixels above half of the map's range;
 - `auc`: the probability that a pixel of the mask is hotter than one outside it.
 
 A map that merely finds objects, whatever the word, scores well on `auc`. So every figure stands beside two others: the
 word-agnostic `control` (each word's map replaced by the mean map of all measured words of its caption) and `chance`.
-Measured are color and shape words; maps are resampled to the picture's size bilinearly first.
+Measured are a scene's color and shape words, or the words that a grounding names; maps are resampled to the masks' size
+bilinearly first.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from .collator import Collator
 from .config import AlignmentConfig, Rows
 from .data import Sample
-from .miniworld.scenes import DESCRIBE, QUESTION_TYPES, Referent, Scene
+from .errors import DataError
+from .miniworld.scenes import DESCRIBE, QUESTION_TYPES, Scene
 
 if TYPE_CHECKING:
-    from .teacher.extract import Teacher
+    from .grounding import Grounding, Groundings
+    from .targets import TargetStore
+    from .teacher.model import Teacher
+    from .types import WordMaps
 
 MEASURED_KINDS = ("color", "shape")
+COUNTS = (
+    "samples",
+    "samples_measured",
+    "samples_without_grounding",
+    "words_measured",
+    "words_without_map",
+    "words_not_measurable",
+)
 BATCH_SIZE = 50
 
 
 @dataclass(frozen=True)
 class Localization:
-    """Means over `words` measured words; `own_object` over those in scenes of two and more objects. All in [0, 1]."""
+    """Means over `words` measured words, all in [0, 1]; `own_object` over those in pictures of two and more objects, or NaN."""
 
     pointing: float
     own_object: float
@@ -66,69 +82,117 @@ class MeasuredWord:
     object_index: int
 
 
-def measured_words(scene: Scene, map_of: Callable[[Referent], np.ndarray | None]) -> list[MeasuredWord]:
-    """The measured words of a scene that `map_of` has a map [y, x] for."""
-    found = []
-    for referent in scene.referents:
-        values = map_of(referent) if referent.kind in MEASURED_KINDS else None
-        if values is not None:
-            found.append(MeasuredWord(_resample(values, scene.masks.shape[1:]), scene.masks, referent.object_index))
-    return found
+class _Scores(NamedTuple):
+    """One word's part of a `Localization`; `own_object` is NaN in a picture of one object."""
+
+    pointing: float
+    own_object: float
+    iou: float
+    auc: float
+
+
+def measured_words(masks: np.ndarray, maps: Iterable[tuple[np.ndarray | None, int]]) -> list[MeasuredWord]:
+    """Words beside the masks [objects, y, x] of their picture, given by map [y, x] and object; those without a map are left out."""
+    return [MeasuredWord(_resample(values, masks.shape[1:]), masks, index) for values, index in maps if values is not None]
 
 
 def word_agnostic(words: Sequence[MeasuredWord]) -> list[MeasuredWord]:
-    """The control: every word of one scene gets the mean map of them all."""
+    """The control: every word of one caption gets the mean map of them all."""
     mean = np.mean([w.values for w in words], axis=0) if words else None
     return [MeasuredWord(mean, w.masks, w.object_index) for w in words if mean is not None]
 
 
 def localization(words: Iterable[MeasuredWord]) -> Localization:
     """Measures maps against masks. Raises `ValueError` when there is nothing to measure."""
-    pointing, own, iou, auc = [], [], [], []
-    for word in words:
-        mask = word.masks[word.object_index]
-        pointing.append(bool(mask.flat[int(word.values.argmax())]))
-        if len(word.masks) > 1:
-            heat = [word.values[m].mean() for m in word.masks]
-            # A tie is no find: a constant map must not win by the order of objects.
-            own.append(heat[word.object_index] > max(h for i, h in enumerate(heat) if i != word.object_index))
-        hot = word.values > (word.values.min() + word.values.max()) / 2
-        iou.append((hot & mask).sum() / (hot | mask).sum())
-        auc.append(_auc(word.values, mask))
-    if not pointing:
-        raise ValueError("no measured words: the scenes' captions name no objects, or no word has a map")
-    means = (round(float(np.mean(v)), 4) if v else math.nan for v in (pointing, own, iou, auc))
-    return Localization(*means, words=len(pointing))  # type: ignore[misc, arg-type]
+    return _mean([_scores(word) for word in words])
 
 
 def chance(words: Iterable[MeasuredWord]) -> Localization:
     """What a map of independent noise is expected to score (`iou`: against a random half of the pixels)."""
-    words = list(words)
-    share = np.array([w.masks[w.object_index].mean() for w in words])
-    several = [1 / len(w.masks) for w in words if len(w.masks) > 1]
-    own = float(np.mean(several)) if several else math.nan
-    iou = (share / 2) / (0.5 + share / 2)
-    return Localization(round(float(share.mean()), 4), round(own, 4), round(float(iou.mean()), 4), 0.5, len(words))
+    return _mean([_expected(word) for word in words])
 
 
-def compare(per_scene: Sequence[Sequence[MeasuredWord]]) -> dict[str, dict[str, float]]:
-    """Maps, control and chance: `{"maps": ..., "control": ..., "chance": ...}`, each a `Localization` as a dict."""
-    words = [word for scene in per_scene for word in scene]
-    control = [word for scene in per_scene for word in word_agnostic(scene)]
-    return {
-        "maps": asdict(localization(words)),
-        "control": asdict(localization(control)),
-        "chance": asdict(chance(words)),
-    }
+def compare(per_caption: Iterable[Sequence[MeasuredWord]]) -> dict[str, dict[str, float]]:
+    """Maps, control and chance: `{"maps": ..., "control": ..., "chance": ...}`, each a `Localization` as a dict.
+
+    Takes the captions one after another and keeps none, so that a large store needs no more memory than a small one.
+    """
+    scores: dict[str, list[_Scores]] = {"maps": [], "control": [], "chance": []}
+    for words in per_caption:
+        scores["maps"] += map(_scores, words)
+        scores["control"] += map(_scores, word_agnostic(words))
+        scores["chance"] += map(_expected, words)
+    return {name: asdict(_mean(own)) for name, own in scores.items()}
 
 
 def compare_targets(scenes: Sequence[Scene], maps: Sequence[Mapping[tuple[int, int], np.ndarray]]) -> dict[str, dict[str, float]]:
     """Localization of word maps given by span for each scene, beside control and chance."""
-    return compare([measured_words(scene, _by_span(own)) for scene, own in zip(scenes, maps, strict=True)])
+    return compare(
+        measured_words(
+            scene.masks, [(own.get((r.start, r.end)), r.object_index) for r in scene.referents if r.kind in MEASURED_KINDS]
+        )
+        for scene, own in zip(scenes, maps, strict=True)
+    )
 
 
-def _by_span(maps: Mapping[tuple[int, int], np.ndarray]) -> Callable[[Referent], np.ndarray | None]:
-    return lambda referent: maps.get((referent.start, referent.end))
+def evaluate_maps(store: TargetStore, groundings: Groundings, progress: bool = True) -> dict[str, dict[str, float]]:
+    """Localization of a store's word maps on the masks or boxes of its pictures, beside control and chance.
+
+    Objects are seen as the maps see the picture: cut to the maps' crop, on a raster of `lavender.grounding.RASTER` cells a side.
+
+    Args:
+        store: word maps of any origin.
+        groundings: see `lavender.grounding.read_groundings`.
+        progress: whether to show a progress bar.
+
+    Returns:
+        What `compare` does, and `"counts"`: `samples` of the store, of these `samples_measured` (with a measured word) and
+        `samples_without_grounding`; of the words that name objects, `words_measured`, `words_without_map` (NaN, or no word of
+        the store), and `words_not_measurable`, whose object has no cell of the raster, as if outside the crop, or all of them.
+
+    Raises:
+        DataError: there is nothing to measure, or a grounding is damaged.
+    """
+    counts = Counter(samples=len(store))
+
+    def per_caption() -> Iterator[list[MeasuredWord]]:
+        for own_id in tqdm(store, desc="measured", unit="sample", disable=not progress):
+            word_maps = store[own_id].word_maps
+            grounding = groundings.of(own_id, word_maps.caption)
+            counts["samples_without_grounding"] += grounding is None
+            words = [] if grounding is None else _grounded_words(word_maps, grounding, counts)
+            counts["samples_measured"] += bool(words)
+            yield words
+        if not counts["words_measured"]:
+            raise DataError(
+                "nothing to measure: {samples_without_grounding} of {samples} samples have no masks, {words_without_map} words no "
+                "map, and {words_not_measurable} no object to find in it. ".format_map(counts)
+                + f"The store's ids are {_some(store)}; those of the masks are {_some(groundings.ids)}"
+            )
+
+    return compare(per_caption()) | {"counts": {name: counts[name] for name in COUNTS}}
+
+
+def _grounded_words(word_maps: WordMaps, grounding: Grounding, counts: Counter[str]) -> list[MeasuredWord]:
+    by_span = {(w.start, w.end): m for w, m in zip(word_maps.words, word_maps.maps, strict=True) if not np.isnan(m).any()}
+    rasters = [region.raster(word_maps.crop) for region in grounding.objects]
+    seen = [index for index, raster in enumerate(rasters) if raster.any()]
+    maps = []
+    for word in grounding.words:
+        values = by_span.get((word.start, word.end))
+        if values is None:
+            counts["words_without_map"] += 1
+        elif word.object_index not in seen or rasters[word.object_index].all():
+            counts["words_not_measurable"] += 1
+        else:
+            counts["words_measured"] += 1
+            maps.append((values, seen.index(word.object_index)))
+    return measured_words(np.stack([rasters[index] for index in seen]), maps) if maps else []
+
+
+def _some(ids: Iterable[str]) -> str:
+    first = [repr(own_id) for own_id in islice(ids, 4)]
+    return ", ".join(first[:3] + ["..."] * (len(first) > 3))
 
 
 def teacher_maps(teacher: Teacher, scenes: Iterable[Scene]) -> list[dict[tuple[int, int], np.ndarray]]:
@@ -255,6 +319,33 @@ def _batches(items: Sequence[Any]) -> Iterable[list[Any]]:
     iterator = iter(items)
     while chunk := list(islice(iterator, BATCH_SIZE)):
         yield chunk
+
+
+def _scores(word: MeasuredWord) -> _Scores:
+    mask = word.masks[word.object_index]
+    heat = [word.values[m].mean() for m in word.masks]
+    # A tie is no find: a constant map must not win by the order of objects.
+    own = all(heat[word.object_index] > h for i, h in enumerate(heat) if i != word.object_index)
+    hot = word.values > (word.values.min() + word.values.max()) / 2
+    return _Scores(
+        pointing=float(mask.flat[int(word.values.argmax())]),
+        own_object=float(own) if len(heat) > 1 else math.nan,
+        iou=float((hot & mask).sum() / (hot | mask).sum()),
+        auc=_auc(word.values, mask),
+    )
+
+
+def _expected(word: MeasuredWord) -> _Scores:
+    share, several = float(word.masks[word.object_index].mean()), len(word.masks)
+    return _Scores(share, 1 / several if several > 1 else math.nan, (share / 2) / (0.5 + share / 2), 0.5)
+
+
+def _mean(scores: Sequence[_Scores]) -> Localization:
+    if not scores:
+        raise ValueError("no measured words: the captions name no objects, or no word has a map")
+    columns = [[value for value in column if not math.isnan(value)] for column in zip(*scores, strict=True)]
+    means = _Scores(*(round(float(np.mean(column)), 4) if column else math.nan for column in columns))
+    return Localization(*means, words=len(scores))
 
 
 def _resample(values: np.ndarray, size: tuple[int, ...]) -> np.ndarray:

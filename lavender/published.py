@@ -30,8 +30,8 @@ from tqdm import tqdm
 from .config import DEFAULT_QUESTION, TeacherConfig
 from .data import PLACEHOLDER, Conversation, Sample, require_unicode
 from .errors import ConfigError, DataError, TargetError
-from .images import ImageSource, load_image
-from .targets import Target, TargetStore, TargetWriter, image_sha256
+from .images import ImageSource, load_image, read_bytes
+from .targets import Target, TargetStore, TargetWriter, file_sha256, image_sha256
 from .types import WordMaps
 from .words import match_words, words_and
 
@@ -90,7 +90,7 @@ def import_targets(
     its answer's words (of a conversation, those of the answer that has most of the mapped words). Without, a table's answers are
     the captions, and a folder's captions are its words with spaces between them; the picture's file name is the id, with `#0`,
     `#1`... behind it where it has several captions. A word that occurs twice has the same map twice; words are the same whatever
-    their case, but among "A" and "a" each takes its own. What cannot be used, words too, is listed in the store's `failed.jsonl`.
+    their case, but among "A" and "a" each takes its own. What cannot be used, words too, is listed in the store's manifest.
 
     Args:
         source: the root of a folder as published, a parquet file, or a folder with parquet files in it.
@@ -111,45 +111,46 @@ def import_targets(
     owners = _Owners(samples, folder, rows)
     size, digest, captions = _look_through(rows, progress)
     config = TeacherConfig(map_size=size)
-    writer = TargetWriter(Path(out), config, {"model": "published", "source": Path(source).absolute().name, "weights": digest})
-    writer.begin_run()
+    teacher = {"model": "published", "source": Path(source).absolute().name, "weights": digest}
     counts: Counter[str] = Counter()
     seen: set[str] = set()
+    with TargetWriter(Path(out), config, teacher) as writer:
+        writer.begin_run()
 
-    def fail(own_id: str, reason: str) -> None:
-        writer.fail(own_id, reason)
-        tqdm.write(f"skipped {own_id}: {reason}")
+        def fail(own_id: str, reason: str) -> None:
+            writer.fail(own_id, reason)
+            tqdm.write(f"skipped {own_id}: {reason}")
 
-    for row in tqdm(rows, desc="word maps", unit="picture", disable=not progress):
-        try:
-            own = owners.of(row, captions[row.name] > 1)
-        except DataError as error:
-            counts["failed"] += 1
-            fail(row.name, str(error))
-            continue
-        maps, reasons = _maps_of(row, size, [caption for _, _, caption in own])
-        for reason in reasons:
-            counts["unused"] += 1
-            writer.fail(own[0][0] if len(own) == 1 else row.name, reason)
-        for own_id, source_image, caption in own:
+        for row in tqdm(rows, desc="word maps", unit="picture", disable=not progress):
             try:
-                if own_id in seen:
-                    raise DataError("another row has maps of this sample too")
-                seen.add(own_id)
-                require_unicode(own_id, "the id")
-                require_unicode(caption, "the caption")
-                word_maps = _word_maps(caption, maps)
-                image = load_image(source_image)
-                if writer.has(own_id, image, caption):
-                    counts["present"] += 1
-                    continue
+                own = owners.of(row, captions[row.name] > 1)
             except DataError as error:
                 counts["failed"] += 1
-                fail(own_id, str(error))
+                fail(row.name, str(error))
                 continue
-            writer.add(Target(own_id, image_sha256(image), word_maps))
-            counts["written"] += 1
-    writer.close()
+            maps, reasons = _maps_of(row, size, [caption for _, _, caption in own])
+            for reason in reasons:
+                counts["unused"] += 1
+                writer.fail(own[0][0] if len(own) == 1 else row.name, reason)
+            for own_id, source_image, caption in own:
+                try:
+                    if own_id in seen:
+                        raise DataError("another row has maps of this sample too")
+                    seen.add(own_id)
+                    require_unicode(own_id, "the id")
+                    require_unicode(caption, "the caption")
+                    word_maps = _word_maps(caption, maps)
+                    if writer.has(own_id, source_image, caption):
+                        counts["present"] += 1
+                        continue
+                    picture, file = image_sha256(load_image(source_image)), file_sha256(source_image)
+                except DataError as error:
+                    counts["failed"] += 1
+                    fail(own_id, str(error))
+                    continue
+                writer.add(Target(own_id, picture, word_maps, file))
+                counts["written"] += 1
+        writer.close()
     return Imported(counts["written"], counts["present"], counts["failed"], counts["unused"])
 
 
@@ -597,9 +598,8 @@ def _write_table(
 
 
 def _encoded(image: ImageSource) -> bytes:
-    if isinstance(image, bytes):
-        return image
-    return _png(load_image(image)) if isinstance(image, Image.Image) else Path(image).read_bytes()
+    data = read_bytes(image)
+    return _png(load_image(image)) if data is None else data
 
 
 def _png(image: Image.Image) -> bytes:

@@ -64,7 +64,7 @@ def teacher_folder(scenes, tmp_path_factory):
 
 @pytest.fixture
 def pipe(teacher_folder):
-    from lavender.teacher.extract import load_pipeline
+    from lavender.teacher.model import load_pipeline
 
     loaded = load_pipeline(teacher_folder)
     loaded.set_progress_bar_config(disable=True)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lavender.boxes import lattice_of, rasterize, square_boxes
+from lavender.boxes import boxes_within, lattice_of, rasterize, square_boxes
 from lavender.families import Pictures
 from lavender.families.square import CROPPED
 
@@ -98,3 +98,14 @@ def test_half_precision_around_changes_nothing():
         found.append((spread, given.grad))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
+
+
+def test_boxes_within_a_part_of_the_picture():
+    """A 4 x 4 lattice seen through the part from a quarter to three quarters of the height, and the left half of the width."""
+    within = boxes_within(square_boxes(4, 4), (0.25, 0.0, 0.75, 0.5)).view(4, 4, 4)
+    assert within[[0, 3]].isnan().all()
+    assert within[:, 2:].isnan().all()
+    torch.testing.assert_close(within[1:3, :2], square_boxes(2, 2).view(2, 2, 4))
+    assert lattice_of(within.view(1, -1, 4)) == (2, 2)
+    half = boxes_within(square_boxes(1, 2), (0.0, 0.25, 1.0, 1.0))
+    torch.testing.assert_close(half, torch.tensor([[0, 0, 1, 1 / 3], [0, 1 / 3, 1, 1]]))

@@ -67,8 +67,8 @@ def test_extract_then_train_then_evaluate(teacher_folder, student_folder, data, 
 def test_mistakes_with_paths(teacher_folder, student_folder, data, tmp_path):
     missing = tmp_path / "nothing"
     assert f"no data at {missing}" in refused("extract", "--model", teacher_folder, "--data", missing, "--out", tmp_path / "t")
-    assert "cannot load a Stable Diffusion" in refused("extract", "--model", missing, "--data", data, "--out", tmp_path / "t")
-    assert "cannot load a Stable Diffusion" in refused(
+    assert "cannot load a text-to-image pipeline" in refused("extract", "--model", missing, "--data", data, "--out", tmp_path / "t")
+    assert "cannot load a text-to-image pipeline" in refused(
         "extract", "--model", student_folder, "--data", data, "--out", tmp_path / "t"
     )
     assert "image-text-to-text" in refused("train", "--model", teacher_folder, "--data", data, "--out", tmp_path / "r")

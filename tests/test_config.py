@@ -89,7 +89,7 @@ def test_fingerprints_differ_exactly_when_configs_do(one, other):
 @pytest.mark.parametrize(
     ("cls", "values", "named"),
     [
-        (TeacherConfig, {"inversion": "null_text"}, "ddim, noise"),
+        (TeacherConfig, {"inversion": "edict"}, "ddim, noise, null_text, flow"),
         (TeacherConfig, {"inversion_steps": 0}, "inversion_steps"),
         (TeacherConfig, {"timesteps": ()}, "timesteps"),
         (TeacherConfig, {"timesteps": (1000,)}, "timesteps"),

@@ -207,8 +207,8 @@ def publish(root, name, maps):
 
 
 def failures(folder):
-    path = folder / "failed.jsonl"
-    return [tuple(json.loads(line).values()) for line in path.read_text().splitlines()] if path.exists() else []
+    entries = json.loads((folder / "manifest.json").read_text())["failed"]
+    return [(entry["id"], reason) for entry in entries for reason in entry["reason"].split("\n")]
 
 
 def run(*arguments, **options):

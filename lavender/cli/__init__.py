@@ -10,7 +10,7 @@ import typer
 from tqdm import tqdm
 
 from ..errors import LavenderError
-from .evaluate import evaluate
+from .evaluate import app as evaluate_app
 from .extract import extract
 from .targets import app as targets_app
 from .train import train
@@ -44,7 +44,7 @@ def demo(
 
 app.command()(extract)
 app.command()(train)
-app.command()(evaluate)
+app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(targets_app, name="targets")
 
 

@@ -1,7 +1,9 @@
-"""`lavender evaluate`."""
+"""`lavender evaluate`, and `lavender evaluate maps` for any target store."""
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +12,12 @@ import typer
 from ..errors import ConfigError
 from .options import Rows
 
+app = typer.Typer()
 
+
+@app.callback(invoke_without_command=True)
 def evaluate(
+    context: typer.Context,
     student: Annotated[
         str | None, typer.Option(help="Folder or hub id of a student; the embedded one if neither is given.")
     ] = None,
@@ -22,15 +28,19 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
 ) -> None:
     """Measure where a student or a teacher looks, and what a student answers, on held-out scenes of the small world."""
-    import json
+    if context.invoked_subcommand is not None:
+        for name in context.params:
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":
+                raise ConfigError(f"--{name} stands before {context.invoked_subcommand}; its own options come behind it")
+        return
 
     from ..miniworld import STUDENT
     from ..miniworld.experiment import evaluate_student_folder, evaluate_teacher_folder
 
     if teacher is not None and (student is not None or adapter is not None):
         raise ConfigError("--teacher measures a teacher; leave out --student and --adapter")
-    if out is not None and not out.parent.is_dir():
-        raise ConfigError(f"--out is {out}; there is no folder {out.parent}")
+    _require_folder(out)
     if teacher is not None:
         figures = evaluate_teacher_folder(teacher, scenes)
     else:
@@ -39,3 +49,40 @@ def evaluate(
     print(text)
     if out is not None:
         out.write_text(text + "\n")
+
+
+@app.command()
+def maps(
+    store: Annotated[Path, typer.Argument(help="Folder of the target store.")],
+    masks: Annotated[Path, typer.Option(help="Masks or boxes: JSON lines, COCO's instances, or the folder of Flickr30k Entities.")],
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
+) -> None:
+    """Measure where the word maps of a target store lie, on the masks or boxes that its pictures have.
+
+    Control is the mean map of all measured words of a caption; chance is a map of noise.
+    """
+    from ..evaluate import evaluate_maps
+    from ..grounding import read_groundings
+    from ..targets import TargetStore
+
+    _require_folder(out)
+    figures = evaluate_maps(TargetStore(store), read_groundings(masks))
+    counts = figures["counts"]
+    measures = ("pointing", "own_object", "iou", "auc")
+    print(" " * 8 + "".join(f"{measure:>12}" for measure in measures))
+    for name in ("maps", "control", "chance"):
+        print(f"{name:<8}" + "".join(f"{figures[name][measure]:>12.4f}" for measure in measures))
+    print(
+        f"{counts['words_measured']} words of {counts['samples_measured']} samples measured, of {counts['samples']} in the store; "
+        f"{counts['samples_without_grounding']} samples without masks, {counts['words_without_map']} words without a map, "
+        f"{counts['words_not_measurable']} whose object is not within it or fills it"
+    )
+    if out is not None:
+        # JSON knows no NaN, which `own_object` is where every picture has one object.
+        sound = {name: {k: None if math.isnan(v) else v for k, v in own.items()} for name, own in figures.items()}
+        out.write_text(json.dumps(sound, indent=2) + "\n")
+
+
+def _require_folder(out: Path | None) -> None:
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError(f"--out is {out}; there is no folder {out.parent}")

@@ -2,63 +2,173 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..config import TeacherConfig
+from ..config import ExtractionConfig, TeacherConfig, override
+from ..errors import ConfigError
 from .options import integers, usable_device
 
 _TEACHER = TeacherConfig()
+_WORK = ExtractionConfig()
 
 
 class Inversion(str, Enum):
     ddim = "ddim"
     noise = "noise"
+    null_text = "null_text"
+    flow = "flow"
+
+
+class Fit(str, Enum):
+    pad = "pad"
+    crop = "crop"
+    stretch = "stretch"
+
+
+class LongCaptions(str, Enum):
+    chunks = "chunks"
+    truncate = "truncate"
+    error = "error"
+
+
+class Storage(str, Enum):
+    float16 = "float16"
+    uint8 = "uint8"
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Engine(str, Enum):
+    local = "local"
+    ray = "ray"
+
+
+class Offload(str, Enum):
+    none = "none"
+    model = "model"
+    sequential = "sequential"
+
+
+class Captions(str, Enum):
+    first = "first"
+    all = "all"
 
 
 def extract(
-    model: Annotated[str, typer.Option(help="Folder or hub id of a Stable Diffusion 1.x or 2.x pipeline.")],
-    data: Annotated[Path, typer.Option(help='JSON lines {"image", "caption"}, or a folder in the imagefolder layout of datasets.')],
+    model: Annotated[str, typer.Option(help="Folder or hub id of a text-to-image pipeline: Stable Diffusion, Flux, PixArt.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help='JSON lines {"image", "caption"}; parquet; WebDataset tars; an imagefolder; a pattern or URL of those; a hub id.'
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the target store; an interrupted extraction in it is continued.")],
+    images: Annotated[str | None, typer.Option(help="Folder that image paths are relative to; the data's own by default.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub data set or of Karpathy's JSON.")] = "train",
+    captions: Annotated[Captions, typer.Option(help="Where a picture has several captions.")] = Captions.first,
+    image_column: Annotated[str | None, typer.Option(help="Column of the pictures, where it cannot be told.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="Column of the captions, where it cannot be told.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column of the ids, if not `id`.")] = None,
+    preview: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Only draw the maps of so many pictures into OUT/preview.png, and estimate the time and disk of all."
+        ),
+    ] = None,
+    failed_only: Annotated[bool, typer.Option("--failed-only", help="Only try again what failed before.")] = False,
     inversion: Annotated[
         Inversion,
-        typer.Option(help="ddim: invert, then read while denoising. noise: add noise, read one forward each."),
+        typer.Option(
+            help="ddim: invert, then read while denoising; null_text: so with exact guidance; flow: for Stable Diffusion 3 and "
+            "Flux; noise: add noise, read one forward each."
+        ),
     ] = Inversion.ddim,
-    inversion_steps: Annotated[int, typer.Option(help="ddim: steps of the inversion.")] = _TEACHER.inversion_steps,
-    diffusion_steps: Annotated[int, typer.Option(help="ddim: steps of the denoising.")] = _TEACHER.diffusion_steps,
+    inversion_steps: Annotated[int, typer.Option(help="Steps of the inversion.")] = _TEACHER.inversion_steps,
+    diffusion_steps: Annotated[int, typer.Option(help="Steps of the denoising.")] = _TEACHER.diffusion_steps,
     timesteps: Annotated[str, typer.Option(help="noise: training timesteps, 0 to 999.")] = ",".join(map(str, _TEACHER.timesteps)),
-    last_timestep: Annotated[int, typer.Option(help="ddim: read below this timestep only.")] = _TEACHER.last_timestep,
-    layers: Annotated[
-        str, typer.Option(help="Cross-attention layers to read, as name parts: mid_block,up_blocks.1. All if empty.")
-    ] = "",
-    guidance_scale: Annotated[float, typer.Option(help="ddim: classifier-free guidance; 1 is none.")] = _TEACHER.guidance_scale,
-    image_size: Annotated[
-        int | None, typer.Option(help="Side that pictures are resized to, in pixels; the model's own by default.")
-    ] = None,
+    last_timestep: Annotated[int, typer.Option(help="All but noise: read below this timestep only.")] = _TEACHER.last_timestep,
+    layers: Annotated[str, typer.Option(help="Attention layers to read, as name parts: mid_block,up_blocks.1 [all].")] = "",
+    resolutions: Annotated[str, typer.Option(help="Layers to read by the longer side of their grid: 16,32 [all].")] = "",
+    heads: Annotated[str, typer.Option(help="Heads to read, from 0 [all].")] = "",
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = _TEACHER.guidance_scale,
+    long_captions: Annotated[
+        LongCaptions, typer.Option(help="Captions beyond the text encoder's window: read in chunks, truncated, or refused.")
+    ] = LongCaptions.chunks,
+    image_size: Annotated[int | None, typer.Option(help="Side of the square that pictures are brought to [the model's].")] = None,
+    fit: Annotated[Fit, typer.Option(help="How they are brought to it.")] = Fit.pad,
     map_size: Annotated[int, typer.Option(help="Height and width of the stored maps.")] = _TEACHER.map_size,
+    storage: Annotated[Storage, typer.Option(help="What maps are stored as.")] = Storage.float16,
+    dtype: Annotated[Dtype, typer.Option(help="In which the teacher runs.")] = Dtype.float32,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = _TEACHER.seed,
-    device: Annotated[str, typer.Option(help="Where the teacher runs: cpu, cuda, cuda:1, mps.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where teachers run, a process each: cuda, or cuda:0,cuda:1; cpu; mps.")] = "cpu",
+    batch_size: Annotated[int, typer.Option(help="Pictures that are computed together.")] = _WORK.batch_size,
+    engine: Annotated[Engine, typer.Option(help="local: this machine. ray: Ray Data's actors, as many as devices.")] = Engine.local,
+    offload: Annotated[Offload, typer.Option(help="What leaves the GPU while it is not used.")] = Offload.none,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other setting: head_reduction=max, vae_tiling=true, layer_weights=[1,2], threads=4."),
+    ] = None,
 ) -> None:
     """Ask a diffusion model where each word of each caption lies, and store the maps."""
-    from ..data import read_pairs
+    from ..sources import open_pairs
     from ..teacher.extract import extract as run
+    from ..teacher.preview import preview as draw
 
-    config = TeacherConfig(
-        inversion=inversion.value,
-        inversion_steps=inversion_steps,
-        diffusion_steps=diffusion_steps,
-        timesteps=integers(timesteps, "--timesteps"),
-        last_timestep=last_timestep,
-        layers=tuple(part.strip() for part in layers.split(",") if part.strip()),
-        guidance_scale=guidance_scale,
-        image_size=image_size,
-        map_size=map_size,
-        seed=seed,
+    if preview is not None and failed_only:
+        raise ConfigError("--preview draws and stops, --failed-only extracts; give one of them")
+    own = {field.name for field in fields(TeacherConfig)}
+    teacher_settings, work_settings = [], []
+    for assignment in setting or []:
+        (teacher_settings if assignment.partition("=")[0].strip() in own else work_settings).append(assignment)
+    config = override(
+        TeacherConfig(
+            inversion=inversion.value,
+            inversion_steps=inversion_steps,
+            diffusion_steps=diffusion_steps,
+            timesteps=integers(timesteps, "--timesteps"),
+            last_timestep=last_timestep,
+            layers=tuple(part.strip() for part in layers.split(",") if part.strip()),
+            resolutions=integers(resolutions, "--resolutions"),
+            heads=integers(heads, "--heads"),
+            guidance_scale=guidance_scale,
+            long_captions=long_captions.value,
+            image_size=image_size,
+            fit=fit.value,
+            map_size=map_size,
+            storage=storage.value,
+            dtype=dtype.value,
+            seed=seed,
+        ),
+        teacher_settings,
     )
-    summary = run(model, read_pairs(data), out, config, device=usable_device(device))
+    devices = tuple(part.strip() for part in device.split(",") if part.strip())
+    if engine is Engine.local:
+        devices = tuple(usable_device(name) for name in devices)
+    work = override(
+        ExtractionConfig(batch_size=batch_size, devices=devices, engine=engine.value, offload=offload.value), work_settings
+    )
+    pairs = open_pairs(
+        data,
+        images=images,
+        split=split,
+        captions=captions.value,
+        image_column=image_column,
+        caption_column=caption_column,
+        id_column=id_column,
+    )
+    if preview is not None:
+        print(draw(model, pairs, out, preview, config, work))
+        return
+    summary = run(model, pairs, out, config, work, failed_only=failed_only)
     print(f"{out}: {summary.written} written, {summary.present} there before, {summary.failed} skipped")
     if summary.failed:
-        print(f"what was skipped, and why: {out / 'failed.jsonl'}")
+        print(f'what was skipped, and why: "failed" in {out / "manifest.json"}; to try it alone: --failed-only')

@@ -8,14 +8,83 @@ from typing import Annotated
 
 import typer
 
+from .extract import Captions
 from .options import samples_in
 
-app = typer.Typer(help="Bring published word maps into a target store, and out of it.", no_args_is_help=True)
+app = typer.Typer(
+    help="Look at target stores, check and merge them; bring published word maps into one, and out of it.", no_args_is_help=True
+)
 
 
 class Format(str, Enum):
     folder = "folder"
     parquet = "parquet"
+
+
+@app.command()
+def info(store: Annotated[Path, typer.Argument(help="Folder of the target store, finished or not.")]) -> None:
+    """Say what a target store holds."""
+    from ..storekeeping import info as run
+
+    found = run(store)
+    for topic, text in (
+        ("teacher", ", ".join(f"{name} {value}" for name, value in found.teacher.items())),
+        ("settings", ", ".join(f"{name}={value}" for name, value in found.changed.items()) or "the defaults"),
+        ("finished", "yes" if found.complete else "no: run the same command again to continue it"),
+        ("samples", f"{found.samples} in {found.shards} shards; {found.failed} failed"),
+        ("words", f"{found.words}, {found.words_without_map} of them without a map"),
+        ("size", f"{found.num_bytes / 1e6:.1f} MB, {found.bytes_per_sample:.0f} bytes a sample"),
+    ):
+        print(f"{topic:<8}  {text}")
+
+
+@app.command()
+def verify(
+    store: Annotated[Path, typer.Argument(help="Folder of the target store.")],
+    data: Annotated[
+        str | None, typer.Option(help="Data set that it was extracted from, to look for what is missing; as for extract.")
+    ] = None,
+    images: Annotated[str | None, typer.Option(help="As for extract.")] = None,
+    split: Annotated[str, typer.Option(help="As for extract.")] = "train",
+    captions: Annotated[Captions, typer.Option(help="As for extract.")] = Captions.first,
+    image_column: Annotated[str | None, typer.Option(help="As for extract.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="As for extract.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="As for extract.")] = None,
+) -> None:
+    """Check every byte and every row of a target store. Exit code 1, and a line for each problem, if there is any."""
+    from ..storekeeping import verify as run
+    from ..targets import TargetStore
+
+    pairs = None
+    if data is not None:
+        from ..sources import open_pairs
+
+        pairs = open_pairs(
+            data,
+            images=images,
+            split=split,
+            captions=captions.value,
+            image_column=image_column,
+            caption_column=caption_column,
+            id_column=id_column,
+        )
+    problems = run(store, pairs)
+    if problems:
+        print("\n".join(problems))
+        raise typer.Exit(1)
+    found = TargetStore(store)
+    print(f"{len(found)} samples in {len(found.shards)} shards: sound")
+
+
+@app.command()
+def merge(
+    stores: Annotated[list[Path], typer.Argument(help="Folders of finished target stores, of the same teacher and settings.")],
+    out: Annotated[Path, typer.Option(help="New folder; an interrupted merge into it is continued.")],
+) -> None:
+    """Make several target stores into one; a sample that is in several is taken once."""
+    from ..storekeeping import merge as run
+
+    print(f"{out}: {run(stores, out)} samples")
 
 
 @app.command("import")
@@ -36,7 +105,7 @@ def import_targets(
         f"{summary.unused_maps} maps not used"
     )
     if summary.failed or summary.unused_maps:
-        print(f"what was left out, and why: {out / 'failed.jsonl'}")
+        print(f'what was left out, and why: "failed" in {out / "manifest.json"}')
 
 
 @app.command("export")

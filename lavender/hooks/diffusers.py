@@ -35,16 +35,21 @@ class Recording:
 
     Attributes:
         word_weights: [B, W, N], each text token's share of each word.
-        heads: whether heads are kept apart; else their mean is.
+        heads: whether heads are kept apart; else their mean is, or that of the heads with these numbers.
         steps: whether forwards are kept apart; else their mean is.
         fused: whether one pass gives the attention's output together with the map.
+        resolutions: the longer sides of the grids, in places, whose layers are recorded; empty for all.
+        grids: the longer sides that were met.
     """
 
     word_weights: torch.Tensor
-    heads: bool = True
+    heads: bool | tuple[int, ...] = True
     steps: bool = True
     fused: bool = False
+    resolutions: tuple[int, ...] = ()
     num_forwards: int = 0
+    grids: set[int] = field(default_factory=set)
+    _passed: set[str] = field(default_factory=set)
     _sums: dict[tuple[str, int | None], tuple[torch.Tensor, int]] = field(default_factory=dict)
 
     @property
@@ -58,6 +63,26 @@ class Recording:
         total, count = self._sums.get(key, (None, 0))
         self._sums[key] = (maps if total is None else total + maps, count + 1)
 
+    def passes(self, layer: str, grid: tuple[int, int, int]) -> bool:
+        """Whether a layer with this grid is left out."""
+        side = max(grid[1:])
+        self.grids.add(side)
+        if not self.resolutions or side in self.resolutions:
+            return False
+        self._passed.add(layer)
+        return True
+
+    def head_weights(self, layer: str, count: int, like: torch.Tensor) -> torch.Tensor | None:
+        """Weights [H] of a layer's heads, or None where they are kept apart."""
+        if self.heads is True:
+            return None
+        chosen = list(self.heads or range(count))
+        if max(chosen) >= count:
+            raise CaptureError(f"{layer} has {count} heads, counted from 0; there is no head {max(chosen)}")
+        weights = like.new_zeros(count, dtype=torch.float32)
+        weights[chosen] = 1 / len(chosen)
+        return weights
+
     def mean(self, size: int) -> torch.Tensor:
         """Mean over heads, layers and forwards, each layer resampled to `size` x `size` first: [B, W, size, size]."""
         if not self._sums:
@@ -67,9 +92,14 @@ class Recording:
 
     def require_layers(self, denoiser: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         """Raises `CaptureError` naming what kept layers of a denoiser from recording."""
-        missing = sorted(set(layers) - {layer for layer, _ in self._sums})
+        missing = sorted(set(layers) - {layer for layer, _ in self._sums} - self._passed)
         if not self.num_forwards:
             raise CaptureError("the attention layers recorded nothing: the denoiser did not run")
+        if not self._sums and self._passed == set(layers):
+            raise CaptureError(
+                f"no layer's grid has a longer side of {', '.join(map(str, self.resolutions))} places; this picture's have "
+                f"{', '.join(map(str, sorted(self.grids)))}"
+            )
         if missing:
             compiled = getattr(denoiser, "_compiled_call_impl", None) is not None
             remedy = "the denoiser ran compiled before it was patched: patch it first, or call torch.compiler.reset()"
@@ -192,7 +222,14 @@ class DenoiserHooks:
         self._handles.clear()
 
     @contextmanager
-    def capture(self, word_weights: torch.Tensor, branch: Samples = slice(None), fused: bool = False) -> Iterator[Recording]:
+    def capture(
+        self,
+        word_weights: torch.Tensor,
+        branch: Samples = slice(None),
+        fused: bool = False,
+        heads: bool | tuple[int, ...] = True,
+        resolutions: tuple[int, ...] = (),
+    ) -> Iterator[Recording]:
         """Records every forward of the denoiser inside the `with` block, with weights of the caller's own.
 
         Args:
@@ -201,16 +238,18 @@ class DenoiserHooks:
                 ones.
             fused: whether one pass gives the attention's output together with the map, in place of the model's own call. It is
                 faster; the denoiser's output is then equal up to rounding instead of bit-identical. Cross-attention only.
+            heads: True keeps heads apart; False takes their mean, a tuple the mean of the heads with these numbers.
+            resolutions: the longer sides, in places, of the grids whose layers are recorded; empty for all.
 
         Yields:
-            The recording: heads and forwards are kept apart.
+            The recording: forwards are kept apart.
 
         Raises:
             CaptureError: on leaving the block, when a layer recorded nothing in it.
         """
         if not self.attached:
             raise CaptureError("the patch was undone; call lavender.patch again")
-        recording = Recording(word_weights, fused=fused)
+        recording = Recording(word_weights, heads, fused=fused, resolutions=resolutions)
         before, self._manual = self._manual, (recording, branch)
         try:
             yield recording
@@ -264,13 +303,15 @@ class DenoiserHooks:
         """Records one layer's maps; the attention's output if it came with them."""
         assert self._current is not None
         recording, branch, places = self._current
+        cross = self.layout.order == "cross"
+        grid = level_grid(places.grid, call.query.shape[2]) if cross else places.grid
+        if recording.passes(name, grid):
+            return None
         weights = recording.word_weights = recording.word_weights.to(call.query.device)
-        heads = None
-        if not recording.heads:
-            heads = call.query.new_full((call.query.shape[1],), 1 / call.query.shape[1], dtype=torch.float32)
+        heads = recording.head_weights(name, call.query.shape[1], call.query)
         output = None
         if recording.fused:
-            if call.dropout_p or call.is_causal or call.enable_gqa or self.layout.order != "cross":
+            if call.dropout_p or call.is_causal or call.enable_gqa or not cross:
                 raise CaptureError(
                     f"{name} attends with dropout, causally, with grouped heads or to text and picture at once; capture it with "
                     "fused=False"
@@ -286,7 +327,7 @@ class DenoiserHooks:
             call = call.of_samples(branch)
             query, mask, weights = self._image_rows(name, call, weights, places, branch)
             maps = column_maps(query, call.key, weights, mask=mask, scale=call.scale, head_weights=heads)
-        frames, rows, columns = level_grid(places.grid, maps.shape[-1])
+        frames, rows, columns = grid
         recording.add(name, maps.unflatten(-1, (frames, rows, columns) if frames > 1 else (rows, columns)))
         return output
 

@@ -21,14 +21,24 @@ HELD_OUT_SEED = 200
 
 
 def write_dataset(scenes: Sequence[Scene], folder: Path) -> Path:
-    """Writes pictures and `captions.jsonl` (lines of `image`, `caption`, `question`, `answer`); returns the latter's path."""
+    """Writes pictures, `captions.jsonl` (lines of `image`, `caption`, `question`, `answer`) and `grounding.jsonl`.
+
+    The grounding has every object's exact mask and the words to measure; see `lavender.grounding`. Returns the captions' path.
+    """
+    # Here, because `evaluate` knows scenes and so loads this package.
+    from ..evaluate import MEASURED_KINDS
+    from ..grounding import run_lengths
+
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    lines = []
+    captions, groundings = [], []
     for number, scene in enumerate(scenes):
         name = f"images/{number:05d}.png"
         scene.image.save(folder / name)
-        line = {"image": name, "caption": scene.caption, "question": DESCRIBE, "answer": scene.caption}
-        lines.append(json.dumps(line))
-    path = folder / "captions.jsonl"
-    path.write_text("\n".join(lines) + "\n")
-    return path
+        captions.append({"image": name, "caption": scene.caption, "question": DESCRIBE, "answer": scene.caption})
+        objects = [{"rle": run_lengths(mask)} for mask in scene.masks]
+        measured = [r for r in scene.referents if r.kind in MEASURED_KINDS]
+        words = [{"start": r.start, "end": r.end, "object": r.object_index} for r in measured]
+        groundings.append({"id": name, "objects": objects, "words": words})
+    for name, lines in (("grounding.jsonl", groundings), ("captions.jsonl", captions)):
+        (folder / name).write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return folder / "captions.jsonl"

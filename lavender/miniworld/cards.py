@@ -13,7 +13,7 @@ import torch
 from ..config import TeacherConfig
 from ..evaluate import compare_targets, evaluate_answers, evaluate_attention, teacher_maps
 from ..patching import patch
-from ..teacher.extract import Teacher, load_pipeline
+from ..teacher.model import Teacher, load_pipeline
 from ..train import load_student
 from .experiment import held_out_scenes
 from .scenes import Scene

@@ -30,7 +30,8 @@ from ..evaluate import (
 from ..hooks.transformers import StudentPatch
 from ..patching import patch
 from ..targets import Target, TargetStore, TargetWriter
-from ..teacher.extract import Teacher, extract
+from ..teacher.extract import extract
+from ..teacher.model import Teacher
 from ..train import fine_tune, load_student
 from ..types import WordMaps
 from . import HELD_OUT_SEED, STUDENT, TEACHER, TRAINING_SEED, write_dataset

@@ -168,6 +168,22 @@ def three_pictures(sample_id: str, pictures=PICTURES) -> Conversation:
     return Conversation(sample_id, (pictures[2], *pictures[:2]), (*turns, Message("assistant", "a red cat")))
 
 
+def test_a_cropped_target_has_the_students_places_in_its_part(tmp_path):
+    """The target shows the lower right quarter: only the image tokens there have places, and they fill the map."""
+    picture, words = noise(48, 48), words_of("a red cat")
+    maps = WordMaps("a red cat", words, np.ones((3, 8, 8), np.float32), (0.5, 0.5, 1.0, 1.0))
+    with TargetWriter(tmp_path / "t", TeacherConfig(map_size=8), {"model": "m", "weights": "w"}) as writer:
+        writer.add(Target("x", image_sha256(picture), maps))
+        writer.close()
+    sample = Sample("x", picture, "what is this ?", "a red cat")
+    own = collator_of("llava", "left", targets=TargetStore(tmp_path / "t"))([sample])["lavender_boxes"][0]
+    whole = collator_of("llava", "left")([sample])["lavender_boxes"][0]
+    inside = (whole[:, 2] > 0.5) & (whole[:, 3] > 0.5)
+    assert 0 < inside.sum() < len(whole)
+    assert torch.equal(~own.isnan().any(dim=1), inside)
+    torch.testing.assert_close(own[inside], (2 * whole[inside] - 1).clamp(0, 1))
+
+
 def seen_states(model: nn.Module, cross: bool, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """What the decoder's first layer reads before any token knows another, [B, T, C]; or the keys of the cross-attention."""
     found: list[torch.Tensor] = []

@@ -1,0 +1,257 @@
+"""How the pipelines that can be teachers encode pictures and captions, and are asked for one prediction: one class a family."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import ModelError
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Encoded captions of a batch.
+
+    Attributes:
+        embeddings: [B, N, C].
+        more: further inputs of the denoiser that belong to the samples, each [B, ...].
+    """
+
+    embeddings: torch.Tensor
+    more: dict[str, torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def with_embeddings(self, embeddings: torch.Tensor) -> Text:
+        """The same text with other embeddings."""
+        return replace(self, embeddings=embeddings)
+
+    def followed_by(self, other: Text) -> Text:
+        """Both batches as one."""
+        more = {name: torch.cat([value, other.more[name]]) for name, value in self.more.items()}
+        return Text(torch.cat([self.embeddings, other.embeddings]), more)
+
+
+class TeacherFamily:
+    """A pipeline's parts, outside of its own loop.
+
+    Attributes:
+        pipe: the pipeline.
+        denoiser: its U-Net or transformer.
+        flows: whether it is a flow-matching model, whose prediction is a velocity and whose timestep is a thousand times sigma.
+        takes_guidance: whether the guidance scale is an input of the denoiser.
+    """
+
+    flows = False
+    takes_guidance = False
+    denoiser_name = "transformer"
+    patch_size = 1
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.denoiser = getattr(pipe, self.denoiser_name)
+        channels, expected = self.denoiser.config.in_channels, self.packed_channels(pipe.vae.config.latent_channels)
+        if channels != expected:
+            raise ModelError(
+                f"the denoiser of this {type(pipe).__name__} takes {channels} channels and its pictures have {expected}; lavender "
+                "takes plain text-to-image models, none for inpainting or editing"
+            )
+
+    def packed_channels(self, latent_channels: int) -> int:
+        """Channels of the denoiser's input, for latents of so many."""
+        return latent_channels
+
+    @property
+    def multiple(self) -> int:
+        """What sides of pictures, in pixels, must be multiples of."""
+        return int(self.pipe.vae_scale_factor) * self.patch_size
+
+    @property
+    def side(self) -> int:
+        """The side in pixels of the pictures that the model was made for."""
+        return int(self.denoiser.config.sample_size) * int(self.pipe.vae_scale_factor)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Scaled latents [B, C, h, w] of pictures [B, 3, y, x] in [-1, 1]: the mean of the encoder's distribution."""
+        vae = self.pipe.vae
+        latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
+        shift, scale = self._moments(latents)
+        return ((latents - shift) * scale).to(self.denoiser.dtype)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures [B, 3, y, x], about in [-1, 1], of scaled latents [B, C, h, w]."""
+        vae = self.pipe.vae
+        shift, scale = self._moments(latents)
+        return vae.decode((latents / scale + shift).to(vae.dtype)).sample
+
+    def _moments(self, latents: torch.Tensor) -> tuple[Any, Any]:
+        config = self.pipe.vae.config
+        if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
+            mean, std = (latents.new_tensor(own).view(1, -1, 1, 1) for own in (config.latents_mean, config.latents_std))
+            return mean, config.scaling_factor / std
+        return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
+
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, side: int, guided: bool) -> tuple[Text, Text | None]:
+        """The captions' text, and that of as many empty captions if `guided`; `side` is that of the pictures, in pixels."""
+        raise NotImplementedError
+
+    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, text: Text, guidance_scale: float) -> torch.Tensor:
+        """The denoiser's output [B, C, h, w] for noisy latents at a timestep from 0 to 1000; `guidance_scale` if it takes one."""
+        raise NotImplementedError
+
+    def sigmas(self, num_steps: int, latents: torch.Tensor) -> list[float]:
+        """Of a flow-matching model, the noise levels of a denoising in so many steps, from noise to 0: one more than steps."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        # A scheduler of the same kind: the pipeline's own keeps its state.
+        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+        config, given = scheduler.config, {}
+        if config.get("use_dynamic_shifting"):
+            names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+            tokens = latents.shape[-2] * latents.shape[-1] // self.patch_size**2
+            given["mu"] = calculate_shift(tokens, *(config[name] for name in names))
+            given["sigmas"] = np.linspace(1.0, 1 / num_steps, num_steps)
+        scheduler.set_timesteps(num_steps, **given)
+        return [float(sigma) for sigma in scheduler.sigmas]
+
+
+class _StableDiffusion(TeacherFamily):
+    denoiser_name = "unet"
+
+    @property
+    def multiple(self) -> int:
+        # Latents of any side go through a U-Net whose levels halve it only where the halves are whole.
+        return int(self.pipe.vae_scale_factor) * 2 ** (len(self.denoiser.config.block_out_channels) - 1)
+
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, side: int, guided: bool) -> tuple[Text, Text | None]:
+        prompt, empty = self.pipe.encode_prompt(list(captions), device, 1, guided)
+        return Text(prompt, {}), Text(empty, {}) if guided else None
+
+    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, text: Text, guidance_scale: float) -> torch.Tensor:
+        more = {"added_cond_kwargs": text.more} if text.more else {}
+        return self.denoiser(latents, timestep, text.embeddings, **more).sample
+
+
+class _StableDiffusionXL(_StableDiffusion):
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        # Its first autoencoder overflows in half precision, as its config says.
+        if self.pipe.vae.config.force_upcast and self.pipe.vae.dtype == torch.float16:
+            self.pipe.vae.to(torch.float32)
+        return super().encode(pixels)
+
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, side: int, guided: bool) -> tuple[Text, Text | None]:
+        prompt, empty, pooled, empty_pooled = self.pipe.encode_prompt(
+            list(captions), device=device, num_images_per_prompt=1, do_classifier_free_guidance=guided
+        )
+        width = pooled.shape[-1] if self.pipe.text_encoder_2 is None else self.pipe.text_encoder_2.config.projection_dim
+        times = self.pipe._get_add_time_ids((side, side), (0, 0), (side, side), prompt.dtype, width)
+        times = times.to(device).expand(len(captions), -1)
+        text = Text(prompt, {"text_embeds": pooled, "time_ids": times})
+        return text, Text(empty, {"text_embeds": empty_pooled, "time_ids": times}) if guided else None
+
+
+class _PixArt(TeacherFamily):
+    @property
+    def patch_size(self) -> int:  # type: ignore[override]
+        return int(self.denoiser.config.patch_size)
+
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, side: int, guided: bool) -> tuple[Text, Text | None]:
+        prompt, mask, empty, empty_mask = self.pipe.encode_prompt(list(captions), guided, device=device)
+        sizes: dict[str, torch.Tensor] = {}
+        if self.denoiser.config.sample_size == 128 and self.denoiser.config.use_additional_conditions is not False:
+            sides = torch.full((len(captions), 2), float(side), device=device, dtype=prompt.dtype)
+            sizes = {"resolution": sides, "aspect_ratio": sides[:, :1] / sides[:, 1:]}
+        text = Text(prompt, {"mask": mask, **sizes})
+        return text, Text(empty, {"mask": empty_mask, **sizes}) if guided else None
+
+    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, text: Text, guidance_scale: float) -> torch.Tensor:
+        sizes = {name: text.more.get(name) for name in ("resolution", "aspect_ratio")}
+        output = self.denoiser(
+            latents,
+            encoder_hidden_states=text.embeddings,
+            encoder_attention_mask=text.more["mask"],
+            timestep=timestep.expand(len(latents)),
+            added_cond_kwargs=sizes,
+        ).sample
+        return output[:, : latents.shape[1]]  # the rest is the learned variance
+
+
+class _StableDiffusion3(TeacherFamily):
+    flows = True
+
+    @property
+    def patch_size(self) -> int:  # type: ignore[override]
+        return int(self.denoiser.config.patch_size)
+
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, side: int, guided: bool) -> tuple[Text, Text | None]:
+        own = list(captions)
+        prompt, empty, pooled, empty_pooled = self.pipe.encode_prompt(
+            own, own, own, device=device, do_classifier_free_guidance=guided
+        )
+        text = Text(prompt, {"pooled_projections": pooled})
+        return text, Text(empty, {"pooled_projections": empty_pooled}) if guided else None
+
+    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, text: Text, guidance_scale: float) -> torch.Tensor:
+        return self.denoiser(
+            latents, timestep=timestep.expand(len(latents)), encoder_hidden_states=text.embeddings, **text.more
+        ).sample
+
+
+class _Flux(TeacherFamily):
+    flows = True
+    takes_guidance = True
+    patch_size = 2
+
+    def packed_channels(self, latent_channels: int) -> int:
+        return latent_channels * 4
+
+    @property
+    def side(self) -> int:
+        return int(self.pipe.default_sample_size) * int(self.pipe.vae_scale_factor)
+
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, side: int, guided: bool) -> tuple[Text, Text | None]:
+        own = list(captions)
+        prompt, pooled, _ = self.pipe.encode_prompt(own, own, device=device)
+        return Text(prompt, {"pooled_projections": pooled}), None
+
+    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, text: Text, guidance_scale: float) -> torch.Tensor:
+        batch, channels, height, width = latents.shape
+        guidance = None
+        if self.denoiser.config.guidance_embeds:
+            guidance = latents.new_full((batch,), guidance_scale, dtype=torch.float32)
+        output = self.denoiser(
+            hidden_states=self.pipe._pack_latents(latents, batch, channels, height, width),
+            timestep=timestep.expand(batch).to(latents.dtype) / 1000,
+            guidance=guidance,
+            encoder_hidden_states=text.embeddings,
+            txt_ids=latents.new_zeros(text.embeddings.shape[1], 3),
+            img_ids=self.pipe._prepare_latent_image_ids(batch, height // 2, width // 2, latents.device, latents.dtype),
+            **text.more,
+        ).sample
+        scale = self.pipe.vae_scale_factor
+        return self.pipe._unpack_latents(output, height * scale, width * scale, scale)
+
+
+TEACHERS: dict[str, type[TeacherFamily]] = {
+    "StableDiffusionPipeline": _StableDiffusion,
+    "StableDiffusionXLPipeline": _StableDiffusionXL,
+    "StableDiffusion3Pipeline": _StableDiffusion3,
+    "FluxPipeline": _Flux,
+    "PixArtAlphaPipeline": _PixArt,
+    "PixArtSigmaPipeline": _PixArt,
+}
+"""Class name of a text-to-image pipeline of diffusers -> how it is asked. So are the classes that inherit from it."""
+
+
+def teacher_family(pipe: Any) -> TeacherFamily:
+    """The family of a pipeline. Raises `ModelError` naming the known pipelines."""
+    for base in type(pipe).__mro__:
+        if base.__name__ in TEACHERS and re.match(r"diffusers\.", base.__module__):
+            return TEACHERS[base.__name__](pipe)
+    raise ModelError(f"a {type(pipe).__name__} cannot be a teacher; lavender extracts word maps with {', '.join(TEACHERS)}")

@@ -1,0 +1,129 @@
+"""A look at some pictures' maps before the long run, and what that run will cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ..config import ExtractionConfig, TeacherConfig
+from ..data import Pair
+from ..errors import DataError
+from ..images import load_image
+from ..maps import overlay
+from ..shards import Target, encoded, to_table
+from ..sources import BadPair
+from .engines import Batch, Finished, Worker
+
+WORDS_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What was drawn, and an estimate of the whole run.
+
+    Attributes:
+        path: the drawing.
+        failures: pictures that could not be used, with the reason.
+        seconds: per picture, on one device.
+        bytes: per picture, in the store.
+        num_pictures: of the input; None if it cannot be told.
+        num_devices: that share the work.
+    """
+
+    path: Path
+    failures: tuple[tuple[str, str], ...]
+    seconds: float
+    bytes: float
+    num_pictures: int | None
+    num_devices: int
+
+    def __str__(self) -> str:
+        lines = [f"skipped {own_id}: {reason}" for own_id, reason in self.failures]
+        lines.append(f"{self.path}: look at it before the long run")
+        lines.append(f"one picture: {self.seconds:.3g} s on one device, {self.bytes / 1024:.3g} KiB in the store")
+        if self.num_pictures is not None:
+            hours = self.seconds * self.num_pictures / self.num_devices / 3600
+            size = self.bytes * self.num_pictures / 2**30
+            lines.append(f"all {self.num_pictures}: about {hours:.3g} h on {self.num_devices} device(s), {size:.3g} GiB")
+        return "\n".join(lines)
+
+
+def preview(
+    model: str | Path | Any,
+    pairs: Iterable[Pair | BadPair],
+    out: str | Path,
+    count: int,
+    config: TeacherConfig | None = None,
+    work: ExtractionConfig | None = None,
+) -> Preview:
+    """Draws heat maps of the first `count` pictures' words into `out`/preview.png; nothing is stored.
+
+    The time is that of the batches after the first, which warms the device up (of the first, if it is the only one). The other
+    arguments are those of `lavender.teacher.extract.extract`.
+
+    Raises:
+        DataError: none of the pictures can be used.
+        ConfigError, ModelError: as `extract`.
+    """
+    config, work, out = config or TeacherConfig(), work or ExtractionConfig(), Path(out)
+    some = list(islice(pairs, count))
+    failures = [(entry.id, entry.reason) for entry in some if isinstance(entry, BadPair)]
+    good = [entry for entry in some if isinstance(entry, Pair)]
+    worker = Worker(model, config, work, work.devices[0])
+    batches = [good[start : start + work.batch_size] for start in range(0, len(good), work.batch_size)]
+    finished: list[Finished] = []
+    seconds: list[float] = []
+    for batch in tqdm(batches, desc="preview", unit="batch"):
+        started = time.perf_counter()
+        finished.append(worker(Batch(tuple(range(len(batch))), tuple(batch))))
+        seconds.append((time.perf_counter() - started) / len(batch))
+    worker.teacher.close()
+    targets = [target for own in finished for target in own.targets]
+    failures += [failure for own in finished for failure in own.failures]
+    if not targets:
+        reasons = "; ".join(f"{own_id}: {reason}" for own_id, reason in failures[:3])
+        raise DataError(f"none of the first {len(some)} pictures can be used ({reasons or 'there are none'})")
+    out.mkdir(parents=True, exist_ok=True)
+    image_of = {pair.id: pair.image for pair in good}
+    path = out / "preview.png"
+    _draw([(target, np.asarray(load_image(image_of[target.id]))) for target in targets], path)
+    total = len(pairs) if isinstance(pairs, list | tuple) else getattr(pairs, "count", None)
+    cost = float(np.median(seconds[1:] or seconds))
+    return Preview(
+        path,
+        tuple(failures),
+        cost,
+        encoded(to_table(targets, config.storage), "zstd").size / len(targets),
+        total,
+        len(work.devices),
+    )
+
+
+def _draw(rows: list[tuple[Target, np.ndarray]], path: Path) -> None:
+    """One row a picture: itself, and its first words' maps over the part of it that the teacher saw."""
+    from matplotlib.figure import Figure
+
+    columns = 1 + min(WORDS_SHOWN, max(len(target.word_maps.words) for target, _ in rows))
+    figure = Figure(figsize=(1.8 * columns, 2.1 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for own, (target, picture) in zip(axes, rows, strict=True):
+        maps, (height, width) = target.word_maps, picture.shape[:2]
+        top, left, bottom, right = (
+            round(share * side) for share, side in zip(maps.crop, (height, width, height, width), strict=True)
+        )
+        seen = picture[top:bottom, left:right]
+        for ax in own:
+            ax.set_axis_off()
+        own[0].imshow(picture)
+        own[0].set_title(target.id[-24:], fontsize=7)
+        for ax, word, values in zip(own[1:], maps.words, maps.maps, strict=False):
+            ax.imshow(seen if np.isnan(values).any() else overlay(seen, values, 0.85, "inferno"))
+            ax.set_title(word.text + (" (no map)" if np.isnan(values).any() else ""), fontsize=9)
+    figure.savefig(path, dpi=100)
