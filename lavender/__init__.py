@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AlignmentConfig": "config",
+    "ExtractionConfig": "config",
     "TeacherConfig": "config",
     "TrainingConfig": "config",
     "LavenderError": "errors",
@@ -24,6 +25,7 @@ _HOME = {
     "WordsConfig": "config",
     "WordMaps": "types",
     "extract": "teacher.extract",
+    "open_pairs": "sources",
     "patch": "patching",
     "register_family": "families",
     "fine_tune": "train",
@@ -35,6 +37,7 @@ __all__ = [
     "AlignmentConfig",
     "Collator",
     "Conversation",
+    "ExtractionConfig",
     "Family",
     "HeatMap",
     "LavenderError",
@@ -50,6 +53,7 @@ __all__ = [
     "__version__",
     "extract",
     "fine_tune",
+    "open_pairs",
     "patch",
     "register_family",
     "watch",
@@ -58,12 +62,13 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .collator import Collator
-    from .config import AlignmentConfig, TeacherConfig, TrainingConfig, WordsConfig
+    from .config import AlignmentConfig, ExtractionConfig, TeacherConfig, TrainingConfig, WordsConfig
     from .data import Conversation, Message
     from .errors import LavenderError
     from .families import Family, Pictures, register_family
     from .maps import HeatMap, Maps
     from .patching import patch
+    from .sources import open_pairs
     from .targets import TargetStore
     from .teacher.extract import extract
     from .train import fine_tune

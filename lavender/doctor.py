@@ -191,6 +191,7 @@ def _examine_pipeline_folder(model: str, index: dict[str, Any]) -> Iterator[Find
 
 def _examine_teacher(pipe: Any, denoiser: Any) -> Iterator[Finding]:
     from .families.prompts import parts_of
+    from .families.teachers import teacher_family_of
     from .hooks.diffusers import DenoiserHooks, hides_attention, remedy_of
 
     yield Finding("model", f"{type(pipe).__name__} with {type(denoiser).__name__}, a teacher")
@@ -213,6 +214,11 @@ def _examine_teacher(pipe: Any, denoiser: Any) -> Iterator[Finding]:
         yield Finding("words", " and ".join(part.tokenizer for part in parts))
     except ModelError as error:
         yield Finding("words", "unknown", str(error))
+    try:
+        family = teacher_family_of(type(pipe))
+        yield Finding("extraction", f"of target stores, by noise or {'flow' if family.flows else 'ddim or null_text'}")
+    except ModelError as error:
+        yield Finding("extraction", str(error))
     module = next(iter(hooks.modules.values()))
     width = getattr(module, "inner_dim", 0) // max(1, getattr(module, "heads", 1)) or None
     yield _kernels("column_maps", width, getattr(denoiser, "dtype", torch.float32), column_maps.WIDEST_FLOAT32)

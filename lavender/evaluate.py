@@ -198,9 +198,9 @@ def _some(ids: Iterable[str]) -> str:
 def teacher_maps(teacher: Teacher, scenes: Iterable[Scene]) -> list[dict[tuple[int, int], np.ndarray]]:
     """A teacher's maps of its captions' words, by span, per scene."""
     found = []
-    for scene in scenes:
-        known = teacher.word_maps(scene.image, scene.caption)
-        found.append({(w.start, w.end): m for w, m in zip(known.words, known.maps, strict=True)})
+    for chunk in _batches(scenes):
+        for known in teacher.word_maps_of([scene.image for scene in chunk], [scene.caption for scene in chunk]):
+            found.append({(w.start, w.end): m for w, m in zip(known.words, known.maps, strict=True)})
     return found
 
 
@@ -315,7 +315,7 @@ def alignment_error(
     return float(np.mean(errors))
 
 
-def _batches(items: Sequence[Any]) -> Iterable[list[Any]]:
+def _batches(items: Iterable[Any]) -> Iterable[list[Any]]:
     iterator = iter(items)
     while chunk := list(islice(iterator, BATCH_SIZE)):
         yield chunk

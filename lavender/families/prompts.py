@@ -57,6 +57,8 @@ def _converted(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], ar
         return _placed(words, prompt, prompt)
     added = tokenizer.added_tokens_encoder
     concepts = [match.span() for name in added if f"{name}_1" in added for match in re.finditer(re.escape(name), prompt)]
+    if not concepts:
+        return _placed(words, prompt, prompt)
     spans: list[Span | None] = []
     for word in words:
         around = [(start, end) for start, end in concepts if start < word.end and word.start < end]

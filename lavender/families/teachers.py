@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -249,9 +248,9 @@ TEACHERS: dict[str, type[TeacherFamily]] = {
 """Class name of a text-to-image pipeline of diffusers -> how it is asked. So are the classes that inherit from it."""
 
 
-def teacher_family(pipe: Any) -> TeacherFamily:
-    """The family of a pipeline. Raises `ModelError` naming the known pipelines."""
-    for base in type(pipe).__mro__:
-        if base.__name__ in TEACHERS and re.match(r"diffusers\.", base.__module__):
-            return TEACHERS[base.__name__](pipe)
-    raise ModelError(f"a {type(pipe).__name__} cannot be a teacher; lavender extracts word maps with {', '.join(TEACHERS)}")
+def teacher_family_of(pipeline: type) -> type[TeacherFamily]:
+    """The family of a class of pipelines. Raises `ModelError` naming the known ones."""
+    for base in pipeline.__mro__:
+        if base.__name__ in TEACHERS and base.__module__.startswith("diffusers."):
+            return TEACHERS[base.__name__]
+    raise ModelError(f"a {pipeline.__name__} cannot be a teacher; lavender extracts word maps with {', '.join(TEACHERS)}")

@@ -44,10 +44,9 @@ def frame(image: Image.Image, side: int, fit: Fit) -> Frame:
         inside = (top / side, left / side, (top + own[1]) / side, (left + own[0]) / side)
     elif fit == "crop":
         short = min(width, height)
-        left, top = (width - short) / 2, (height - short) / 2
-        box = (left, top, left + short, top + short)
-        square = image.resize((side, side), Image.Resampling.BICUBIC, box=box)
-        crop = (top / height, left / width, (top + short) / height, (left + short) / width)
+        x, y = (width - short) / 2, (height - short) / 2
+        square = image.resize((side, side), Image.Resampling.BICUBIC, box=(x, y, x + short, y + short))
+        crop = (y / height, x / width, (y + short) / height, (x + short) / width)
     else:
         square = image.resize((side, side), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1)

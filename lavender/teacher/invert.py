@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Protocol
@@ -190,8 +191,14 @@ def _inverted(asked: Asked, latents: torch.Tensor, num_steps: int) -> tuple[list
 
 def _scheduler(kind: Any, asked: Asked) -> Any:
     """One of diffusers' schedulers with the pipeline's noise schedule."""
+    # Not by `from_config`: it leaves out what the pipeline's scheduler has by default, and defaults differ from kind to kind.
+    known = inspect.signature(kind).parameters
+    settings = {name: value for name, value in asked.scheduler.config.items() if name in known}
+    # With "linspace" (usual for Euler and DPM-Solver) the steps there and back would not be the same.
+    if settings.get("timestep_spacing") == "linspace":
+        settings["timestep_spacing"] = "leading"
     # Schedulers of other kinds do not say in their configs that latents are not clipped.
-    return kind.from_config(asked.scheduler.config, clip_sample=False)
+    return kind(**{**settings, "clip_sample": False})
 
 
 def _is_read(config: TeacherConfig, timestep: torch.Tensor) -> bool:

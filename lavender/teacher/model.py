@@ -19,7 +19,7 @@ from ..config import Offload, TeacherConfig
 from ..data import require_unicode
 from ..errors import ConfigError, DataError, ModelError
 from ..families.prompts import word_weights
-from ..families.teachers import TEACHERS, TeacherFamily, Text, teacher_family
+from ..families.teachers import TEACHERS, TeacherFamily, Text, teacher_family_of
 from ..hooks.diffusers import DenoiserHooks, Recording
 from ..images import load_image
 from ..kernels.map_loss import normalize
@@ -80,7 +80,7 @@ class Teacher:
         self.config = config
         self.device = torch.device(device)
         self.pipe = load_pipeline(model, config) if isinstance(model, str | Path) else model
-        self.family: TeacherFamily = teacher_family(self.pipe)
+        self.family: TeacherFamily = teacher_family_of(type(self.pipe))(self.pipe)
         denoiser = self.family.denoiser
         name = type(self.pipe).__name__
         if denoiser.dtype != getattr(torch, config.dtype):
@@ -196,22 +196,33 @@ class Teacher:
         first = 0
         while first < len(words):
             # A word has one token at least: what lies beyond the window need not be looked at.
-            some = words[first : first + self._num_columns]
-            start = words[first].start if first else 0
-            passage = self._passage(picture, caption[start : some[-1].end], _moved(some, -start))
-            last = first + len(some) - _trailing(passage.missing)
-            if last in (first, len(words)):  # all of it, or nothing that any column stands for
-                passage = self._passage(picture, caption[start:], _moved(some, -start)) if last == len(words) else passage
-                last = first + len(some)
-            else:
-                last = _sentence_end(caption, words, first, last)
-                passage = self._passage(picture, caption[start : words[last].start], _moved(words[first:last], -start))
+            last = min(first + self._num_columns, len(words))
+            passage = self._cut(picture, caption, words, first, last)
+            read = last - _trailing(passage.missing)
+            if first < read < len(words):
+                last = _sentence_end(caption, words, first, read)
+                passage = self._cut(picture, caption, words, first, last)
             yield passage
             first = last
 
+    def _cut(self, picture: int, caption: str, words: Sequence[Word], first: int, last: int) -> _Passage:
+        """The words from `first` to below `last`, with what stands between them and behind."""
+        start = words[first].start if first else 0
+        end = words[last].start if last < len(words) else len(caption)
+        return self._passage(picture, caption[start:end], _moved(words[first:last], -start))
+
     def _passage(self, picture: int, text: str, words: Sequence[Word]) -> _Passage:
-        weights, missing = word_weights(self.pipe, [text], [words], self._num_columns, {})
-        return _Passage(picture, text, tuple(words), weights[0], tuple(word in missing[0] for word in words))
+        # A word has one token at least: what lies beyond the window need not be looked at.
+        near, num_beyond = words[: self._num_columns], max(0, len(words) - self._num_columns)
+        read = text[: near[-1].end] if num_beyond else text
+        weights, missing = word_weights(self.pipe, [read], [near], self._num_columns, {})
+        return _Passage(
+            picture,
+            text,
+            tuple(words),
+            torch.nn.functional.pad(weights[0], (0, 0, 0, num_beyond)),
+            (*(word in missing[0] for word in near), *[True] * num_beyond),
+        )
 
 
 class _Asked:
@@ -350,8 +361,8 @@ def load_pipeline(model: str | Path, config: TeacherConfig | None = None) -> Any
 def _weights_fingerprint(pipe: Any) -> str:
     """Sixteen digits of what shapes the maps: the weights of text encoders, autoencoder and denoiser, and the noise schedule."""
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module) and name != "safety_checker"}
-    denoiser = parts.get("unet", parts.get("transformer"))
-    configs = [dict(denoiser.config), dict(pipe.scheduler.config)]  # type: ignore[union-attr]  # one of the two is there
+    denoiser: Any = parts.get("unet", parts.get("transformer"))
+    configs = [dict(denoiser.config), dict(pipe.scheduler.config)]
     digest = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())
     for part in sorted(parts):
         for name, tensor in sorted(parts[part].state_dict().items()):
