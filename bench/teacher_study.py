@@ -41,7 +41,7 @@ def ways(teacher: Teacher) -> Iterator[tuple[str, str, TeacherConfig]]:
     yield "inversion", "noise 51, 151, 301", noise()
     yield "inversion", "noise 151", noise(timesteps=(151,))
     yield "inversion", "DDIM 5 + 10", TeacherConfig()
-    yield "inversion", "DDIM 5 + 10, below 500", TeacherConfig(last_timestep=500)
+    yield "inversion", "DDIM 5 + 10, up to 500", TeacherConfig(last_timestep=500)
     yield "inversion", "DDIM 10 + 10", TeacherConfig(inversion_steps=10)
     yield "inversion", "DDIM 20 + 20", TeacherConfig(inversion_steps=20, diffusion_steps=20)
     yield "inversion", "DDIM 10 + 10, guidance 7.5", TeacherConfig(inversion_steps=10, guidance_scale=7.5)

@@ -160,7 +160,7 @@ class TeacherConfig:
     first_timestep: int = 0
     """All but `noise`: maps are read at this timestep and above only."""
     last_timestep: int = 1000
-    """All but `noise`: maps are read below this timestep only; the noisiest steps see little of the picture."""
+    """All but `noise`: maps are read up to this timestep only; the noisiest steps see little of the picture."""
     timestep_weights: tuple[float, ...] = ()
     """Weights of the forwards that are read, in their order (a denoising goes from noise to picture); empty for their mean."""
     layers: tuple[str, ...] = ()
@@ -245,9 +245,9 @@ class TeacherConfig:
             f"guidance_scale is {self.guidance_scale}; null_text is there to make guidance exact: give one above 1, such as 7.5",
         )
         _require(
-            0 <= self.first_timestep < self.last_timestep,
-            f"first_timestep is {self.first_timestep} and last_timestep {self.last_timestep}; the first is at least 0 and below "
-            "the last",
+            0 <= self.first_timestep <= self.last_timestep,
+            f"first_timestep is {self.first_timestep} and last_timestep {self.last_timestep}; the first is at least 0, and no "
+            "larger than the last",
         )
 
 

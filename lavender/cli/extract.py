@@ -95,7 +95,7 @@ def extract(
     inversion_steps: Annotated[int, typer.Option(help="Steps of the inversion.")] = _TEACHER.inversion_steps,
     diffusion_steps: Annotated[int, typer.Option(help="Steps of the denoising.")] = _TEACHER.diffusion_steps,
     timesteps: Annotated[str, typer.Option(help="noise: training timesteps, 0 to 999.")] = ",".join(map(str, _TEACHER.timesteps)),
-    last_timestep: Annotated[int, typer.Option(help="All but noise: read below this timestep only.")] = _TEACHER.last_timestep,
+    last_timestep: Annotated[int, typer.Option(help="All but noise: read up to this timestep only.")] = _TEACHER.last_timestep,
     layers: Annotated[str, typer.Option(help="Attention layers to read, as name parts: mid_block,up_blocks.1 [all].")] = "",
     resolutions: Annotated[str, typer.Option(help="Layers to read by the longer side of their grid: 16,32 [all].")] = "",
     heads: Annotated[str, typer.Option(help="Heads to read, from 0 [all].")] = "",

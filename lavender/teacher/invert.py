@@ -202,4 +202,4 @@ def _scheduler(kind: Any, asked: Asked) -> Any:
 
 
 def _is_read(config: TeacherConfig, timestep: torch.Tensor) -> bool:
-    return config.first_timestep <= float(timestep) < config.last_timestep
+    return config.first_timestep <= float(timestep) <= config.last_timestep

@@ -82,6 +82,9 @@ PIPELINES: dict[str, Callable[[], Any]] = {}
 All run at `HEIGHT_PIXELS` x `WIDTH_PIXELS`.
 """
 
+MORE_TEACHERS: dict[str, Callable[[], Any]] = {}
+"""Pipelines that are asked for maps of pictures in addition to those above, of the same kind of names."""
+
 
 def _entry(
     zoo: dict[str, Callable[[], Built]], key: str, **settings: Any
@@ -554,16 +557,20 @@ def _assemble(pipeline: type, **parts: Any) -> Any:
     return pipe
 
 
+@_entry(MORE_TEACHERS, "StableDiffusionPipeline/v", name="StableDiffusionPipeline", prediction_type="v_prediction")
 @_entry(PIPELINES, "StableDiffusionPAGPipeline", name="StableDiffusionPAGPipeline", pag_applied_layers=["mid"])
 @_entry(PIPELINES, "StableDiffusionPipeline", name="StableDiffusionPipeline")
-def _stable_diffusion(name: str, **options: Any) -> Any:
+def _stable_diffusion(name: str, prediction_type: str = "epsilon", **options: Any) -> Any:
+    """Stable Diffusion 1.5, or 2.x, whose U-Net predicts a velocity."""
     tokenizer = clip_tokenizer()
+    scheduler = make_scheduler()
+    scheduler.register_to_config(prediction_type=prediction_type)
     return _assemble(
         getattr(diffusers, name),
         unet=DENOISERS["UNet2DConditionModel"]().model,
         tokenizer=tokenizer,
         text_encoder=_clip(tokenizer, WIDTH),
-        scheduler=make_scheduler(),
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -615,4 +622,17 @@ def _flux_pipeline() -> Any:
         tokenizer_2=tokenizer_2,
         text_encoder_2=_t5(tokenizer_2),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    )
+
+
+@_entry(MORE_TEACHERS, "PixArtAlphaPipeline")
+def _pixart_pipeline() -> Any:
+    """T5's text under a mask; its scheduler spaces timesteps in the way that it comes with."""
+    tokenizer = t5_tokenizer()
+    return _assemble(
+        diffusers.PixArtAlphaPipeline,
+        transformer=DENOISERS["PixArtTransformer2DModel"]().model,
+        tokenizer=tokenizer,
+        text_encoder=_t5(tokenizer),
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
     )
