@@ -93,9 +93,10 @@ def main() -> None:
     except ModuleNotFoundError as error:
         _say(f"this needs the package {error.name}; pip install 'lavender-attention[all]'")
         sys.exit(2)
-    except KeyboardInterrupt:
-        _say("interrupted; the same command continues")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of Ctrl-C
+            _say("interrupted; the same command continues")
+        raise
 
 
 def _say(message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,15 @@ def extract(
         count = getattr(pairs, "count", None) if not isinstance(pairs, Sequence) else len(pairs)
         with tqdm(total=count, desc="word maps", unit="picture", disable=not progress, smoothing=0.05) as bar:
             written = 0
-            for finished in engine.results(entries):
-                writer.add(*finished.targets, position=finished.positions)
-                written += len(finished.targets)
-                for own_id, reason in finished.failures:
-                    entries.fail(own_id, reason)
-                writer.advance(entries.finish(finished))
-                bar.update(entries.seen - bar.n)
+            with closing(engine.results(entries)) as results:
+                for finished in results:
+                    writer.add(*finished.targets, position=finished.positions)
+                    written += len(finished.targets)
+                    for own_id, reason in finished.failures:
+                        entries.fail(own_id, reason)
+                    writer.advance(entries.finish(finished))
+                    bar.update(entries.seen - bar.n)
+            bar.update(entries.seen - bar.n)
         writer.close()
     return Summary(written, entries.present, entries.failed)
 
@@ -137,5 +140,5 @@ class _Entries:
 
     def finish(self, finished: Finished) -> int:
         """Notes that a batch is done; before the place that is returned, every entry is stored or has failed."""
-        self.seen += self._in_work.pop(finished.batch.positions[0])
+        self.seen += self._in_work.pop(finished.start)
         return min(self._in_work, default=self._next)

@@ -33,7 +33,8 @@ SETTINGS = {
     "heads": {"heads": (1,)},
     "max of some heads": {"head_reduction": "max", "heads": (0,)},
     "larger maps": {"map_size": 32},
-    "timestep_weights": {"timestep_weights": (1.0, 0.0, 2.5)},
+    # A flow begins at 1,000, above every timestep of the others.
+    "timestep_weights": {"timestep_weights": (1.0, 0.0, 2.5), "last_timestep": 999},
     "first_timestep": {"first_timestep": 400},
     "last_timestep": {"last_timestep": 400},
     "renormalize": {"renormalize": True},
