@@ -13,6 +13,7 @@ import pytest
 from lavender.config import TeacherConfig
 from lavender.data import Pair, read_pairs
 from lavender.errors import DataError, TargetError
+from lavender.images import load_image
 from lavender.miniworld import write_dataset
 from lavender.targets import TargetStore
 from lavender.teacher.extract import extract
@@ -50,6 +51,27 @@ def test_bad_samples_are_skipped_and_listed(teacher_folder, dataset, tmp_path, c
     assert "no image at" in failed["images/00002.png"]
     assert "no words" in failed["empty"]
     assert "skipped images/00001.png" in capsys.readouterr().out
+
+
+def test_attention_that_is_not_finite_is_a_failure_and_no_map(teacher_folder, dataset, pipe, tmp_path):
+    """As where half precision overflows: one picture's latents are not finite, its neighbors in the batch are stored."""
+    encode, batches = pipe.vae.encode, []
+
+    def overflowing(pixels):
+        found = encode(pixels)
+        found.latent_dist.mean[1] = float("inf")
+        batches.append(len(pixels))
+        return found
+
+    pipe.vae.encode = overflowing
+    summary = extract(pipe, read_pairs(dataset), tmp_path / "t", NOISE, progress=False)
+    assert (summary.written, summary.failed, batches) == (5, 1, [6])
+    store = TargetStore(tmp_path / "t")
+    assert "not finite in float32" in store.failed["images/00001.png"]
+    plain = Teacher(teacher_folder, NOISE)
+    pairs = read_pairs(dataset)[:3]
+    direct = plain.word_maps_of([load_image(pair.image) for pair in pairs], [pair.caption for pair in pairs])[2]
+    np.testing.assert_allclose(store["images/00002.png"].word_maps.maps, direct.maps, atol=1e-3)
 
 
 def test_the_same_folder_with_another_config_is_refused(teacher_folder, dataset, tmp_path):

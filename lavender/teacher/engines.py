@@ -126,12 +126,19 @@ class Worker:
                 encoded.append(own_sha256)
                 chosen.append((position, pair))
         targets: list[Target] = []
+        positions: list[int] = []
         if chosen:
             with self._limited(), self._memory_named(f"{len(chosen)} pictures at a time"):
                 maps = self.teacher.word_maps_of(images, [pair.caption for _, pair in chosen])
-            for (_, pair), image, own_sha256, own in zip(chosen, images, encoded, maps, strict=True):
-                targets.append(Target(pair.id, image_sha256(image), own, own_sha256))
-        return Finished(batch.positions[0], tuple(position for position, _ in chosen), tuple(targets), tuple(failures))
+            for (position, pair), image, own_sha256, own in zip(chosen, images, encoded, maps, strict=True):
+                try:
+                    self.teacher.require_finite(own)
+                except DataError as error:
+                    failures.append((pair.id, str(error)))
+                else:
+                    positions.append(position)
+                    targets.append(Target(pair.id, image_sha256(image), own, own_sha256))
+        return Finished(batch.positions[0], tuple(positions), tuple(targets), tuple(failures))
 
     @contextmanager
     def _memory_named(self, what: str) -> Iterator[None]:

@@ -122,12 +122,19 @@ class Teacher:
     def word_maps(self, image: Image.Image, caption: str) -> WordMaps:
         """Maps of every word of a caption, float32 [W, map_size, map_size]; NaN for words that the text encoder does not read.
 
-        Raises `DataError` if `refusal` has a reason to.
+        Raises `DataError` if `refusal` has a reason to, or the model's numbers overflow.
         """
         reason = self.refusal(caption)
         if reason is not None:
             raise DataError(reason)
-        return self.word_maps_of([image], [caption])[0]
+        maps = self.word_maps_of([image], [caption])[0]
+        self.require_finite(maps)
+        return maps
+
+    def require_finite(self, maps: WordMaps) -> None:
+        """Raises `DataError` for maps that came from numbers which are none."""
+        if np.isinf(maps.maps).any():
+            raise DataError(f"the teacher's attention is not finite in {self.config.dtype}; choose dtype bfloat16 or float32")
 
     def refusal(self, caption: str) -> str | None:
         """Why a caption cannot be read, or None."""
@@ -148,7 +155,7 @@ class Teacher:
         """Maps of several pictures' words, as `word_maps` gives them, computed together.
 
         As many passages of text are read at a time as there are pictures. The captions are such that `refusal` has nothing against
-        them.
+        them. Where the model's numbers overflow, maps are infinite.
         """
         upright = [load_image(image) for image in images]
         frames = [frame(image, self.side, self.config.fit) for image in upright]
@@ -184,7 +191,9 @@ class Teacher:
             read_maps(asked, latents, self.config, noise)
             maps = normalize(asked.maps(inside), self.config.normalization).cpu().numpy()
         for values, passage in zip(maps, passages, strict=True):
-            values[: len(passage.words)][np.array(passage.missing)] = np.nan
+            own, missing = values[: len(passage.words)], np.array(passage.missing)
+            own[:] = own if np.isfinite(own[~missing]).all() else np.inf
+            own[missing] = np.nan
         return list(maps)
 
     def _passages(self, picture: int, caption: str) -> Iterator[_Passage]:
