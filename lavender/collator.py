@@ -182,8 +182,8 @@ class Collator:
             if image_sha256(image) == target.image_sha256:
                 return target, n
         raise TargetError(
-            f"the targets of sample {conversation.id!r} in {self.targets.folder} were made from another picture than its "
-            f"{len(images)}; extract them into a new folder"
+            f"the targets of sample {conversation.id!r} in {self.targets.folder} were made from another picture than "
+            f"{'its own' if len(images) == 1 else f'its {len(images)}'}; extract them into a new folder"
         )
 
     def _processed(self, items: Sequence[_Item], texts: list[str]) -> dict[str, torch.Tensor]:

@@ -32,7 +32,7 @@ from .data import PLACEHOLDER, Conversation, Sample, require_unicode
 from .errors import ConfigError, DataError, TargetError
 from .images import ImageSource, load_image, read_bytes
 from .targets import Target, TargetStore, TargetWriter, file_sha256, image_sha256
-from .types import WordMaps
+from .types import WHOLE_PICTURE, Box, WordMaps
 from .words import match_words, words_and
 
 Format = Literal["folder", "parquet"]
@@ -507,13 +507,25 @@ def _averaged(targets: Iterable[Target]) -> dict[str, NDArray[np.uint8]]:
     for target in targets:
         for word, values in zip(target.word_maps.words, target.word_maps.maps, strict=True):
             if not np.isnan(values).any():
-                found.setdefault(word.text, []).append(values)
+                found.setdefault(word.text, []).append(_on_whole_picture(values, target.word_maps.crop))
     result = {}
     for text, maps in found.items():
         mean = np.mean(maps, axis=0)
         low, high = mean.min(), mean.max()
         result[text] = np.rint(255 * (mean - low) / (high - low if high > low else 1)).astype(np.uint8)
     return result
+
+
+def _on_whole_picture(values: NDArray[np.float32], crop: Box) -> NDArray[np.float32]:
+    """A map of a part of a picture as one of the whole: published maps have no other; lowest where the teacher did not look."""
+    if crop == WHOLE_PICTURE:
+        return values
+    sides = (*values.shape, *values.shape)
+    top, left, bottom, right = (round(share * side) for share, side in zip(crop, sides, strict=True))
+    part = Image.fromarray(values).resize((max(1, right - left), max(1, bottom - top)), Image.Resampling.BILINEAR)
+    whole = np.full_like(values, values.min())
+    whole[top:bottom, left:right] = np.asarray(part)[: bottom - top, : right - left]
+    return whole
 
 
 def _write_folder(

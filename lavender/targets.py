@@ -194,7 +194,7 @@ class TargetWriter:
                     f"{self.folder} holds targets of another teacher or config ({difference(found, self._manifest)}); "
                     "give --out a new folder, or the settings that the store was begun with"
                 )
-            self._manifest |= {"shards": found["shards"], "failed": found["failed"]}
+            self._manifest |= {name: found[name] for name in ("shards", "failed", "complete")}
         elif (self.folder / "manifest.json").exists() and read_manifest(self.folder)["shards"]:
             raise TargetError(f"{self.folder} has lost all its shards; put them back, or give --out a new folder")
         self.failed: dict[str, str] = {entry["id"]: entry["reason"] for entry in self._manifest["failed"]}
@@ -204,9 +204,10 @@ class TargetWriter:
         self._adopt()
         for path in chain(self.folder.glob("*.partial"), self._pending.glob("*.partial")):
             path.unlink()
-        self._write_manifest()
-        self._pending.mkdir(exist_ok=True)
         self._waiting: list[_Waiting] = []
+        if not self._manifest["complete"]:
+            self._write_manifest()
+            self._pending.mkdir(exist_ok=True)
         for path in sorted(self._pending.glob("*.parquet")):
             self._take_up(path)
         self._next = 1 + max((sample.position for sample in self._waiting), default=-1)
@@ -218,6 +219,7 @@ class TargetWriter:
             if path.name != self._next_shard() or own.keys() & self.done.keys():
                 raise TargetError(f"{path} is no shard of this store, by its name or its samples; move it elsewhere")
             self._manifest["shards"][path.name] = {"sha256": sha256_of(path), "samples": len(own)}
+            self._manifest["complete"] = False
             self.done |= own
 
     def _take_up(self, path: Path) -> None:
@@ -258,6 +260,10 @@ class TargetWriter:
                 raise TargetError(f"the store has a sample {target.id!r} already")
             seen.add(target.id)
         table = to_table(targets, self._storage).append_column("position", pa.array(positions, pa.int64()))
+        if self._manifest["complete"]:  # until here a run may end, and the store is what it was
+            self._manifest["complete"] = False
+            self._write_manifest()
+            self._pending.mkdir(exist_ok=True)
         # The id makes the name unique where an earlier run counted the input's places in another way.
         name = hashlib.sha256(targets[0].id.encode()).hexdigest()[:16]
         path = self._pending / f"{positions[0]:012d}-{name}.parquet"
@@ -331,7 +337,8 @@ class TargetWriter:
         if not self._lock.is_held():
             return
         try:
-            self._write_manifest()
+            if not self._manifest["complete"]:
+                self._write_manifest()
         finally:
             self._lock.release()
 

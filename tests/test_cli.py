@@ -95,7 +95,7 @@ def test_mistakes_with_data(teacher_folder, student_folder, data, tmp_path):
     empty = tmp_path / "data/empty.jsonl"
     empty.write_text('{"image": "images/00000.png", "caption": ""}')
     result = lavender("extract", "--model", teacher_folder, "--data", empty, "--out", tmp_path / "t", "--inversion", "noise")
-    assert result.returncode == 0
+    assert result.returncode == 1
     assert "1 skipped" in result.stdout
     assert "has no words" in result.stdout
     assert "holds no targets" in refused(
@@ -115,3 +115,19 @@ def test_mistakes_with_settings(teacher_folder, data, tmp_path):
     assert "inversion_steps is 0" in refused(*common, "--inversion-steps", 0)
     assert "device 'tpu9'" in refused(*common, "--device", "tpu9")
     assert "no attention layer is named like attic" in refused(*common, "--layers", "attic")
+
+
+def test_settings_that_would_do_nothing_are_refused(teacher_folder, data, tmp_path):
+    extract = ("extract", "--model", teacher_folder, "--data", data, "--out", tmp_path / "t")
+    assert "there is no setting 'normalisation'" in refused(*extract, "--set", "normalisation=sum")
+    assert "an option of its own, --map-size" in refused(*extract, "--set", "map_size=16")
+    assert "guidance_scale is 7.5" in refused(*extract, "--inversion", "noise", "--guidance-scale", "7.5")
+    assert "timesteps is (7,)" in refused(*extract, "--timesteps", "7")
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_run_in_which_every_picture_fails_says_so_by_its_exit_code(teacher_folder, data, tmp_path):
+    data.write_text('{"image": "images/none.png", "caption": "a red ring"}')
+    result = lavender("extract", "--model", teacher_folder, "--data", data, "--out", tmp_path / "t", "--inversion", "noise")
+    assert result.returncode == 1
+    assert "0 written, 0 there before, 1 skipped" in result.stdout

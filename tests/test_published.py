@@ -16,6 +16,7 @@ from PIL import Image
 from lavender.config import DEFAULT_QUESTION, TeacherConfig
 from lavender.data import Conversation, Message, Sample, read_pairs, read_samples
 from lavender.errors import ConfigError, DataError, TargetError
+from lavender.images import load_image
 from lavender.published import export_targets, import_targets
 from lavender.targets import Target, TargetStore, TargetWriter, image_sha256
 from lavender.types import Word, WordMaps
@@ -710,3 +711,22 @@ def test_the_commands(store, tmp_path):
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("lavender: a table contains the pictures")
     assert "Traceback" not in result.stderr
+
+
+def test_a_cropped_map_is_published_in_its_place(tmp_path):
+    """The middle half of a wide picture, hot at its upper left corner: published maps cover the whole picture."""
+    Image.new("RGB", (16, 8)).save(tmp_path / "a.png")
+    maps = np.zeros((1, 8, 8), np.float32)
+    maps[0, :4, :2] = 1
+    word_maps = WordMaps("cat", words_of("cat"), maps, (0.0, 0.25, 1.0, 0.75))
+    writer = TargetWriter(tmp_path / "t", TeacherConfig(map_size=8), {"model": "test", "weights": "x"})
+    writer.add(Target("a.png", image_sha256(load_image(tmp_path / "a.png")), word_maps))
+    writer.close()
+    export_targets(TargetStore(tmp_path / "t"), tmp_path / "out.parquet", format="parquet", images=tmp_path, progress=False)
+    import_targets(tmp_path / "out.parquet", tmp_path / "back", progress=False)
+    store = TargetStore(tmp_path / "back")
+    [own_id] = store
+    values = store[own_id].word_maps.maps[0]
+    y, x = np.unravel_index(values.argmax(), values.shape)
+    assert (y < 4, x) == (True, 2)
+    assert values[:, [0, 1, 6, 7]].max() == values.min()

@@ -618,3 +618,20 @@ def test_targets_of_another_picture_are_refused(tmp_path):
     assert store.checked("s0", picture).id == "s0"
     with pytest.raises(TargetError, match="another picture"):
         store.checked("s0", Image.new("RGB", (4, 4), "blue"))
+
+
+def test_a_finished_store_stays_finished_until_something_is_added(tmp_path):
+    fill(tmp_path / "t", range(3)).close()
+    before = (tmp_path / "t/manifest.json").read_bytes()
+    with TargetWriter(tmp_path / "t", CONFIG, TEACHER, 3) as writer:
+        writer.begin_run()
+        with pytest.raises(TargetError, match="another caption"):
+            writer.has("s0", Image.new("RGB", (4, 4)), "other words")
+    assert (tmp_path / "t/manifest.json").read_bytes() == before
+    assert len(TargetStore(tmp_path / "t")) == 3
+    with TargetWriter(tmp_path / "t", CONFIG, TEACHER, 3) as writer:
+        writer.add(make_target(3))
+    with pytest.raises(TargetError, match="has not finished"):
+        TargetStore(tmp_path / "t")
+    fill(tmp_path / "t", range(4)).close()
+    assert list(TargetStore(tmp_path / "t")) == ["s0", "s1", "s2", "s3"]

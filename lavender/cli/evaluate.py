@@ -12,7 +12,7 @@ import typer
 from ..errors import ConfigError
 from .options import Rows
 
-app = typer.Typer()
+app = typer.Typer(rich_markup_mode=None)
 
 
 @app.callback(invoke_without_command=True)

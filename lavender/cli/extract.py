@@ -10,11 +10,25 @@ from typing import Annotated
 import typer
 
 from ..config import ExtractionConfig, TeacherConfig, override
+from ..config import Inversion as Inversion_
 from ..errors import ConfigError
 from .options import integers, usable_device
 
 _TEACHER = TeacherConfig()
 _WORK = ExtractionConfig()
+_OPTIONS = {
+    *("inversion", "inversion_steps", "diffusion_steps", "timesteps", "last_timestep", "layers", "resolutions", "heads"),
+    *("guidance_scale", "long_captions", "image_size", "fit", "map_size", "storage", "dtype", "seed"),
+    *("devices", "batch_size", "engine", "offload"),
+}
+"""Settings that have an option of their own."""
+_WITHOUT_USE: dict[Inversion_, tuple[str, ...]] = {
+    "ddim": ("timesteps", "inner_steps"),
+    "flow": ("timesteps", "inner_steps"),
+    "null_text": ("timesteps", "inversion_steps"),
+    "noise": ("inversion_steps", "diffusion_steps", "inner_steps", "first_timestep", "last_timestep", "guidance_scale"),
+}
+"""What an inversion does nothing with."""
 
 
 class Inversion(str, Enum):
@@ -67,9 +81,7 @@ def extract(
     model: Annotated[str, typer.Option(help="Folder or hub id of a text-to-image pipeline: Stable Diffusion, Flux, PixArt.")],
     data: Annotated[
         str,
-        typer.Option(
-            help='JSON lines {"image", "caption"}; parquet; WebDataset tars; an imagefolder; a pattern or URL of those; a hub id.'
-        ),
+        typer.Option(help='JSON lines {"image", "caption"}; imagefolder; parquet or tars, or a pattern of them; a hub id; URLs.'),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the target store; an interrupted extraction in it is continued.")],
     images: Annotated[str | None, typer.Option(help="Folder that image paths are relative to; the data's own by default.")] = None,
@@ -118,17 +130,23 @@ def extract(
         typer.Option("--set", help="Any other setting: head_reduction=max, vae_tiling=true, layer_weights=[1,2], threads=4."),
     ] = None,
 ) -> None:
-    """Ask a diffusion model where each word of each caption lies, and store the maps."""
+    """Ask a diffusion model where each word of each caption lies, and store the maps. Exit code 1 if no picture could be used."""
     from ..sources import open_pairs
     from ..teacher.extract import extract as run
     from ..teacher.preview import preview as draw
 
     if preview is not None and failed_only:
         raise ConfigError("--preview draws and stops, --failed-only extracts; give one of them")
-    own = {field.name for field in fields(TeacherConfig)}
+    of_teacher, of_work = ({field.name for field in fields(kind)} for kind in (TeacherConfig, ExtractionConfig))
     teacher_settings, work_settings = [], []
     for assignment in setting or []:
-        (teacher_settings if assignment.partition("=")[0].strip() in own else work_settings).append(assignment)
+        name = assignment.partition("=")[0].strip()
+        if name in _OPTIONS:
+            option = "--device" if name == "devices" else f"--{name.replace('_', '-')}"
+            raise ConfigError(f"--set {assignment}: this has an option of its own, {option}")
+        if name not in of_teacher | of_work:
+            raise ConfigError(f"there is no setting {name!r}; --set takes {', '.join(sorted((of_teacher | of_work) - _OPTIONS))}")
+        (teacher_settings if name in of_teacher else work_settings).append(assignment)
     config = override(
         TeacherConfig(
             inversion=inversion.value,
@@ -150,6 +168,11 @@ def extract(
         ),
         teacher_settings,
     )
+    for name in _WITHOUT_USE[config.inversion]:
+        if getattr(config, name) != getattr(_TEACHER, name):
+            raise ConfigError(
+                f"{name} is {getattr(config, name)}, which inversion={config.inversion} does nothing with; leave it out"
+            )
     devices = tuple(part.strip() for part in device.split(",") if part.strip())
     if engine is Engine.local:
         devices = tuple(usable_device(name) for name in devices)
@@ -172,3 +195,5 @@ def extract(
     print(f"{out}: {summary.written} written, {summary.present} there before, {summary.failed} skipped")
     if summary.failed:
         print(f'what was skipped, and why: "failed" in {out / "manifest.json"}; to try it alone: --failed-only')
+        if not summary.written + summary.present:
+            raise typer.Exit(1)

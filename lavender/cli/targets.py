@@ -12,7 +12,9 @@ from .extract import Captions
 from .options import samples_in
 
 app = typer.Typer(
-    help="Look at target stores, check and merge them; bring published word maps into one, and out of it.", no_args_is_help=True
+    help="Look at target stores, check and merge them; bring published word maps into one, and out of it.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 

@@ -20,6 +20,7 @@ from ..images import load_image
 from ..maps import overlay
 from ..shards import Target, encoded, to_table
 from ..sources import BadPair
+from ..words import FUNCTION_WORDS
 from .engines import Batch, Finished, Worker
 
 WORDS_SHOWN = 8
@@ -124,7 +125,7 @@ def preview(
 
 
 def _draw(rows: list[tuple[Target, np.ndarray]], path: Path) -> None:
-    """One row a picture: itself, and its first words' maps over the part of it that the teacher saw."""
+    """One row a picture: itself, and the maps of some words, function words last, over the part of it that the teacher saw."""
     from matplotlib.figure import Figure
 
     columns = 1 + min(WORDS_SHOWN, max(len(target.word_maps.words) for target, _ in rows))
@@ -142,7 +143,9 @@ def _draw(rows: list[tuple[Target, np.ndarray]], path: Path) -> None:
             ax.set_axis_off()
         own[0].imshow(picture)
         own[0].set_title(target.id[-24:], fontsize=7, parse_math=False)
-        for ax, word, values in zip(own[1:], maps.words, maps.maps, strict=False):
+        order = sorted(range(len(maps.words)), key=lambda n: maps.words[n].text.casefold() in FUNCTION_WORDS)
+        shown = sorted(order[:WORDS_SHOWN])
+        for ax, word, values in zip(own[1:], [maps.words[n] for n in shown], maps.maps[shown], strict=False):
             ax.imshow(seen if np.isnan(values).any() else overlay(seen, values, 0.85, "inferno"))
             ax.set_title(word.text + (" (no map)" if np.isnan(values).any() else ""), fontsize=9, parse_math=False)
     with warnings.catch_warnings():
