@@ -67,7 +67,7 @@ def arguments(data, out, *more):
 
 def lavender(*given, **options):
     command = [sys.executable, "-m", "lavender", *map(str, given)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, **options)
 
 
 def started(*given, **options):

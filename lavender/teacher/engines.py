@@ -436,14 +436,20 @@ class _Ray(Engine):
 
 
 def _start_ray(ray: Any, num_actors: int) -> None:
-    """Joins the cluster of this machine; if there is none, starts one of this machine alone."""
+    """Joins the cluster that RAY_ADDRESS names, or starts one of this machine alone. By itself Ray would find anybody's."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with _silent():
-        try:
-            ray.init(address="auto", **quiet)
-        except ConnectionError:
+        if not os.environ.get("RAY_ADDRESS"):
             ray.init(address="local", num_cpus=max(os.cpu_count() or 1, num_actors), include_dashboard=False, **quiet)
+            return
+        try:
+            ray.init(**quiet)
+        except ConnectionError as error:
+            raise ConfigError(
+                f"there is no Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r} ({str(error).splitlines()[0]}); start one, "
+                "or unset it to use this machine alone"
+            ) from None
 
 
 @contextmanager
