@@ -126,7 +126,8 @@ def test_two_processes_give_what_one_gives(data, undisturbed, tmp_path):
 @pytest.fixture(scope="module")
 def cluster():
     """Ray with two cores, started by the user."""
-    ray = pytest.importorskip("ray")
+    import ray
+
     options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     ray.init(address="local", num_cpus=2, object_store_memory=100 * 2**20, **options)
     yield ray
@@ -167,7 +168,6 @@ def test_what_actors_raise_arrives_as_itself(cluster, data, tmp_path):
 
 @pytest.mark.slow
 def test_rays_own_cluster_is_quiet_and_gone_afterwards(data, undisturbed, tmp_path):
-    pytest.importorskip("ray")
     place = tempfile.mkdtemp(dir="/tmp", prefix="ray")  # sockets have short names
     try:
         result = lavender(

@@ -9,8 +9,18 @@ from typing import Annotated
 
 import typer
 
-from ..config import ExtractionConfig, TeacherConfig, override
-from ..config import Inversion as Inversion_
+from ..config import (
+    Dtype,
+    Engine,
+    ExtractionConfig,
+    Fit,
+    Inversion,
+    LongCaptions,
+    Offload,
+    Storage,
+    TeacherConfig,
+    override,
+)
 from ..errors import ConfigError
 from .options import integers, usable_device
 
@@ -22,54 +32,13 @@ _OPTIONS = {
     *("devices", "batch_size", "engine", "offload"),
 }
 """Settings that have an option of their own."""
-_WITHOUT_USE: dict[Inversion_, tuple[str, ...]] = {
+_WITHOUT_USE: dict[Inversion, tuple[str, ...]] = {
     "ddim": ("timesteps", "inner_steps"),
     "flow": ("timesteps", "inner_steps"),
     "null_text": ("timesteps", "inversion_steps"),
     "noise": ("inversion_steps", "diffusion_steps", "inner_steps", "first_timestep", "last_timestep", "guidance_scale"),
 }
 """What an inversion does nothing with."""
-
-
-class Inversion(str, Enum):
-    ddim = "ddim"
-    noise = "noise"
-    null_text = "null_text"
-    flow = "flow"
-
-
-class Fit(str, Enum):
-    pad = "pad"
-    crop = "crop"
-    stretch = "stretch"
-
-
-class LongCaptions(str, Enum):
-    chunks = "chunks"
-    truncate = "truncate"
-    error = "error"
-
-
-class Storage(str, Enum):
-    float16 = "float16"
-    uint8 = "uint8"
-
-
-class Dtype(str, Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Engine(str, Enum):
-    local = "local"
-    ray = "ray"
-
-
-class Offload(str, Enum):
-    none = "none"
-    model = "model"
-    sequential = "sequential"
 
 
 class Captions(str, Enum):
@@ -103,7 +72,7 @@ def extract(
             help="ddim: invert, then read while denoising; null_text: so with exact guidance; flow: for Stable Diffusion 3 and "
             "Flux; noise: add noise, read one forward each."
         ),
-    ] = Inversion.ddim,
+    ] = _TEACHER.inversion,
     inversion_steps: Annotated[int, typer.Option(help="Steps of the inversion.")] = _TEACHER.inversion_steps,
     diffusion_steps: Annotated[int, typer.Option(help="Steps of the denoising.")] = _TEACHER.diffusion_steps,
     timesteps: Annotated[str, typer.Option(help="noise: training timesteps, 0 to 999.")] = ",".join(map(str, _TEACHER.timesteps)),
@@ -114,17 +83,17 @@ def extract(
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = _TEACHER.guidance_scale,
     long_captions: Annotated[
         LongCaptions, typer.Option(help="Captions beyond the text encoder's window: read in chunks, truncated, or refused.")
-    ] = LongCaptions.chunks,
+    ] = _TEACHER.long_captions,
     image_size: Annotated[int | None, typer.Option(help="Side of the square that pictures are brought to [the model's].")] = None,
-    fit: Annotated[Fit, typer.Option(help="How they are brought to it.")] = Fit.pad,
+    fit: Annotated[Fit, typer.Option(help="How they are brought to it.")] = _TEACHER.fit,
     map_size: Annotated[int, typer.Option(help="Height and width of the stored maps.")] = _TEACHER.map_size,
-    storage: Annotated[Storage, typer.Option(help="What maps are stored as.")] = Storage.float16,
-    dtype: Annotated[Dtype, typer.Option(help="In which the teacher runs.")] = Dtype.float32,
+    storage: Annotated[Storage, typer.Option(help="What maps are stored as.")] = _TEACHER.storage,
+    dtype: Annotated[Dtype, typer.Option(help="In which the teacher runs.")] = _TEACHER.dtype,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = _TEACHER.seed,
     device: Annotated[str, typer.Option(help="Where teachers run, a process each: cuda, or cuda:0,cuda:1; cpu; mps.")] = "cpu",
     batch_size: Annotated[int, typer.Option(help="Pictures that are computed together.")] = _WORK.batch_size,
-    engine: Annotated[Engine, typer.Option(help="local: this machine. ray: Ray Data's actors, as many as devices.")] = Engine.local,
-    offload: Annotated[Offload, typer.Option(help="What leaves the GPU while it is not used.")] = Offload.none,
+    engine: Annotated[Engine, typer.Option(help="local: this machine. ray: Ray Data's actors, as many as devices.")] = _WORK.engine,
+    offload: Annotated[Offload, typer.Option(help="What leaves the GPU while it is not used.")] = _WORK.offload,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any other setting: head_reduction=max, vae_tiling=true, layer_weights=[1,2], threads=4."),
@@ -149,7 +118,7 @@ def extract(
         (teacher_settings if name in of_teacher else work_settings).append(assignment)
     config = override(
         TeacherConfig(
-            inversion=inversion.value,
+            inversion=inversion,
             inversion_steps=inversion_steps,
             diffusion_steps=diffusion_steps,
             timesteps=integers(timesteps, "--timesteps"),
@@ -158,12 +127,12 @@ def extract(
             resolutions=integers(resolutions, "--resolutions"),
             heads=integers(heads, "--heads"),
             guidance_scale=guidance_scale,
-            long_captions=long_captions.value,
+            long_captions=long_captions,
             image_size=image_size,
-            fit=fit.value,
+            fit=fit,
             map_size=map_size,
-            storage=storage.value,
-            dtype=dtype.value,
+            storage=storage,
+            dtype=dtype,
             seed=seed,
         ),
         teacher_settings,
@@ -174,11 +143,9 @@ def extract(
                 f"{name} is {getattr(config, name)}, which inversion={config.inversion} does nothing with; leave it out"
             )
     devices = tuple(part.strip() for part in device.split(",") if part.strip())
-    if engine is Engine.local:
+    if engine == "local":
         devices = tuple(usable_device(name) for name in devices)
-    work = override(
-        ExtractionConfig(batch_size=batch_size, devices=devices, engine=engine.value, offload=offload.value), work_settings
-    )
+    work = override(ExtractionConfig(batch_size=batch_size, devices=devices, engine=engine, offload=offload), work_settings)
     pairs = open_pairs(
         data,
         images=images,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,7 +38,7 @@ class Text:
         return Text(torch.cat([self.embeddings, other.embeddings]), more)
 
 
-class TeacherFamily:
+class TeacherFamily(ABC):
     """A pipeline's parts, outside of its own loop.
 
     Attributes:
@@ -96,13 +97,13 @@ class TeacherFamily:
             return mean, config.scaling_factor / std
         return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
 
+    @abstractmethod
     def encode_prompts(self, captions: Sequence[str], device: torch.device, side: int, guided: bool) -> tuple[Text, Text | None]:
         """The captions' text, and that of as many empty captions if `guided`; `side` is that of the pictures, in pixels."""
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor, text: Text, guidance_scale: float) -> torch.Tensor:
         """The denoiser's output [B, C, h, w] for noisy latents at a timestep from 0 to 1000; `guidance_scale` if it takes one."""
-        raise NotImplementedError
 
     def sigmas(self, num_steps: int, latents: torch.Tensor) -> list[float]:
         """Of a flow-matching model, the noise levels of a denoising in so many steps, from noise to 0: one more than steps."""
