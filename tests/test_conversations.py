@@ -287,7 +287,7 @@ def test_the_picture_is_the_targets_or_the_last_before_the_answer(processor, tmp
     batch = Collator(processor)([later])
     assert torch.equal(batch["lavender_columns"][0], image_tokens[:64] - (image_tokens[0] - batch["lavender_columns"][0, 0]))
     assert batch["lavender_outcomes"].tolist() == [0]
-    with pytest.raises(TargetError, match=r"sample 'first' in .* were made from another picture than its 1"):
+    with pytest.raises(TargetError, match=r"sample 'first' in .* were made from another picture than its own"):
         Collator(processor, store)([Sample("first", BLUE, QUESTION, ANSWER)])
 
 
