@@ -1,5 +1,13 @@
-"""Everything is declared in pyproject.toml."""
+"""What pyproject.toml cannot say: the CUDA C++ sources of csrc/ travel as data of the package. Nothing is compiled here."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-setup()
+setup(
+    packages=[*find_packages(include=["lavender*"]), "lavender.csrc"],
+    package_dir={"lavender.csrc": "csrc"},
+    package_data={
+        "lavender": ["py.typed", "report.html.jinja"],
+        "lavender.csrc": ["*.cuh"],
+        "lavender.miniworld": ["weights/**/*"],
+    },
+)

@@ -231,7 +231,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--dtype", choices=["float32", "float16", "bfloat16"], help="bfloat16 on cuda, float32 on the CPU by default"
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        help="by default float32 on the CPU, and on cuda bfloat16, or float16 where the card has no bfloat16",
     )
     parser.add_argument("--shape", action="append", metavar="NAME", help="repeatable; every shape of the device by default")
     parser.add_argument("--provider", action="append", metavar="NAME", help="repeatable; every provider by default")
@@ -254,6 +256,13 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+def default_dtype(device: torch.device) -> str:
+    """What the device trains in."""
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+
+
 def main() -> int:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
@@ -262,7 +271,7 @@ def main() -> int:
             os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels then run on the CPU
         return 1 if dry_run(arguments.shape, arguments.provider) else 0
     device = torch.device(arguments.device)
-    dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    dtype = getattr(torch, arguments.dtype or default_dtype(device))
     threads = f"{arguments.threads} thread" + ("s" if arguments.threads > 1 else "")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {threads}"
     reached = ceilings(device, dtype)

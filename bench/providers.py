@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 from lavender.kernels import column_maps as column_module
 from lavender.kernels import row_maps as row_module
 from lavender.kernels.column_maps import column_attention
-from lavender.kernels.dispatch import triton_reasons
+from lavender.kernels.dispatch import cuda_reasons, triton_reasons
 from lavender.kernels.map_loss import LONGEST_SIDE, map_loss
 from lavender.kernels.row_maps import row_maps
 from lavender.types import WordRows
@@ -145,10 +145,10 @@ class Case:
             return [*results, *torch.autograd.grad((output, loss), self.tensors, (self.output_gradient, None))]
 
     def loss(self, provider: Provider, maps: torch.Tensor) -> torch.Tensor:
-        """The normalized MSE: by `lavender` for its own providers (maps too large for Triton by `torch`), plain for the others."""
+        """The normalized MSE: by `lavender` for its own providers (without a kernel for it by `torch`), plain for the others."""
         maps = maps * (maps.shape[-2] * maps.shape[-1])
         if getattr(provider, "impl", None):
-            impl = "torch" if max(self.shape.grid) > LONGEST_SIDE else provider.impl
+            impl = "triton" if provider.impl == "triton" and max(self.shape.grid) <= LONGEST_SIDE else "torch"
             return map_loss(maps, self.target, self.present, impl=impl)
         centered = maps - maps.mean((-2, -1), keepdim=True)
         target = self.target - self.target.mean((-2, -1), keepdim=True)
@@ -165,7 +165,7 @@ class Case:
             found["sdpa + extra values"] = self.extra_values
         found["two flex calls"] = self.two_flex_rows if rows else self.two_flex_columns
         found["compiled eager"] = self.maybe_compile(self.eager)
-        for impl in ("torch", "triton"):
+        for impl in ("torch", "triton", "cuda"):
             found[impl] = self.lavender(impl)
         return found
 
@@ -181,6 +181,9 @@ class Case:
             widest = (row_module if self.shape.orientation == "rows" else column_module).WIDEST_FLOAT32
             reasons = triton_reasons(self.tensors[0], self.shape.width, widest, by_name)
             return "; ".join(reasons) or None
+        if name == "cuda":
+            file = "row_maps" if self.shape.orientation == "rows" else "column_maps"
+            return "; ".join(cuda_reasons(file, self.tensors[0], self.shape.width, by_name=False)) or None
         if name == "two flex calls" and self.device.type == "cpu" and self.maybe_compile is torch.compile:
             return "on the CPU FlexAttention has no backward pass and returns no log-sum-exp"
         return None

@@ -1,22 +1,40 @@
-"""`lavender doctor`: what lavender finds in a model, what it can do with it, and what is missing."""
+"""`lavender doctor`: what lavender finds in a model or on a machine, what it can do with it, and what is missing.
+
+The machine is looked at even where torch is not installed: what imports it is imported where it is needed.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import platform
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
+from . import __version__
 from .errors import LavenderError, ModelError
-from .families import STUDENTS, Family, known_family
-from .families.columns import image_token_of, model_type_of
-from .kernels import column_maps, row_maps
-from .kernels.dispatch import triton_reasons
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_NEEDED = ("numpy", "pillow", "safetensors", "transformers")
+_OPTIONAL = {
+    "diffusers": ("extract", "`lavender extract` and teachers"),
+    "peft": ("train", "training with LoRA"),
+    "accelerate": ("train", "training"),
+    "datasets": ("train", "training, and data sets of the hub"),
+    "deepspeed": ("deepspeed", "training under DeepSpeed"),
+}
+"""The extra that brings each package, and what it is for."""
+_WIDTH = 64
+"""Of the heads that a machine's kernels are told for."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +55,8 @@ def examine(model: str | Path | Any) -> list[Finding]:
     Raises:
         ModelError: there is no such model, or it is of neither kind.
     """
+    from torch import nn
+
     if isinstance(model, nn.Module):
         return list(_examine_student(model, None))
     if not isinstance(model, str | Path):
@@ -51,6 +71,11 @@ def examine(model: str | Path | Any) -> list[Finding]:
         return list(_examine_pipeline_folder(str(model), index))
     student = _empty_student(str(model))
     return list(_examine_student(student, _processor(str(model))))
+
+
+def examine_machine() -> list[Finding]:
+    """Says what of lavender runs on this machine, and by which kernels. What is missing has a remedy only if lavender needs it."""
+    return list(_examine_machine())
 
 
 def _pipeline_index(model: str) -> dict[str, Any] | None:
@@ -70,6 +95,7 @@ def _pipeline_index(model: str) -> dict[str, Any] | None:
 
 
 def _empty_student(model: str) -> nn.Module:
+    import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     try:
@@ -97,6 +123,9 @@ def _processor(model: str) -> Any:
 
 
 def _examine_student(model: Any, processor: Any) -> Iterator[Finding]:
+    import torch
+
+    from .families import known_family
     from .hooks.discovery import attention_modules, base_model_of, is_cross, layers_around, text_tower
     from .hooks.registry import require_supported
 
@@ -130,10 +159,13 @@ def _examine_student(model: Any, processor: Any) -> Iterator[Finding]:
     yield _grid(model, model_type, processor)
     yield from _examine_processor(model, processor)
     width = getattr(modules[0], "head_dim", None)
-    yield _kernels("row_maps", width, getattr(model, "dtype", torch.float32), row_maps.WIDEST_FLOAT32)
+    yield _kernels("row_maps", width, getattr(model, "dtype", torch.float32))
 
 
 def _grid(model: Any, model_type: str | None, processor: Any) -> Finding:
+    from .families import STUDENTS, Family, known_family
+    from .families.columns import model_type_of
+
     served = model_type
     if processor is not None and not isinstance(processor, Exception):
         try:
@@ -154,6 +186,8 @@ def _grid(model: Any, model_type: str | None, processor: Any) -> Finding:
 
 
 def _examine_processor(model: Any, processor: Any) -> Iterator[Finding]:
+    from .families.columns import image_token_of
+
     if processor is None:
         return
     if isinstance(processor, Exception):
@@ -172,6 +206,7 @@ def _examine_processor(model: Any, processor: Any) -> Iterator[Finding]:
 
 def _examine_pipeline_folder(model: str, index: dict[str, Any]) -> Iterator[Finding]:
     import diffusers
+    import torch
 
     try:
         part = next(name for name in ("unet", "transformer") if (index.get(name) or [None])[0])
@@ -190,6 +225,8 @@ def _examine_pipeline_folder(model: str, index: dict[str, Any]) -> Iterator[Find
 
 
 def _examine_teacher(pipe: Any, denoiser: Any) -> Iterator[Finding]:
+    import torch
+
     from .families.prompts import parts_of
     from .families.teachers import teacher_family_of
     from .hooks.diffusers import DenoiserHooks, hides_attention, remedy_of
@@ -221,17 +258,151 @@ def _examine_teacher(pipe: Any, denoiser: Any) -> Iterator[Finding]:
         yield Finding("extraction", str(error))
     module = next(iter(hooks.modules.values()))
     width = getattr(module, "inner_dim", 0) // max(1, getattr(module, "heads", 1)) or None
-    yield _kernels("column_maps", width, getattr(denoiser, "dtype", torch.float32), column_maps.WIDEST_FLOAT32)
+    yield _kernels("column_maps", width, getattr(denoiser, "dtype", torch.float32))
 
 
-def _kernels(operation: str, width: int | None, dtype: torch.dtype, widest_float32: int) -> Finding:
-    """Which implementation the operation would run by on this machine, and why not by Triton's kernels."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    reasons = triton_reasons(torch.empty(0, device=device, dtype=dtype), width or 0, widest_float32, by_name=False)
-    heads = f"heads of {width} in {str(dtype).removeprefix('torch.')}"
-    if reasons:
-        return Finding("kernels", f"{operation} by 'torch' ({heads}); not by 'triton': {'; '.join(reasons)}")
-    return Finding("kernels", f"{operation} by 'triton' ({heads})")
+def _kernels(operation: str, width: int | None, dtype: torch.dtype) -> Finding:
+    """Which implementation the operation would run by on this machine, and why not by the faster ones."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name, refusals = _choice(operation, width or _WIDTH, dtype, device)
+    heads = f"heads of {width or f'unknown width, taken for {_WIDTH}'} in {str(dtype).removeprefix('torch.')}"
+    return Finding("kernels", "; ".join([f"{operation} by {name!r} ({heads})", *refusals]))
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """What the choice of an implementation looks at in a tensor; nothing is allocated on the device."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _choice(operation: str, width: int, dtype: torch.dtype, device: torch.device) -> tuple[str, list[str]]:
+    """The implementation that `impl="auto"` takes for heads of this width, and why not the faster ones."""
+    from .kernels import column_maps, row_maps
+    from .kernels.dispatch import cuda_reasons, triton_reasons
+
+    tensor: Any = _Tensor(dtype, device)
+    widest_float32 = {"row_maps": row_maps, "column_maps": column_maps}[operation].WIDEST_FLOAT32
+    candidates = {
+        "triton": lambda: triton_reasons(tensor, width, widest_float32, by_name=False),
+        "cuda": lambda: cuda_reasons(operation, tensor, width, by_name=False),
+    }
+    refusals: list[str] = []
+    for name, why_not in candidates.items():
+        reasons = why_not()
+        if not reasons:
+            return name, refusals
+        refusals.append(f"not by {name!r}: {'; '.join(reasons)}")
+    return "torch", refusals
+
+
+def _examine_machine() -> Iterator[Finding]:
+    yield Finding("lavender", f"{__version__} in {Path(__file__).parent}")
+    yield Finding("python", f"{platform.python_version()} ({sys.executable}) on {platform.system()} {platform.machine()}")
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+            yield Finding("torch", "not installed", "pip install torch")
+        else:
+            yield Finding("torch", f"does not load ({_first_line(error)})", "pip install --force-reinstall torch")
+    else:
+        yield Finding("torch", f"{torch.__version__}, built for {_platform_of_torch()}")
+        yield from _examine_device()
+    for name in _NEEDED:
+        version = _version(name)
+        yield Finding(name, version or "not installed", "" if version else f"pip install {name}")
+    for name, (extra, use) in _OPTIONAL.items():
+        yield Finding(name, _version(name) or f"not installed; for {use}: pip install 'lavender-attention[{extra}]'")
+
+
+def _platform_of_torch() -> str:
+    import torch
+
+    if torch.version.hip:
+        return f"ROCm {torch.version.hip}"
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
+
+
+def _examine_device() -> Iterator[Finding]:
+    """The CUDA devices, and what can run on the current one."""
+    import torch
+
+    from .kernels.cuda import OLDEST
+    from .kernels.dispatch import HAS_TRITON, triton_reasons
+
+    device, architecture = torch.device("cpu"), None
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+        major, minor = torch.cuda.get_device_capability(device)
+        architecture = 10 * major + minor
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+            name = torch.cuda.get_device_name(index)
+            yield Finding(f"cuda:{index}", f"{name}, compute capability {major}.{minor}, {memory:.1f} GiB")
+    else:
+        yield Finding("CUDA device", "none: the kernels run by 'torch', on the CPU, without triton, NVRTC or a driver")
+    half: Any = _Tensor(torch.float16, device)
+    refusals = triton_reasons(half, _WIDTH, _WIDTH, by_name=False)
+    if HAS_TRITON:
+        runs = f"do not run here: {'; '.join(refusals)}" if refusals else "run on the device"
+        yield Finding("triton", f"{_version('triton') or 'installed'}; its kernels {runs}")
+    else:
+        remedy = "pip install triton" if architecture is not None and architecture >= 80 and sys.platform == "linux" else ""
+        yield Finding("triton", "not installed", remedy)
+    compiles = architecture is not None and architecture >= OLDEST
+    yield from _examine_cuda(architecture if compiles else None, needed=compiles and bool(refusals))
+    if _version("numpy"):  # which the operations import
+        for operation in ("row_maps", "column_maps"):
+            for dtype in (torch.float16, torch.bfloat16, torch.float32):
+                chosen, reasons = _choice(operation, _WIDTH, dtype, device)
+                found = "; ".join([f"by {chosen!r}", *(reasons if device.type == "cuda" else ())])
+                yield Finding(f"{operation} {str(dtype).removeprefix('torch.')}", found)
+
+
+def _examine_cuda(architecture: int | None, needed: bool) -> Iterator[Finding]:
+    """What the CUDA C++ kernels are compiled and loaded with; with remedies if they are `needed`."""
+    from .kernels import cuda, nvrtc
+
+    try:
+        found = nvrtc.find_nvrtc(architecture)
+        known = ", ".join(f"{known // 10}.{known % 10}" for known in found.architectures)
+        yield Finding("NVRTC", f"{found.version[0]}.{found.version[1]} ({found.path}), for compute capability {known}")
+    except nvrtc.CompileError as error:
+        yield Finding("NVRTC", str(error), "pip install --upgrade nvidia-cuda-nvrtc-cu12" if needed else "")
+    version = ctypes.c_int()
+    try:
+        cuda.call_driver("cuDriverGetVersion", ctypes.byref(version))
+        yield Finding("CUDA driver", f"for CUDA up to {version.value // 1000}.{version.value % 1000 // 10}")
+    except cuda.DriverError as error:
+        yield Finding("CUDA driver", str(error), "install the card's driver" if needed else "")
+    remedy = "set LAVENDER_CACHE to a folder that can be written" if needed else ""
+    try:
+        folder = nvrtc.cache_folder()
+    except FileNotFoundError as error:
+        yield Finding("kernel cache", f"{error.filename}: {error.strerror}", remedy)
+        return
+    if _can_be_written(folder):
+        yield Finding("kernel cache", f"{folder}, can be written")
+    else:
+        yield Finding("kernel cache", f"{folder}, cannot be written: every process compiles anew", remedy)
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Whether files can be put into a folder, which may have to be made first."""
+    there = next((path for path in (folder, *folder.absolute().parents) if os.path.exists(path)), folder)
+    return os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _path(model: nn.Module, part: nn.Module) -> str:

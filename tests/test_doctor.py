@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import platform
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import lavender
 from lavender.cli import app
-from lavender.doctor import examine
+from lavender.doctor import examine, examine_machine
 from lavender.errors import ModelError
 from lavender.families import STUDENTS
+from lavender.kernels import cuda, dispatch, nvrtc
 
 from .families.teacher_zoo import PIPELINES
 from .families.test_contract import NAMES, built
@@ -130,3 +136,170 @@ def test_a_language_model_is_no_student():
 
     config = LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     assert "image-text-to-text" in remedies(LlamaForCausalLM(config))["picture"]
+
+
+# The machine
+
+WITHOUT_TORCH = """
+import sys
+
+class Refusing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Refusing())
+from lavender.cli import main
+main()
+"""
+OPERATIONS = [f"{operation} {dtype}" for operation in ("row_maps", "column_maps") for dtype in ("float16", "bfloat16", "float32")]
+
+
+def machine() -> tuple[dict[str, str], dict[str, str]]:
+    """What was found, and the remedies, by topic."""
+    findings = examine_machine()
+    return {f.topic: f.found for f in findings}, {f.topic: f.remedy for f in findings if f.remedy}
+
+
+@pytest.fixture
+def no_card(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def card(monkeypatch, tmp_path):
+    """Puts a CUDA device with NVRTC and a driver into the machine, whose kernels are refused for the given reasons."""
+
+    def put(capability: tuple[int, int], *reasons: str) -> None:
+        for name, result in {
+            "is_available": True,
+            "device_count": 1,
+            "get_device_capability": capability,
+            "get_device_name": "Some Card",
+            "get_device_properties": SimpleNamespace(total_memory=15 * 2**30),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, result=result: result)
+        monkeypatch.setattr(cuda, "runner", SimpleNamespace(why_not=lambda program, device: list(reasons)))
+        monkeypatch.setattr(cuda, "_driver", lambda: SimpleNamespace(cuDriverGetVersion=answer))
+        monkeypatch.setattr(nvrtc, "find_nvrtc", lambda _: SimpleNamespace(path="/nvrtc", version=(12, 6), architectures=(70, 100)))
+        monkeypatch.setattr(dispatch, "HAS_TRITON", True)
+        monkeypatch.setenv("LAVENDER_CACHE", str(tmp_path))
+
+    def answer(version) -> int:
+        version._obj.value = 12040
+        return 0
+
+    return put
+
+
+def no_nvrtc(architecture):
+    raise nvrtc.CompileError(f"there is no NVRTC for {architecture}")
+
+
+def no_driver():
+    raise cuda.DriverError("the driver does not load")
+
+
+def test_a_machine_without_a_card(no_card, monkeypatch, tmp_path):
+    monkeypatch.setenv("LAVENDER_CACHE", str(tmp_path / "not" / "yet"))
+    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
+    report, remedies = machine()
+    assert not remedies
+    assert report["lavender"].startswith(f"{lavender.__version__} in ")
+    assert report["python"].startswith(platform.python_version())
+    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
+    assert report["torch"] == f"{torch.__version__}, built for {built_for}"
+    assert report["CUDA device"].startswith("none: the kernels run by 'torch'")
+    assert "the tensors are on cpu" in report["triton"]
+    library = nvrtc.find_nvrtc()
+    version, known = "{}.{}".format(*library.version), ", ".join(str(known / 10) for known in library.architectures)
+    assert report["NVRTC"] == f"{version} ({library.path}), for compute capability {known}"
+    assert "CUDA driver" in report
+    assert report["kernel cache"] == f"{tmp_path / 'not' / 'yet' / 'cubins'}, can be written"
+    assert {report[operation] for operation in OPERATIONS} == {"by 'torch'"}
+    assert {"transformers", "diffusers", "peft", "accelerate", "datasets", "deepspeed"} <= set(report)
+    assert not (tmp_path / "not").exists()
+
+
+def test_what_a_cpu_does_not_need_is_no_fault(no_card, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LAVENDER_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    monkeypatch.setattr(nvrtc, "find_nvrtc", no_nvrtc)
+    monkeypatch.setattr(cuda, "_driver", no_driver)
+    report, remedies = machine()
+    assert not remedies
+    assert report["triton"] == "not installed"
+    assert report["NVRTC"] == "there is no NVRTC for None"
+    assert report["CUDA driver"] == "the driver does not load"
+    assert "cannot be written" in report["kernel cache"]
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0
+    assert "row_maps float16      by 'torch'" in result.output
+
+
+def test_a_card_whose_kernels_run(card, student):
+    card((7, 0))
+    report, remedies = machine()
+    assert not remedies
+    assert report["cuda:0"] == "Some Card, compute capability 7.0, 15.0 GiB"
+    assert "CUDA device" not in report
+    assert "compute capability 7.0 is below 8.0" in report["triton"]
+    assert report["NVRTC"] == "12.6 (/nvrtc), for compute capability 7.0, 10.0"
+    assert report["CUDA driver"] == "for CUDA up to 12.4"
+    for operation in ("row_maps", "column_maps"):
+        assert report[f"{operation} float16"].startswith("by 'cuda'; not by 'triton': compute capability 7.0 is below 8.0")
+        for dtype in ("bfloat16", "float32"):
+            assert report[f"{operation} {dtype}"].startswith("by 'torch'; not by 'triton': ")
+            assert f"not by 'cuda': the dtype is torch.{dtype}" in report[f"{operation} {dtype}"]
+    assert found(student.model.half())["kernels"].startswith("row_maps by 'cuda' (heads of 32 in float16); not by 'triton': ")
+
+
+def test_a_card_whose_kernels_are_refused(card, student):
+    card((7, 0), "line one\nline two")
+    report, _ = machine()
+    for operation in ("row_maps", "column_maps"):
+        assert report[f"{operation} float16"].startswith("by 'torch'; not by 'triton': ")
+        assert report[f"{operation} float16"].endswith("not by 'cuda': line one\nline two")
+    assert found(student.model.half())["kernels"].endswith("not by 'cuda': line one\nline two")
+    output = CliRunner().invoke(app, ["doctor"]).output
+    assert f"\n{'':<22}line two\n" in output
+
+
+def test_what_a_card_needs_has_a_remedy(card, monkeypatch, tmp_path):
+    card((7, 5), "there is no NVRTC")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LAVENDER_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(nvrtc, "find_nvrtc", no_nvrtc)
+    monkeypatch.setattr(cuda, "_driver", no_driver)
+    report, remedies = machine()
+    assert report["NVRTC"] == "there is no NVRTC for 75"
+    assert set(remedies) == {"NVRTC", "CUDA driver", "kernel cache"}
+    card((9, 0), "there is no NVRTC")  # Triton's kernels run: nobody misses the others
+    monkeypatch.setattr(nvrtc, "find_nvrtc", no_nvrtc)
+    report, remedies = machine()
+    assert not remedies
+    assert {report[operation] for operation in OPERATIONS} == {"by 'triton'"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux")
+def test_a_new_card_needs_triton(card, monkeypatch):
+    card((9, 0))
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    report, remedies = machine()
+    assert remedies == {"triton": "pip install triton"}
+    assert report["row_maps float16"].startswith("by 'cuda'; not by 'triton': triton is not installed")
+
+
+def test_without_torch():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, "doctor"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert not done.stderr
+    lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in done.stdout.splitlines()}
+    assert lines["lavender"].startswith(lavender.__version__)
+    assert lines["torch"] == "not installed"
+    assert lines["->"] == "pip install torch"
+    assert lines["numpy"][0].isdigit()
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, "doctor", "model"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("lavender: this needs the package torch")

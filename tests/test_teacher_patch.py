@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 
 import lavender
 from lavender.errors import CaptureError, ModelError
+from lavender.hooks import diffusers as diffusers_hooks
 
 
 @pytest.fixture
@@ -63,6 +66,30 @@ def test_maps_equal_explicit_attention_in_float64(pipe, inputs):
     for entry in recording.entries:
         torch.testing.assert_close(entry.maps.flatten(-2), expected[entry.layer], rtol=0, atol=1e-10)
         assert entry.maps.shape[-2:] in ((16, 16), (8, 8))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_under_autocast_maps_are_those_of_the_half_precision_attention(pipe, inputs, fused, monkeypatch):
+    seen = set()
+
+    def spy(query, key, *rest, original, **options):
+        seen.update((query.dtype, key.dtype))
+        return original(query, key, *rest, **options)
+
+    for name in ("column_maps", "column_attention"):
+        monkeypatch.setattr(diffusers_hooks, name, partial(spy, original=getattr(diffusers_hooks, name)))
+    with torch.no_grad():
+        expected = explicit_maps(pipe.unet, inputs, WEIGHTS)
+        with torch.autocast("cpu", torch.bfloat16):
+            plain = pipe.unet(**inputs).sample
+            with lavender.patch(pipe) as patch, patch.capture(WEIGHTS, fused=fused) as recording:
+                sample = pipe.unet(**inputs).sample
+    assert seen == {torch.bfloat16}
+    for entry in recording.entries:
+        torch.testing.assert_close(entry.maps.flatten(-2), expected[entry.layer], rtol=0, atol=2e-2)
+    assert sample.dtype == plain.dtype
+    if not fused:
+        assert torch.equal(sample, plain)
 
 
 def test_outputs_are_bit_identical_and_idle_hooks_do_nothing(pipe, inputs):

@@ -61,20 +61,23 @@ def report(
 
 @app.command()
 def doctor(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a transformers model or a diffusers pipeline.")],
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or hub id of a transformers model or a diffusers pipeline; the machine without it.")
+    ] = None,
 ) -> None:
     """Say what lavender finds in a model, what it can do with it, and what is missing. Weights are not loaded.
 
-    Exit code 1 if something is missing.
+    Without a model: what this machine has, by which kernels lavender runs on it, and what is missing. Exit code 1 if something is
+    missing.
     """
-    from ..doctor import examine
+    from ..doctor import examine, examine_machine
 
-    findings = examine(model)
-    width = max(len(finding.topic) for finding in findings)
+    findings = examine_machine() if model is None else examine(model)
+    width = max(len(finding.topic) for finding in findings) + 2
     for finding in findings:
-        print(f"{finding.topic:<{width}}  {finding.found}")
+        print(f"{finding.topic:<{width}}{finding.found}".replace("\n", "\n" + " " * width))
         if finding.remedy:
-            print(f"{'':<{width}}  -> {finding.remedy}")
+            print(f"{'':<{width}}-> {finding.remedy}")
     if any(finding.remedy for finding in findings):
         raise typer.Exit(1)
 

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError, ModelError
 from ..families.denoisers import Layout, Places, layout_of, level_grid, places_of
+from ..kernels.checks import as_attended
 from ..kernels.column_maps import column_attention, column_maps
 from ..kernels.map_loss import resample
 from ..maps import LayerMaps, chosen_names
@@ -319,14 +320,16 @@ class DenoiserHooks:
             _require_columns(name, weights, call.key.shape[2])
             everywhere = weights.new_zeros(call.query.shape[0], *weights.shape[1:])
             everywhere[branch] = weights
+            query, key, value = (as_attended(tensor) for tensor in (call.query, call.key, call.value))
             output, maps = column_attention(
-                call.query, call.key, call.value, everywhere, mask=call.attn_mask, scale=call.scale, head_weights=heads
+                query, key, value, everywhere, mask=call.attn_mask, scale=call.scale, head_weights=heads
             )
             maps = maps[branch]
         else:
             call = call.of_samples(branch)
             query, mask, weights = self._image_rows(name, call, weights, places, branch)
-            maps = column_maps(query, call.key, weights, mask=mask, scale=call.scale, head_weights=heads)
+            query, key = as_attended(query), as_attended(call.key)
+            maps = column_maps(query, key, weights, mask=mask, scale=call.scale, head_weights=heads)
         frames, rows, columns = grid
         recording.add(name, maps.unflatten(-1, (frames, rows, columns) if frames > 1 else (rows, columns)))
         return output

@@ -16,6 +16,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import CaptureError, ModelError
+from ..kernels.checks import as_attended
 from ..kernels.row_maps import row_maps
 from ..types import WordRows
 
@@ -71,8 +72,8 @@ class Request:
                 "the processor's cross_attention_mask"
             )
         maps = row_maps(
-            query,
-            key,
+            as_attended(query),
+            as_attended(key),
             self.rows,
             self.columns,
             mask=mask,

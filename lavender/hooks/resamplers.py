@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import CaptureError, ModelError
+from ..kernels.checks import as_attended
 from ..kernels.row_maps import row_maps
 from ..types import WordRows
 from .discovery import is_attention
@@ -83,8 +84,8 @@ class Resamplers:
         mask, causal = mask_of(name, module, query, key, mask, given)
         with torch.no_grad():
             shares = row_maps(
-                query,
-                key,
+                as_attended(query),
+                as_attended(key),
                 rows,
                 columns,
                 mask=mask,

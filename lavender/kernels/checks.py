@@ -76,6 +76,17 @@ def require_places(rows: WordRows, columns: torch.Tensor, query: torch.Tensor, k
                 raise ConfigError(f"{name} lie in [{low}, {high}]; expected indices in [0, {limit}), or -1 for padding")
 
 
+def as_attended(tensor: torch.Tensor) -> torch.Tensor:
+    """A query, key or value in the dtype that attention computes in: under autocast, what attention casts to.
+
+    A model under autocast may hand float32 to its attention, as after rotary positions; maps are those of what it attends by.
+    """
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
 def in_full_precision(tensor: torch.Tensor) -> torch.autocast:
     """A context without autocast, which would round the sums of matrix products."""
     return torch.autocast(tensor.device.type, enabled=False)

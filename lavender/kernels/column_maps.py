@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError
 from .checks import in_full_precision, require_attention, require_head_weights, require_mask, require_tensors
-from .dispatch import able, choose, triton_reasons
+from .dispatch import able, choose, cuda_reasons, triton_reasons
 from .numerics import accumulator, additive, masked_softmax, masked_softmax_
 
 BYTE_BUDGET = 3 * 2**19
@@ -63,7 +63,7 @@ def column_maps(
         mask: bool (True may be seen) or additive float, broadcastable to [B, H, Q, N]; None for no mask. It gets no gradient.
         scale: softmax scale; D ** -0.5 when None.
         head_weights: floating point [H], what each head adds to one map per word; None keeps the heads apart.
-        impl: `"auto"`, `"triton"`, `"torch"` or `"reference"`.
+        impl: `"auto"`, `"triton"`, `"cuda"`, `"torch"` or `"reference"`.
 
     Returns:
         [B, C, W, Q], float32 (float64 for float64 inputs); C is H, or 1 with `head_weights`. Queries that may see nothing give
@@ -147,13 +147,18 @@ def _columns(
     if head_weights is not None:
         head_weights = head_weights.to(dtype)
     triton = partial(_triton_reasons, query, key, value, impl)
-    chosen = choose("column_maps", impl, {"triton": triton, "torch": able, "reference": able})
+    cuda = partial(_cuda_reasons, query, value, impl)
+    chosen = choose("column_maps", impl, {"triton": triton, "cuda": cuda, "torch": able, "reference": able})
     if chosen == "reference":
         return column_maps_reference(query, key, value, weights, bias, scale, head_weights)
     if chosen == "triton":
         from .column_maps_triton import column_maps_triton
 
         return column_maps_triton(query, key, value, weights, bias, scale, head_weights)
+    if chosen == "cuda":
+        from .column_maps_cuda import column_maps_cuda
+
+        return column_maps_cuda(query, key, value, weights, bias, scale, head_weights)
     both = _column_maps_torch(query, key, value, weights, bias, scale)
     maps = both[..., value.shape[3] :].mT
     if head_weights is not None:
@@ -182,12 +187,20 @@ def column_maps_reference(
 
 
 def _triton_reasons(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, impl: str) -> list[str]:
-    reasons = triton_reasons(query, query.shape[3], WIDEST_FLOAT32, impl == "triton")
-    if value.shape[3] not in (0, query.shape[3]):
-        reasons.append(f"values are {value.shape[3]} wide and queries {query.shape[3]}; its kernels take equal widths")
+    reasons = triton_reasons(query, query.shape[3], WIDEST_FLOAT32, impl == "triton") + _width_reasons(query, value)
     if value.shape[3] and key.shape[2] > ONE_PASS_KEYS:
         reasons.append(f"there are {key.shape[2]} keys; with more than {ONE_PASS_KEYS} it gives maps, but no attention output")
     return reasons
+
+
+def _cuda_reasons(query: torch.Tensor, value: torch.Tensor, impl: str) -> list[str]:
+    return _width_reasons(query, value) or cuda_reasons("column_maps", query, query.shape[3], impl == "cuda")
+
+
+def _width_reasons(query: torch.Tensor, value: torch.Tensor) -> list[str]:
+    if value.shape[3] in (0, query.shape[3]):
+        return []
+    return [f"values are {value.shape[3]} wide and queries {query.shape[3]}; its kernels take equal widths"]
 
 
 class _Chunks:

@@ -15,12 +15,12 @@ from collections.abc import Mapping
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
-from .checks import in_full_precision
 from .column_maps import ONE_PASS_KEYS
+from .column_maps_fused import ColumnKernels, column_maps_operation
+from .grids import splits_for
 from .numerics import power_of_two
-from .tiles import LOG2E, SIZES, Blocks, Table, blocks_for, dot, last_axis_dense, load_tile, splits_for, store_tile, widths
+from .tiles import LOG2E, SIZES, Blocks, Table, blocks_for, dot, load_tile, store_tile, widths
 
 # Chosen by compiling for sm_80, sm_90 and sm_100 without spills (tests/kernels/test_compile_budget.py); not timed yet.
 # In `_one_pass` the tiles of keys follow from their number: `columns` has no meaning there.
@@ -382,23 +382,14 @@ def _tiles(width: int, dtype: torch.dtype) -> tuple[int, int]:
     return (128, 0) if 64 < width < 128 else widths(width, dtype)
 
 
-class _Call:
-    """What every launch of one call shares: dense tensors, strides, sizes."""
+class TritonColumns(ColumnKernels):
+    """The launches in Triton."""
 
-    def __init__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        words: torch.Tensor,
-        bias: torch.Tensor | None,
-        scale: float,
-    ) -> None:
-        self.query, self.key, self.value = (last_axis_dense(t) for t in (query, key, value))
-        self.batch, self.heads, self.num_queries, self.width = query.shape
-        self.num_keys, self.value_width = value.shape[2:]
-        self.num_words, self.scale = words.shape[1], scale
-        self.bias = query if bias is None else bias.expand(self.batch, self.heads, self.num_queries, self.num_keys)
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        # A kernel that reads no bias, head weights or peak gets some other tensor in its place.
+        self.bias_or_other = self.query if self.bias is None else self.bias
+        self.head_weights_or_other = self.word_weights if self.head_weights is None else self.head_weights
         strides = [t.stride()[:3] for t in (self.query, self.key, self.value)]
         if not self.value_width:
             strides[2] = (0, 0, 0)
@@ -406,158 +397,107 @@ class _Call:
         # In units of eight elements, where they divide: so the compiler knows that whole vectors can be loaded.
         unit = next(n for n in (8, 4, 2, 1) if not any(stride % n for stride in flat))
         self.strides = [stride // unit for stride in flat]
-        self.bias_strides = (0, 0, 0, 0) if bias is None else self.bias.stride()
-        first, second = _tiles(self.width, query.dtype)
-        self.constants = {"UNIT": unit, "D": self.width, "FIRST": first, "SECOND": second, "HAS_BIAS": bias is not None}
-        value_first, value_second = _tiles(self.value_width, query.dtype)
+        first, second = _tiles(self.width, self.query.dtype)
+        self.constants = {"UNIT": unit, "D": self.width, "FIRST": first, "SECOND": second, "HAS_BIAS": self.bias is not None}
+        value_first, value_second = _tiles(self.value_width, self.query.dtype)
         self.value_constants = {"E": self.value_width, "E_FIRST": value_first, "E_SECOND": value_second}
 
     def blocks(self, table: Mapping[str, Table]) -> Blocks:
-        return blocks_for(table, self.query.device, self.query.dtype, max(self.width, self.value_width))
+        return blocks_for(table, self.device, self.query.dtype, max(self.width, self.value_width))
 
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        output = self.query.new_empty(*self.query.shape[:3], self.value_width)
+        lse = self.word_weights.new_empty(self.query.shape[:3])
+        words = min(64, power_of_two(self.num_words))
+        if self.num_keys > ONE_PASS_KEYS:
+            return output, self.two_passes(lse, words), lse
+        return output, self.one_pass(output, lse, words), lse
 
-def column_maps_triton(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    word_weights: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: float,
-    head_weights: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`column_attention` for validated arguments; a value of width zero asks for maps alone."""
-    output, maps, _ = _column_maps(query, key, value, word_weights.contiguous(), bias, scale, head_weights)
-    return output, maps
-
-
-@torch.library.custom_op("lavender::column_maps_triton", mutates_args=())
-def _column_maps(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    word_weights: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: float,
-    head_weights: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output [B, H, Q, E], maps [B, C, W, Q], and the queries' base-2 log-sum-exp [B, H, Q] for the backward pass."""
-    call = _Call(query, key, value, word_weights, bias, scale)
-    output = query.new_empty(*query.shape[:3], call.value_width)
-    lse = word_weights.new_empty(query.shape[:3])
-    words = min(64, power_of_two(call.num_words))
-    if call.num_keys > ONE_PASS_KEYS:
-        found = call.blocks(TWO_PASSES_BLOCKS)
-        maps = lse.new_empty(call.batch, call.heads, call.num_words, call.num_queries)
-        grid = (triton.cdiv(call.num_queries, found.rows), triton.cdiv(call.num_words, words), call.batch * call.heads)
-        _two_passes[grid](
-            call.query, call.key, word_weights, call.bias, maps, lse, *call.strides[:6], *call.bias_strides,
-            call.heads, call.num_queries, call.num_keys, call.num_words, scale,
-            **call.constants, WORDS=words, ROWS=found.rows, KEYS=found.columns, num_warps=found.warps, num_stages=found.stages,
+    def one_pass(self, output: torch.Tensor, lse: torch.Tensor, words: int) -> torch.Tensor:
+        """The maps, by tiles of `words`; fills the output and the log-sum-exp."""
+        found = self.blocks(ONE_PASS_BLOCKS)
+        row_blocks = triton.cdiv(self.num_queries, found.rows)
+        parts = self.heads
+        if self.head_weights is not None:
+            parts = splits_for(row_blocks * self.batch, self.heads, self.device)
+        heads_per_part = triton.cdiv(self.heads, parts)
+        parts = triton.cdiv(self.heads, heads_per_part)
+        maps = lse.new_empty(self.batch, parts, self.num_words, self.num_queries)
+        keys, more_keys = widths(self.num_keys, torch.float16)
+        _one_pass[(row_blocks, parts, self.batch)](
+            self.query, self.key, self.value, self.word_weights, self.bias_or_other, self.head_weights_or_other,
+            output, maps, lse, *self.strides, *self.bias_strides,
+            self.heads, self.num_queries, self.num_keys, self.num_words, heads_per_part, self.scale,
+            **self.constants, **self.value_constants, WEIGHTED=self.head_weights is not None,
+            KEYS=keys, MORE_KEYS=more_keys, WORDS=words, ROWS=found.rows, num_warps=found.warps, num_stages=found.stages,
         )  # fmt: skip
-        if head_weights is not None:
-            maps = torch.einsum("h,bhwq->bwq", head_weights, maps)[:, None]
-        return output, maps, lse
-    found = call.blocks(ONE_PASS_BLOCKS)
-    row_blocks = triton.cdiv(call.num_queries, found.rows)
-    parts = call.heads if head_weights is None else splits_for(row_blocks * call.batch, call.heads, query.device)
-    heads_per_part = triton.cdiv(call.heads, parts)
-    parts = triton.cdiv(call.heads, heads_per_part)
-    maps = lse.new_empty(call.batch, parts, call.num_words, call.num_queries)
-    keys, more_keys = widths(call.num_keys, torch.float16)
-    _one_pass[(row_blocks, parts, call.batch)](
-        call.query, call.key, call.value, word_weights, call.bias, word_weights if head_weights is None else head_weights,
-        output, maps, lse, *call.strides, *call.bias_strides,
-        call.heads, call.num_queries, call.num_keys, call.num_words, heads_per_part, scale,
-        **call.constants, **call.value_constants, WEIGHTED=head_weights is not None,
-        KEYS=keys, MORE_KEYS=more_keys, WORDS=words, ROWS=found.rows, num_warps=found.warps, num_stages=found.stages,
-    )  # fmt: skip
-    return output, maps if head_weights is None or parts == 1 else maps.sum(dim=1, keepdim=True), lse
+        return maps if self.head_weights is None or parts == 1 else maps.sum(dim=1, keepdim=True)
+
+    def two_passes(self, lse: torch.Tensor, words: int) -> torch.Tensor:
+        """The maps, by tiles of `words`; fills the log-sum-exp."""
+        found = self.blocks(TWO_PASSES_BLOCKS)
+        maps = lse.new_empty(self.batch, self.heads, self.num_words, self.num_queries)
+        grid = (triton.cdiv(self.num_queries, found.rows), triton.cdiv(self.num_words, words), self.batch * self.heads)
+        _two_passes[grid](
+            self.query, self.key, self.word_weights, self.bias_or_other, maps, lse, *self.strides[:6], *self.bias_strides,
+            self.heads, self.num_queries, self.num_keys, self.num_words, self.scale,
+            **self.constants, WORDS=words, ROWS=found.rows, KEYS=found.columns, num_warps=found.warps, num_stages=found.stages,
+        )  # fmt: skip
+        return maps if self.head_weights is None else torch.einsum("h,bhwq->bwq", self.head_weights, maps)[:, None]
+
+    def query_gradient(
+        self, lse: torch.Tensor, gradient: torch.Tensor, output_gradient: torch.Tensor, peak: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        found = self.blocks(QUERY_GRADIENT_BLOCKS)
+        query_gradient = torch.empty(self.query.shape, dtype=self.query.dtype, device=self.device)
+        delta, head_delta = torch.empty_like(lse), torch.empty_like(lse)
+        _query_gradient[(triton.cdiv(self.num_queries, found.rows), self.batch * self.heads)](
+            *self.gradient_inputs(), lse, gradient, output_gradient, gradient if peak is None else peak,
+            query_gradient, delta, head_delta, *self.gradient_sizes(gradient), **self.gradient_options(found, peak),
+        )  # fmt: skip
+        return query_gradient, delta, head_delta
+
+    def key_gradient(
+        self,
+        lse: torch.Tensor,
+        delta: torch.Tensor,
+        gradient: torch.Tensor,
+        output_gradient: torch.Tensor,
+        peak: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self.blocks(KEY_GRADIENT_BLOCKS)
+        key_blocks = triton.cdiv(self.num_keys, found.columns)
+        most = triton.cdiv(self.num_queries, 4 * found.rows)
+        splits = splits_for(key_blocks * self.batch * self.heads, most, self.device)
+        key_parts, value_parts = (lse.new_empty(splits, *t.shape) for t in (self.key, self.value))
+        _key_gradient[(key_blocks, splits, self.batch * self.heads)](
+            *self.gradient_inputs(), lse, delta, gradient, output_gradient, gradient if peak is None else peak,
+            key_parts, value_parts, *self.gradient_sizes(gradient), **self.gradient_options(found, peak),
+        )  # fmt: skip
+        return key_parts.sum(dim=0).to(self.key.dtype), value_parts.sum(dim=0).to(self.value.dtype)
+
+    def gradient_inputs(self) -> tuple[torch.Tensor, ...]:
+        """The first arguments of both gradients' kernels."""
+        return self.query, self.key, self.value, self.word_weights, self.bias_or_other, self.head_weights_or_other
+
+    def gradient_sizes(self, gradient: torch.Tensor) -> tuple[float, ...]:
+        """Strides and sizes of both gradients' kernels; no stride from head to head where heads were summed."""
+        strides = (*self.strides, *self.bias_strides, *gradient.expand(-1, self.heads, -1, -1).stride()[:2])
+        return *strides, self.heads, self.num_queries, self.num_keys, self.num_words, self.scale
+
+    def gradient_options(self, found: Blocks, peak: torch.Tensor | None) -> dict[str, int]:
+        """Constants and launch options of both gradients' kernels."""
+        return {
+            **self.constants,
+            **self.value_constants,
+            "WEIGHTED": self.head_weights is not None,
+            "RESCALED": peak is not None,
+            "WORDS": min(32, power_of_two(self.num_words)),
+            "ROWS": found.rows,
+            "KEYS": found.columns,
+            "num_warps": found.warps,
+            "num_stages": found.stages,
+        }
 
 
-@_column_maps.register_fake
-def _(query, key, value, word_weights, bias, scale, head_weights):
-    output = query.new_empty(*query.shape[:3], value.shape[3])
-    channels = query.shape[1] if head_weights is None else 1
-    maps = word_weights.new_empty(query.shape[0], channels, word_weights.shape[1], query.shape[2])
-    return output, maps, word_weights.new_empty(query.shape[:3])
-
-
-@torch.library.custom_op("lavender::column_maps_triton_backward", mutates_args=())
-def _column_maps_backward(
-    output_gradient: torch.Tensor,
-    gradient: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    word_weights: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: float,
-    head_weights: torch.Tensor | None,
-    lse: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key, value and head weights (those of heads that are kept mean nothing)."""
-    call = _Call(query, key, value, word_weights, bias, scale)
-    # dS is rounded to the inputs' dtype for its products: float16 needs it near one, whatever the loss's scale.
-    rescaled = query.dtype == torch.float16
-    peak = gradient
-    if rescaled:
-        peak = gradient.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-        if call.value_width:
-            peak = torch.maximum(peak, output_gradient.float().abs().amax())
-        gradient, output_gradient = gradient / peak, (output_gradient.float() / peak).to(query.dtype)
-    weights = word_weights if head_weights is None else head_weights
-    head_stride = gradient.stride(1) if head_weights is None else 0
-    strides = (*call.strides, *call.bias_strides, gradient.stride(0), head_stride)
-    sizes = (*strides, call.heads, call.num_queries, call.num_keys, call.num_words, scale)
-    constants = {**call.constants, **call.value_constants, "WEIGHTED": head_weights is not None, "RESCALED": rescaled}
-    constants["WORDS"] = min(32, power_of_two(call.num_words))
-    inputs = (call.query, call.key, call.value, word_weights, call.bias, weights, lse)
-
-    found = call.blocks(QUERY_GRADIENT_BLOCKS)
-    query_gradient = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    delta, head_delta = torch.empty_like(lse), torch.empty_like(lse)
-    _query_gradient[(triton.cdiv(call.num_queries, found.rows), call.batch * call.heads)](
-        *inputs, gradient, output_gradient, peak, query_gradient, delta, head_delta, *sizes, **constants,
-        ROWS=found.rows, KEYS=found.columns, num_warps=found.warps, num_stages=found.stages,
-    )  # fmt: skip
-
-    found = call.blocks(KEY_GRADIENT_BLOCKS)
-    key_blocks = triton.cdiv(call.num_keys, found.columns)
-    most = triton.cdiv(call.num_queries, 4 * found.rows)
-    splits = splits_for(key_blocks * call.batch * call.heads, most, query.device)
-    key_parts, value_parts = (lse.new_empty(splits, *t.shape) for t in (key, value))
-    _key_gradient[(key_blocks, splits, call.batch * call.heads)](
-        *inputs, delta, gradient, output_gradient, peak, key_parts, value_parts, *sizes, **constants,
-        ROWS=found.rows, KEYS=found.columns, num_warps=found.warps, num_stages=found.stages,
-    )  # fmt: skip
-    head_gradient = head_delta.sum(dim=(0, 2))
-    return (
-        query_gradient,
-        key_parts.sum(dim=0).to(key.dtype),
-        value_parts.sum(dim=0).to(value.dtype),
-        head_gradient * peak if rescaled else head_gradient,
-    )
-
-
-@_column_maps_backward.register_fake
-def _(output_gradient, gradient, query, key, value, word_weights, bias, scale, head_weights, lse):
-    gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value)]
-    return (*gradients, gradient.new_empty(query.shape[1]))
-
-
-def _setup_context(ctx, inputs, output):
-    query, key, value, word_weights, bias, ctx.scale, head_weights = inputs
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(query, key, value, word_weights, bias, head_weights, output[2])
-
-
-@once_differentiable
-def _backward(ctx, output_gradient, gradient, _):
-    *tensors, bias, head_weights, lse = ctx.saved_tensors
-    arguments = (*tensors, bias, ctx.scale, head_weights, lse)
-    with in_full_precision(gradient):
-        *gradients, head_gradient = _column_maps_backward(output_gradient.contiguous(), gradient.contiguous(), *arguments)
-    return (*gradients, None, None, None, head_gradient if head_weights is not None else None)
-
-
-_column_maps.register_autograd(_backward, setup_context=_setup_context)
+column_maps_triton = column_maps_operation("triton", TritonColumns)

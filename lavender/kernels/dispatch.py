@@ -11,6 +11,7 @@ from functools import cache
 import torch
 
 from ..errors import ConfigError
+from . import cuda
 
 logger = logging.getLogger(__name__)
 
@@ -78,3 +79,23 @@ def triton_reasons(tensor: torch.Tensor, width: int, widest_float32: int, by_nam
     elif not (by_name and tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         reasons.append(f"the tensors are on {tensor.device.type}, not on cuda")
     return reasons
+
+
+def cuda_reasons(file: str, tensor: torch.Tensor, width: int, by_name: bool) -> list[str]:
+    """Why the CUDA C++ kernels of one file of csrc/ cannot run on tensors like this one, with heads of this width.
+
+    They are compiled and loaded to find out, the first time. What runs CPU tensors, in tests, counts only if asked for `by_name`.
+    """
+    reasons = []
+    if tensor.dtype != torch.float16:
+        reasons.append(f"the dtype is {tensor.dtype}; its kernels take float16")
+    if width > cuda.WIDEST:
+        reasons.append(f"the head width is {width}; its kernels take up to {cuda.WIDEST}")
+    if tensor.device.type != "cuda" and not by_name:
+        reasons.append(f"the tensors are on {tensor.device.type}, not on cuda")
+    return reasons or _runner_reasons(file, width, str(tensor.device))
+
+
+@torch.compiler.assume_constant_result
+def _runner_reasons(file: str, width: int, device: str) -> list[str]:
+    return cuda.runner.why_not(cuda.Program(file, width, width % 8 == 0), torch.device(device))

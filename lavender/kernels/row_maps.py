@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from ..errors import ConfigError
 from ..types import WordRows
 from .checks import in_full_precision, require_attention, require_head_weights, require_mask, require_places, require_tensors
-from .dispatch import able, choose, triton_reasons
+from .dispatch import able, choose, cuda_reasons, triton_reasons
 from .numerics import accumulator, additive, masked_softmax, masked_softmax_
 
 BYTE_BUDGET = 3 * 2**20
@@ -64,7 +64,7 @@ def row_maps(
         head_weights: floating point [H], what each head adds to one map per word; None keeps the heads apart.
         lse: [B, H, T], the natural log-sum-exp of each row's scaled and masked scores, if the model's attention gave it; it
             saves a pass. Gradients are those of the whole softmax all the same. Not together with `renormalize`.
-        impl: `"auto"`, `"triton"`, `"torch"` or `"reference"`.
+        impl: `"auto"`, `"triton"`, `"cuda"`, `"torch"` or `"reference"`.
 
     Returns:
         [B, C, W, M], float32 (float64 for float64 inputs); C is H, or 1 with `head_weights`. Words without rows, and rows that
@@ -121,13 +121,18 @@ def _row_maps(
     if head_weights is not None:
         head_weights = head_weights.to(dtype)
     triton = partial(triton_reasons, query, query.shape[3], WIDEST_FLOAT32, impl == "triton")
-    chosen = choose("row_maps", impl, {"triton": triton, "torch": able, "reference": able})
+    cuda = partial(cuda_reasons, "row_maps", query, query.shape[3], impl == "cuda")
+    chosen = choose("row_maps", impl, {"triton": triton, "cuda": cuda, "torch": able, "reference": able})
     if chosen == "reference":
         return row_maps_reference(query, key, rows, columns, bias, causal, scale, head_weights, lse)
     if chosen == "triton":
         from .row_maps_triton import row_maps_triton
 
         return row_maps_triton(query, key, rows, columns, bias, causal, scale, head_weights, lse)
+    if chosen == "cuda":
+        from .row_maps_cuda import row_maps_cuda
+
+        return row_maps_cuda(query, key, rows, columns, bias, causal, scale, head_weights, lse)
     if causal:
         bias = _causal_bias(index, key.shape[2], dtype)
     return _row_maps_torch(query, key, rows.rows, rows.indicator(dtype), columns, bias, scale, head_weights, lse)

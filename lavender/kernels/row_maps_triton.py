@@ -3,9 +3,6 @@
 Word rows are read through their indices; nothing is gathered first. Where a kernel walks along the keys, the rows of all heads
 that share a key head are stacked into one tile (stacked row s is row s % R of the group's head s // R), so that each key is
 loaded once for them; the keys are split over programs, and a second, small kernel adds the parts up.
-
-Passes over word rows and keys: `_lse` (unless the caller has it), `_maps`; backward: `_delta`, `_query_gradient`,
-`_key_gradient`. Each costs one product of the word rows with the keys; the last two cost one more.
 """
 
 # Triton's kernels take long lists of sizes and strides.
@@ -18,12 +15,11 @@ from collections.abc import Mapping
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
-from ..types import WordRows
-from .checks import in_full_precision
+from .grids import splits_for
 from .numerics import power_of_two
-from .tiles import LOG2E, SIZES, Blocks, Table, blocks_for, dot, last_axis_dense, load_tile, splits_for, store_tile, widths
+from .row_maps_fused import RowKernels, row_maps_operation
+from .tiles import LOG2E, SIZES, Blocks, Table, blocks_for, dot, load_tile, store_tile, widths
 
 # Chosen by compiling for sm_80, sm_90 and sm_100 without spills (tests/kernels/test_compile_budget.py); not timed yet.
 LSE_BLOCKS = {
@@ -393,38 +389,26 @@ def _key_gradient(
 # fmt: on
 
 
-class _Call:
-    """What every launch of one call shares: dense tensors, strides, sizes."""
+class TritonRows(RowKernels):
+    """The launches in Triton."""
 
-    def __init__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        rows: torch.Tensor,
-        bias: torch.Tensor | None,
-        causal: bool,
-        scale: float,
-    ) -> None:
-        self.query, self.key, self.rows = last_axis_dense(query), last_axis_dense(key), rows
-        self.batch, self.heads, _, self.width = query.shape
-        self.groups, self.num_keys = key.shape[1:3]
-        self.num_rows = rows.shape[1]
-        self.scale, self.device = scale, query.device
-        self.bias = query if bias is None else bias.expand(self.batch, self.heads, self.num_rows, self.num_keys)
-        bias_strides = (0, 0, 0, 0) if bias is None else self.bias.stride()
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        # A kernel that reads no bias, head weights or peak gets some other tensor in its place.
+        self.bias_or_other = self.query if self.bias is None else self.bias
         strides = (*self.query.stride()[:3], *self.key.stride()[:3])
         # In units of eight elements, where they divide: so the compiler knows that whole vectors can be loaded.
         unit = next(n for n in (8, 4, 2, 1) if not any(stride % n for stride in strides))
-        self.strides = (*(stride // unit for stride in strides), *bias_strides)
-        first, second = widths(self.width, query.dtype)
+        self.strides = (*(stride // unit for stride in strides), *self.bias_strides)
+        first, second = widths(self.width, self.query.dtype)
         self.constants = {
             "UNIT": unit,
             "GROUP": self.heads // self.groups,
             "D": self.width,
             "FIRST": first,
             "SECOND": second,
-            "CAUSAL": causal,
-            "HAS_BIAS": bias is not None,
+            "CAUSAL": self.causal,
+            "HAS_BIAS": self.bias is not None,
         }
 
     def blocks(self, table: Mapping[str, Table], num_rows: int) -> tuple[Blocks, dict[str, int]]:
@@ -442,158 +426,97 @@ class _Call:
         return (splits, row_blocks, self.batch * self.groups), options
 
     def lse(self) -> torch.Tensor:
-        """Base-2 log-sum-exp of the word rows, float32 [B, H, R]."""
         grid, options = self.walk(LSE_BLOCKS, self.num_keys)
         partial = self.rows.new_empty(grid[0], self.batch, self.heads, self.num_rows, dtype=torch.float32)
-        sizes = (self.groups, self.num_rows, self.num_keys, self.scale)
-        _lse[grid](self.query, self.key, self.rows, self.bias, partial, *self.strides, *sizes, **self.constants, **options)
+        _lse[grid](
+            self.query, self.key, self.rows, self.bias_or_other, partial,
+            *self.strides, self.groups, self.num_rows, self.num_keys, self.scale, **self.constants, **options,
+        )  # fmt: skip
         if grid[0] == 1:
             return partial[0]
         lse = torch.empty_like(partial[0])
         _combine_lse[(triton.cdiv(lse.numel(), 128),)](partial, lse, grid[0], lse.numel(), BLOCK=128)
         return lse
 
+    def maps(self, lse: torch.Tensor, num_words: int, head_weights: torch.Tensor | None) -> torch.Tensor:
+        found, options = self.blocks(MAPS_BLOCKS, self.num_rows)
+        word_block = min(WORD_BLOCK, power_of_two(num_words))
+        tiles = triton.cdiv(self.num_columns, found.columns) * triton.cdiv(num_words, word_block)
+        parts = self.heads if head_weights is None else splits_for(tiles * self.batch, self.heads, self.device)
+        heads_per_part = triton.cdiv(self.heads, parts)
+        parts = triton.cdiv(self.heads, heads_per_part)
+        maps = lse.new_empty(self.batch, parts, num_words, self.num_columns)
+        _maps[(tiles, parts, self.batch)](
+            self.query, self.key, self.rows, self.words, self.weights, self.columns, self.bias_or_other, lse,
+            self.weights if head_weights is None else head_weights, maps,
+            *self.strides, self.heads, self.num_rows, num_words, self.num_columns, heads_per_part, self.scale,
+            **self.constants, WEIGHTED=head_weights is not None, WORDS=word_block, **options,
+        )  # fmt: skip
+        return maps if head_weights is None or parts == 1 else maps.sum(dim=1, keepdim=True)
 
-def row_maps_triton(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    rows: WordRows,
-    columns: torch.Tensor,
-    bias: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    head_weights: torch.Tensor | None,
-    lse: torch.Tensor | None,
-) -> torch.Tensor:
-    """`row_maps` for validated arguments; `bias` is additive, broadcastable to [B, H, R, N], and `lse` [B, H, R]."""
-    # Padding speaks for no word, whatever weight it was given.
-    weights = rows.weights.detach().float().masked_fill((rows.rows < 0) | (rows.words < 0), 0)
-    indices = (rows.rows.contiguous(), rows.words.contiguous(), weights.contiguous(), columns.contiguous())
-    return _row_maps(query, key, *indices, rows.num_words, bias, causal, scale, head_weights, lse)[0]
+    def delta(self, lse: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        grid, options = self.walk(DELTA_BLOCKS, self.num_columns)
+        partial = lse.new_empty(grid[0], *lse.shape)
+        _delta[grid](
+            self.query, self.key, self.rows, self.words, self.weights, self.columns, self.bias_or_other, lse, gradient, partial,
+            *self.strides, *self.wanted_strides(gradient), self.groups, self.num_rows, self.num_columns, self.scale,
+            **self.constants, **options,
+        )  # fmt: skip
+        return partial.sum(dim=0)
 
+    def query_gradient(
+        self,
+        lse: torch.Tensor,
+        delta: torch.Tensor,
+        full: torch.Tensor,
+        head_weights: torch.Tensor | None,
+        peak: torch.Tensor | None,
+    ) -> torch.Tensor:
+        grid, options = self.walk(QUERY_GRADIENT_BLOCKS, self.num_keys)
+        partial = lse.new_empty(grid[0], *lse.shape, self.width)
+        _query_gradient[grid](
+            *self.gradient_inputs(lse, delta, full, head_weights), partial, *self.gradient_sizes(full),
+            **self.constants, WEIGHTED=head_weights is not None, **options,
+        )  # fmt: skip
+        gradient = torch.zeros(self.query.shape, dtype=self.query.dtype, device=self.device)
+        _add_rows[(self.num_rows, self.batch * self.heads)](
+            partial, self.rows, full if peak is None else peak, gradient,
+            *gradient.stride()[:3], self.heads, self.num_rows, grid[0], self.scale,
+            D=self.width, WIDTH=power_of_two(self.width), RESCALED=peak is not None, BLOCK=16,
+        )  # fmt: skip
+        return gradient
 
-@torch.library.custom_op("lavender::row_maps_triton", mutates_args=())
-def _row_maps(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    rows: torch.Tensor,
-    words: torch.Tensor,
-    weights: torch.Tensor,
-    columns: torch.Tensor,
-    num_words: int,
-    bias: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    head_weights: torch.Tensor | None,
-    lse: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maps [B, C, W, M] and the rows' base-2 log-sum-exp [B, H, R], which the backward pass needs again."""
-    call = _Call(query, key, rows, bias, causal, scale)
-    normalizer = call.lse() if lse is None else torch.where(lse == -torch.inf, torch.inf, lse * LOG2E.value)
-    found, options = call.blocks(MAPS_BLOCKS, call.num_rows)
-    word_block = min(WORD_BLOCK, power_of_two(num_words))
-    tiles = triton.cdiv(columns.shape[1], found.columns) * triton.cdiv(num_words, word_block)
-    parts = call.heads if head_weights is None else splits_for(tiles * call.batch, call.heads, call.device)
-    heads_per_part = triton.cdiv(call.heads, parts)
-    parts = triton.cdiv(call.heads, heads_per_part)
-    maps = normalizer.new_empty(call.batch, parts, num_words, columns.shape[1])
-    _maps[(tiles, parts, call.batch)](
-        call.query, call.key, rows, words, weights, columns, call.bias, normalizer,
-        weights if head_weights is None else head_weights, maps,
-        *call.strides, call.heads, call.num_rows, num_words, columns.shape[1], heads_per_part, scale,
-        **call.constants, WEIGHTED=head_weights is not None, WORDS=word_block, **options,
-    )  # fmt: skip
-    return (maps if head_weights is None or parts == 1 else maps.sum(dim=1, keepdim=True)), normalizer
+    def key_gradient(
+        self,
+        lse: torch.Tensor,
+        delta: torch.Tensor,
+        full: torch.Tensor,
+        head_weights: torch.Tensor | None,
+        peak: torch.Tensor | None,
+    ) -> torch.Tensor:
+        gradient = torch.empty(self.key.shape, dtype=self.key.dtype, device=self.device)
+        found, options = self.blocks(KEY_GRADIENT_BLOCKS, self.heads // self.groups * self.num_rows)
+        _key_gradient[(triton.cdiv(self.num_keys, found.columns), self.batch * self.groups)](
+            *self.gradient_inputs(lse, delta, full, head_weights), full if peak is None else peak, gradient,
+            *self.gradient_sizes(full), **self.constants, WEIGHTED=head_weights is not None, RESCALED=peak is not None, **options,
+        )  # fmt: skip
+        return gradient
 
+    def wanted_strides(self, gradient: torch.Tensor) -> tuple[int, ...]:
+        """Strides of samples and heads of a gradient [B, C, W, M or N]: zero from head to head where heads were summed."""
+        return gradient.expand(-1, self.heads, -1, -1).stride()[:2]
 
-@_row_maps.register_fake
-def _(query, key, rows, words, weights, columns, num_words, bias, causal, scale, head_weights, lse):
-    batch, heads = query.shape[:2]
-    channels = heads if head_weights is None else 1
-    maps = weights.new_empty(batch, channels, num_words, columns.shape[1])
-    return maps, weights.new_empty(batch, heads, rows.shape[1])
+    def gradient_inputs(
+        self, lse: torch.Tensor, delta: torch.Tensor, full: torch.Tensor, head_weights: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """The first arguments of both gradients' kernels."""
+        indices = (self.rows, self.words, self.weights)
+        weights = self.weights if head_weights is None else head_weights
+        return self.query, self.key, *indices, self.bias_or_other, lse, delta, weights, full
 
-
-@torch.library.custom_op("lavender::row_maps_triton_backward", mutates_args=())
-def _row_maps_backward(
-    gradient: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    rows: torch.Tensor,
-    words: torch.Tensor,
-    weights: torch.Tensor,
-    columns: torch.Tensor,
-    bias: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    head_weights: torch.Tensor | None,
-    normalizer: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and head weights (those of heads that are kept mean nothing)."""
-    call = _Call(query, key, rows, bias, causal, scale)
-    gradient = gradient.masked_fill((columns < 0)[:, None, None], 0)
-    # dS is rounded to the inputs' dtype for its products: float16 needs it near one, whatever the loss's scale.
-    rescaled = query.dtype == torch.float16
-    peak = gradient.abs().amax().clamp_min(torch.finfo(torch.float32).tiny) if rescaled else gradient
-    if rescaled:
-        gradient = gradient / peak
-    head_stride = gradient.stride(1) if head_weights is None else 0
-    sizes = (call.groups, call.num_rows)
-    indices = (rows, words, weights)
-    grid, options = call.walk(DELTA_BLOCKS, columns.shape[1])
-    partial = normalizer.new_empty(grid[0], *normalizer.shape)
-    _delta[grid](
-        call.query, call.key, *indices, columns, call.bias, normalizer, gradient, partial,
-        *call.strides, gradient.stride(0), head_stride, *sizes, columns.shape[1], scale, **call.constants, **options,
-    )  # fmt: skip
-    delta = partial.sum(dim=0)
-
-    full = gradient.new_zeros(*gradient.shape[:3], call.num_keys)
-    full.scatter_add_(3, columns.clamp_min(0)[:, None, None].expand_as(gradient), gradient)
-    head_stride = full.stride(1) if head_weights is None else 0
-    shared = (call.bias, normalizer, delta, weights if head_weights is None else head_weights, full)
-    strides = (*call.strides, full.stride(0), head_stride, *sizes, call.num_keys, scale)
-    weighted = {"WEIGHTED": head_weights is not None}
-
-    grid, options = call.walk(QUERY_GRADIENT_BLOCKS, call.num_keys)
-    partial = normalizer.new_empty(grid[0], *normalizer.shape, call.width)
-    _query_gradient[grid](call.query, call.key, *indices, *shared, partial, *strides, **call.constants, **weighted, **options)
-    query_gradient = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
-    _add_rows[(call.num_rows, call.batch * call.heads)](
-        partial, rows, peak, query_gradient, *query_gradient.stride()[:3], call.heads, call.num_rows, grid[0], scale,
-        D=call.width, WIDTH=power_of_two(call.width), RESCALED=rescaled, BLOCK=16,
-    )  # fmt: skip
-
-    key_gradient = torch.empty(key.shape, dtype=key.dtype, device=key.device)
-    found, options = call.blocks(KEY_GRADIENT_BLOCKS, call.heads // call.groups * call.num_rows)
-    _key_gradient[(triton.cdiv(call.num_keys, found.columns), call.batch * call.groups)](
-        call.query, call.key, *indices, *shared, peak, key_gradient, *strides,
-        **call.constants, **weighted, RESCALED=rescaled, **options,
-    )  # fmt: skip
-    head_gradient = delta.sum(dim=(0, 2))
-    return query_gradient, key_gradient, head_gradient * peak if rescaled else head_gradient
+    def gradient_sizes(self, full: torch.Tensor) -> tuple[float, ...]:
+        """Strides and sizes of both gradients' kernels."""
+        return *self.strides, *self.wanted_strides(full), self.groups, self.num_rows, self.num_keys, self.scale
 
 
-@_row_maps_backward.register_fake
-def _(gradient, query, key, rows, words, weights, columns, bias, causal, scale, head_weights, normalizer):
-    query_gradient = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    return query_gradient, torch.empty(key.shape, dtype=key.dtype, device=key.device), gradient.new_empty(query.shape[1])
-
-
-def _setup_context(ctx, inputs, output):
-    query, key, rows, words, weights, columns, _, bias, ctx.causal, ctx.scale, head_weights, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, key, rows, words, weights, columns, bias, head_weights, output[1])
-
-
-@once_differentiable
-def _backward(ctx, gradient, _):
-    *tensors, bias, head_weights, normalizer = ctx.saved_tensors
-    arguments = (gradient.contiguous(), *tensors, bias, ctx.causal, ctx.scale, head_weights, normalizer)
-    with in_full_precision(gradient):
-        query_gradient, key_gradient, head_gradient = _row_maps_backward(*arguments)
-    nothing = (None,) * 8
-    return query_gradient, key_gradient, *nothing, head_gradient if head_weights is not None else None, None
-
-
-_row_maps.register_autograd(_backward, setup_context=_setup_context)
+row_maps_triton = row_maps_operation("triton", TritonRows)

@@ -52,16 +52,6 @@ def architecture(device: torch.device) -> str:
     return f"sm{major}{minor}"
 
 
-def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors; one under the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def splits_for(programs: int, most: int, device: torch.device) -> int:
-    """Into how many parts a loop is cut so that the device has about two programs a processor; from shapes alone."""
-    return max(1, min(most, 2 * num_processors(device) // max(1, programs)))
-
-
 def widths(width: int, dtype: torch.dtype) -> tuple[int, int]:
     """A width as one or two tiles, sizes that a dot product takes: 40 is 32 + 16, 80 is 64 + 16, 128 is 128 + 0.
 
@@ -71,11 +61,6 @@ def widths(width: int, dtype: torch.dtype) -> tuple[int, int]:
     if dtype == torch.float32 or first == width or width < 16:
         return first, 0
     return first // 2, power_of_two(width - first // 2)
-
-
-def last_axis_dense(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or a copy if its last axis is strided."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
 @triton.jit

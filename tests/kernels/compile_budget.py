@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from lavender.kernels import tiles
+from lavender.kernels import grids, tiles
 from lavender.words import collate_rows
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -168,7 +168,7 @@ def main() -> None:
     capability = int(sys.argv[1])
     driver.set_active(_NoDevice(capability))
     tiles.architecture = lambda device: f"sm{capability}"
-    tiles.num_processors = lambda device: 132  # so that loops are split, as on the cards themselves
+    grids.num_processors = lambda device: 132  # so that loops are split, as on the cards themselves
     compiled = _Compiled(JITFunction)
     for name in sys.argv[2:] or CASES:
         CASES[name](compiled)

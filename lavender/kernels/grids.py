@@ -1,0 +1,20 @@
+"""How launches are cut to the device, and the tensors that kernels can read: what does not depend on the kernels' language."""
+
+from __future__ import annotations
+
+import torch
+
+
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors; one under the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def splits_for(programs: int, most: int, device: torch.device) -> int:
+    """Into how many parts a loop is cut so that the device has about two programs a processor; from shapes alone."""
+    return max(1, min(most, 2 * num_processors(device) // max(1, programs)))
+
+
+def last_axis_dense(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or a copy if its last axis is strided."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()

@@ -1,0 +1,89 @@
+"""Runs the CUDA C++ kernels of csrc/ on CPU tensors: their own source, compiled by g++ with emulator.h in place of the card."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from lavender.kernels.cuda import Argument, Grid, Program, arguments_type, packed, sources
+
+HERE = Path(__file__).parent
+
+
+class EmulatorError(AssertionError):
+    """A launch did what the card would not let pass, or not survive."""
+
+
+class Emulator:
+    """A `Runner` for CPU tensors.
+
+    Every tensor is copied to where an access behind its end, or far before its beginning, ends the launch. `fault` changes a file's
+    text before it is compiled, for tests that plant one. `seed` chooses the order in which threads run; 0 is their own.
+    """
+
+    def __init__(self, fault: Callable[[str], str] | None = None, seed: int = 0) -> None:
+        self.fault, self.seed = fault, seed
+        self.launched: list[str] = []
+        self._libraries: dict[Program, ctypes.CDLL] = {}
+
+    def why_not(self, program: Program, device: torch.device) -> list[str]:
+        return [] if device.type == "cpu" else [f"the emulator takes CPU tensors, not {device.type}"]
+
+    def launch(self, program: Program, kernel: str, grid: Grid, arguments: Mapping[str, Argument], device: torch.device) -> None:
+        self.launched.append(kernel)
+        library = self._libraries.get(program)
+        if library is None:
+            library = self._libraries[program] = ctypes.CDLL(str(self._build(program)))
+            library.guard.restype = ctypes.c_void_p
+        structure = packed(program.file, arguments)
+        copies: list[tuple[int, int, int]] = []
+        for name, value in arguments.items():
+            if isinstance(value, torch.Tensor) and value.numel():
+                extent = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+                size = extent * value.element_size()
+                copy = library.guard(ctypes.c_void_p(value.data_ptr()), ctypes.c_size_t(size))
+                copies.append((copy, value.data_ptr(), size))
+                setattr(structure, name, copy)
+        run = getattr(library, f"run_{kernel}")
+        run.restype = ctypes.c_char_p
+        reason = run(ctypes.byref(structure), *grid, ctypes.c_size_t(program.shared_bytes), self.seed)
+        for copy, target, size in copies:
+            library.unguard(ctypes.c_void_p(copy), ctypes.c_void_p(target), ctypes.c_size_t(size))
+        if reason:
+            raise EmulatorError(f"{kernel}: {reason.decode()}")
+
+    def _build(self, program: Program) -> Path:
+        """A shared library of the program's kernels; one that was built before is taken again."""
+        text = (sources() / f"{program.file}.cuh").read_text()
+        text = self.fault(text) if self.fault else text
+        structure = arguments_type(program.file).__name__
+        runs = [
+            f'extern "C" const char* run_{kernel}(const {structure}* call, int x, int y, int z, size_t bytes, unsigned seed) '
+            f"{{ return emulator::launch({{x, y, z}}, bytes, seed, [=] {{ {kernel}(*call); }}); }}"
+            for kernel in re.findall(r"^KERNEL\(.*?\) (\w+)\(", text, re.MULTILINE)
+        ]
+        unit = "\n".join(['#include "emulator.h"', text, *runs])
+        headers = "".join((folder / name).read_text() for folder, name in ((HERE, "emulator.h"), (sources(), "tiles.cuh")))
+        command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", f"-I{HERE}"]
+        command += [f"-I{sources()}", *(f"-D{name}={value}" for name, value in program.constants.items())]
+        key = hashlib.sha256("\0".join([unit, headers, *command]).encode()).hexdigest()[:24]
+        folder = Path(tempfile.gettempdir()) / f"lavender-emulator-{os.getuid()}"
+        folder.mkdir(exist_ok=True)
+        library = folder / f"{program.file}-{key}.so"
+        if not library.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as made:
+                source, built = Path(made) / "unit.cpp", Path(made) / "unit.so"
+                source.write_text(unit)
+                result = subprocess.run([*command, str(source), "-o", str(built)], capture_output=True, text=True)
+                if result.returncode:
+                    raise EmulatorError(f"g++ refuses {program.file}.cuh:\n{result.stderr[:4000]}")
+                os.replace(built, library)
+        return library

@@ -1,0 +1,358 @@
+"""The CUDA C++ kernels: their own source against float64, on a GPU if there is one, else run by an emulator; and planted faults."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import lavender
+from lavender.errors import ConfigError
+from lavender.kernels import cuda, grids
+from lavender.kernels import row_maps as rows_module
+from lavender.kernels.column_maps import column_attention, column_maps
+from lavender.kernels.dispatch import cuda_reasons
+from lavender.kernels.row_maps import row_maps
+
+from .budget import DEVICE, poison_fresh_memory, relative_error
+from .emulator import Emulator, EmulatorError
+from .test_error_budget import WORDS, check_columns, check_rows, collate, draw
+
+HALF = torch.float16
+
+
+@pytest.fixture(autouse=True)
+def runner(monkeypatch):
+    """The driver where there is a card for it, else the emulator."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(cuda, "runner", Emulator())
+    return cuda.runner
+
+
+@pytest.fixture
+def emulate(monkeypatch):
+    """Runs kernels on the emulator, with a fault or another order of threads."""
+    if DEVICE != "cpu":
+        pytest.skip("the emulator takes CPU tensors")
+
+    def use(**options):
+        emulator = Emulator(**options)
+        monkeypatch.setattr(cuda, "runner", emulator)
+        return emulator
+
+    return use
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows(weighted, monkeypatch):
+    """77 keys; a split word, an empty one, a row of two words, padding; half of the columns of the second sample are padding."""
+    poison_fresh_memory(monkeypatch)
+    check_rows("cuda", HALF, weighted=weighted)
+
+
+@pytest.mark.parametrize(
+    ("heads", "keys", "width", "weighted"),
+    [((4, 4), 577, 80, False), ((8, 2), 577, 64, True), ((8, 1), 1601, 128, True), ((2, 1), 33, 256, True), ((4, 2), 33, 5, False)],
+)
+def test_rows_of_every_kind_of_head(heads, keys, width, weighted):
+    check_rows("cuda", HALF, heads=heads, keys=keys, width=width, num_columns=keys - 1, weighted=weighted)
+
+
+def test_causal_rows():
+    check_rows("cuda", HALF, length=77, weighted=True, causal=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 11, 77), (2, 1, 1, 77), (11, 77)], ids=str)
+@pytest.mark.parametrize("additive", [False, True])
+def test_rows_under_masks(shape, additive):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(5)) < 0.6
+    if shape[-2] > 1:
+        mask[..., 4, :] = False  # a row that may see nothing
+    if additive:
+        mask = torch.randn(shape, generator=torch.Generator().manual_seed(6)).masked_fill(~mask, torch.finfo(torch.float32).min)
+    check_rows("cuda", HALF, mask=mask.to(DEVICE))
+
+
+def test_more_words_than_a_tile_has_rows():
+    words = [[[w, w + 1] for w in range(70)]]
+    check_rows("cuda", HALF, heads=(2, 1), length=71, keys=20, num_columns=20, words=words)
+
+
+def test_a_given_normalizer_saves_its_pass(runner):
+    query, key = draw(3, (2, 4, 11, 40), (2, 2, 77, 40), dtype=HALF)
+    columns = torch.arange(70, device=DEVICE).expand(2, -1)
+    lse = (query.double() @ key.double().repeat_interleave(2, dim=1).mT * 40**-0.5).logsumexp(-1)
+    maps = [row_maps(query, key, collate(WORDS), columns, lse=given, impl="cuda") for given in (None, lse)]
+    torch.testing.assert_close(maps[1], maps[0], rtol=1e-5, atol=1e-7)
+    if DEVICE == "cpu":
+        assert runner.launched == ["row_lse", "row_word_maps", "row_word_maps"]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("has_value", [False, True])
+def test_columns(weighted, has_value, monkeypatch):
+    poison_fresh_memory(monkeypatch)
+    check_columns("cuda", HALF, weighted=weighted, has_value=has_value)
+
+
+@pytest.mark.parametrize(("keys", "width"), [(77, 64), (77, 80), (577, 128), (77, 160), (100, 256), (16, 5)])
+def test_columns_of_every_kind_of_head(keys, width):
+    check_columns("cuda", HALF, keys=keys, width=width, queries=33, weighted=True)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_columns_of_more_keys_than_a_tile(weighted):
+    check_columns("cuda", HALF, keys=200, queries=70, weighted=weighted)
+    check_columns("cuda", HALF, keys=200, queries=70, weighted=weighted, has_value=False)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_columns_under_masks(additive):
+    mask = torch.rand(2, 2, 50, 77, generator=torch.Generator().manual_seed(5)) < 0.6
+    mask[..., 4, :] = False  # a query that may see nothing
+    if additive:
+        mask = torch.randn(mask.shape, generator=torch.Generator().manual_seed(6)).masked_fill(
+            ~mask, torch.finfo(torch.float32).min
+        )
+    check_columns("cuda", HALF, mask=mask.to(DEVICE))
+
+
+def with_large_logits():
+    """Scores of several hundred: what a softmax without its peak taken off overflows at."""
+    query, key, value = draw(1, (1, 2, 20, 40), (1, 2, 77, 40), (1, 2, 77, 40), dtype=HALF)
+    weights = torch.rand(1, 3, 77, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    found = column_attention(query * 60, key, value, weights, impl="cuda")
+    exact = column_attention((query * 60).double(), key.double(), value.double(), weights, impl="reference")
+    for one, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=2e-3, atol=2e-3)
+    columns = torch.arange(77, device=DEVICE)[None]
+    rows = [row_maps(*pair, collate(WORDS[:1]), columns, impl=impl) for pair, impl in (
+        ((query * 60, key), "cuda"), (((query * 60).double(), key.double()), "reference"))]  # fmt: skip
+    torch.testing.assert_close(rows[0].double(), rows[1], rtol=2e-3, atol=2e-3)
+
+
+def test_large_logits():
+    with_large_logits()
+
+
+def test_inputs_of_any_strides():
+    """Rows not aligned to eight elements, a last axis that is not dense, a broadcast one; head weights that are a column."""
+    query, key = draw(9, (1, 2, 40, 11), (1, 1, 13, 43), dtype=HALF)
+    query, key = query.mT, key[..., 3:].expand(1, 2, 13, 40)
+    weights = torch.rand(1, 3, 13, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    heads = torch.tensor([[0.3, 9.0], [0.7, 9.0]], device=DEVICE)[:, 0]
+    found = column_attention(query, key, key, weights, head_weights=heads, impl="cuda")
+    exact = column_attention(query.double(), key.double(), key.double(), weights, head_weights=heads, impl="reference")
+    rows, columns = collate([[[1, 2], [4]]]), torch.arange(6, device=DEVICE)[None]
+    found += (row_maps(query, key, rows, columns, head_weights=heads, impl="cuda"),)
+    exact += (row_maps(query.double(), key.double(), rows, columns, head_weights=heads, impl="reference"),)
+    for one, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=2e-3, atol=2e-3)
+
+
+def everything():
+    """Results and gradients of calls that take every branch, as numbers."""
+    query, key, value = draw(4, (2, 4, 40, 40), (2, 2, 150, 40), (2, 4, 150, 40), dtype=HALF)
+    words = collate([[[w, w + 1] for w in range(35)], [[3], [], [4, 5, 6]]])
+    columns = torch.arange(140, device=DEVICE).expand(2, -1)
+    inputs = [t.requires_grad_() for t in (query, key, value)]
+    heads = torch.linspace(0.2, 1, 4, device=DEVICE)
+    weights = torch.rand(2, 3, 150, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    maps = row_maps(query, key, words, columns, causal=True, head_weights=heads, impl="cuda")
+    output, more = column_attention(query, value.flip(3), value, weights, impl="cuda")
+    few = column_maps(query, value.flip(3)[:, :, :70], weights[..., :70], head_weights=heads, impl="cuda")
+    total = maps.sin().sum() + output.float().sin().sum() + more.sin().sum() + few.sin().sum()
+    return [maps, output, more, few, *torch.autograd.grad(total, inputs)]
+
+
+def test_results_are_the_same_bits_every_time():
+    for one, other in zip(everything(), everything(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_order_of_threads_changes_nothing(emulate, seed):
+    right = everything()
+    emulate(seed=seed)
+    for one, other in zip(everything(), right, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_keys_and_queries_split_over_many_blocks(monkeypatch):
+    """As on a card with many processors; the last split of the keys is empty."""
+    monkeypatch.setattr(grids, "num_processors", lambda device: 12)
+    check_rows("cuda", HALF, heads=(8, 2), keys=1590, num_columns=1590, width=16, weighted=True)
+    check_columns("cuda", HALF, queries=600, keys=20, width=16, weighted=True)
+
+
+def rows_probe():
+    words = [[[w, w + 1] for w in range(35)]]
+    check_rows("cuda", HALF, heads=(4, 2), length=40, keys=150, num_columns=140, width=16, weighted=True, words=words)
+
+
+def columns_probe():
+    check_columns("cuda", HALF, queries=70, width=16, weighted=True)
+    check_columns("cuda", HALF, queries=70, keys=100, width=16)
+    check_columns("cuda", HALF, queries=20, keys=200, width=16, has_value=False)
+
+
+def barriers() -> list:
+    """Every barrier of the kernels: its file, and where it stands."""
+    found = []
+    for file in ("row_maps", "column_maps"):
+        for match in re.finditer(r"__syncthreads\(\);", cuda.source(f"{file}.cuh")):
+            line = cuda.source(f"{file}.cuh").count("\n", 0, match.start()) + 1
+            found.append(pytest.param(file, match.span(), id=f"{file}.cuh:{line}"))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "span"), barriers())
+def test_no_barrier_can_be_spared(emulate, file, span):
+    emulate(fault=lambda text: text[: span[0]] + text[span[1] :], seed=1)
+    with pytest.raises(AssertionError):
+        {"row_maps": rows_probe, "column_maps": columns_probe}[file]()
+
+
+def replaced(old, new):
+    """A fault: every place of `old` in a file's text becomes `new`; there must be one."""
+
+    def change(text):
+        assert old in text
+        return text.replace(old, new)
+
+    return change
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("probe", "old", "new"),
+    [
+        pytest.param(rows_probe, "n >= call.num_keys || ", "", id="rows: an unmasked key"),
+        pytest.param(columns_probe, "query.exists && n < call.num_keys", "query.exists", id="columns: an unmasked key"),
+        pytest.param(rows_probe, "call.head_weights[h] * entry.weight", "entry.weight", id="rows: no head weight"),
+        pytest.param(columns_probe, "by_words[j] * head_weight", "by_words[j]", id="columns: no head weight"),
+        pytest.param(rows_probe, "(wanted - delta)", "wanted", id="rows: no delta"),
+        pytest.param(rows_probe, "add<true, false>", "add<false, false>", id="rows: dS not transposed"),
+        pytest.param(rows_probe, "h / group != loaded", "loaded < 0", id="rows: keys of another head"),
+        pytest.param(rows_probe, "m < call.num_columns ?", "m < 100000 ?", id="rows: columns read behind their end"),
+        pytest.param(columns_probe, "if (i >= call.num_queries) return;", "", id="columns: maps written behind their end"),
+        pytest.param(columns_probe, "start + n < call.num_keys ?", "true ?", id="columns: keys read behind their end"),
+    ],
+)
+def test_planted_faults_are_caught(emulate, probe, old, new):
+    emulate(fault=replaced(old, new))
+    with pytest.raises(AssertionError):
+        probe()
+
+
+def test_a_softmax_without_its_peak_is_caught(emulate):
+    emulate(fault=replaced("sum.add(scores);", "sum.peak = 0; for (float s : scores) sum.total += exp2f(s);"))
+    with pytest.raises(AssertionError):
+        with_large_logits()
+
+
+def test_a_barrier_that_some_threads_pass_by_is_caught(emulate):
+    emulate(fault=replaced("__syncthreads();", "if (threadIdx.x < 128) __syncthreads();"))
+    with pytest.raises(EmulatorError, match=r"row_lse: a thread waits for others"):
+        rows_probe()
+
+
+def test_what_has_no_kernel_says_so(runner):
+    tensor = torch.zeros(1, 1, 1, 8)
+    assert cuda_reasons("row_maps", tensor, 8, by_name=True) == ["the dtype is torch.float32; its kernels take float16"]
+    assert cuda_reasons("row_maps", tensor.half(), 264, True) == ["the head width is 264; its kernels take up to 256"]
+    assert cuda_reasons("row_maps", tensor.half(), 8, by_name=False) == ["the tensors are on cpu, not on cuda"]
+    query, weights = torch.zeros(1, 1, 1, 8, device=DEVICE), torch.ones(1, 1, 1, device=DEVICE)
+    with pytest.raises(ConfigError, match=r"impl='cuda' cannot run column_maps here: the dtype is torch.float32"):
+        column_maps(query, query, weights, impl="cuda")
+    with pytest.raises(ConfigError, match="values are 16 wide and queries 8"):
+        column_attention(query.half(), query.half(), torch.zeros(1, 1, 1, 16, dtype=HALF, device=DEVICE), weights, impl="cuda")
+
+
+def test_the_operations_are_registered_completely():
+    from lavender.kernels import column_maps_cuda, row_maps_cuda  # noqa: F401 - they register the operations
+
+    query, key, value, heads = draw(0, (2, 4, 9, 8), (2, 2, 13, 8), (2, 4, 13, 8), (4,), dtype=HALF)
+    query, key, value, heads = (t.requires_grad_() for t in (query, key, value, heads.float()))
+    rows, columns = collate(WORDS), torch.tensor([[2, 3, 7, 12], [0, 5, -1, -1]], device=DEVICE)
+    words = (rows.rows, rows.words, rows.weights, columns, rows.num_words)
+    for options in ((None, True, 0.3, None, None), (torch.zeros(1, 1, 1, 13, device=DEVICE), False, 0.3, heads, None)):
+        torch.library.opcheck(torch.ops.lavender.row_maps_cuda.default, (query, key, *words, *options))
+    weights = torch.rand(2, 3, 13, device=DEVICE)
+    for options in ((None, 0.3, None), (torch.zeros(1, 1, 1, 13, device=DEVICE), 0.3, heads)):
+        key = value.detach().flip(0).requires_grad_()
+        torch.library.opcheck(torch.ops.lavender.column_maps_cuda.default, (query, key, value, weights, *options))
+
+
+def test_compiled_graphs_do_not_break():
+    query, key = draw(0, (2, 4, 11, 8), (2, 2, 13, 8), dtype=HALF)
+    rows, columns, weights = collate(WORDS), torch.tensor([[2, 3], [0, -1]], device=DEVICE), torch.ones(2, 3, 13, device=DEVICE) / 3
+
+    def both(query, key):
+        maps = row_maps(query, key, rows, columns, impl="cuda")
+        return maps, column_maps(query, key.repeat_interleave(2, dim=1), weights, impl="cuda")
+
+    results = []
+    for function in (both, torch.compile(both, fullgraph=True, backend="aot_eager")):
+        inputs = query.detach().requires_grad_(), key.detach().requires_grad_()
+        found = function(*inputs)
+        results.append([*found, *torch.autograd.grad(sum(t.sin().sum() for t in found), inputs)])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_arguments_go_by_name_and_lie_where_the_kernels_look():
+    kind = cuda.arguments_type("row_maps")
+    declared = re.search(r"struct RowMaps \{\n(.*?)\n\};", cuda.source("row_maps.cuh"), re.DOTALL)
+    assert [name for name, _ in kind._fields_] == re.findall(r"(\w+);", declared[1])
+    found = cuda.packed("row_maps", {"query_b": 2**40, "num_heads": 3, "scale": 0.5, "bias": None, "causal": True})
+    assert (found.query_b, found.num_heads, found.scale, found.bias, found.causal) == (2**40, 3, 0.5, None, 1)
+    with pytest.raises(TypeError, match="RowMaps has no nonsense"):
+        cuda.packed("row_maps", {"nonsense": 1})
+
+
+def test_no_kernel_needs_a_header():
+    """Neither CUDA's headers nor torch's lie beside NVRTC on a user's machine."""
+    for file in Path(cuda.sources()).glob("*.cuh"):
+        assert set(re.findall(r"#include (\S+)", file.read_text())) <= {'"device.cuh"', '"tiles.cuh"'}
+
+
+class _NoBfloat16(TorchDispatchMode):
+    """Fails where an operation gives bfloat16."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            assert not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.bfloat16, function
+        return result
+
+
+def test_a_training_step_in_float16_as_on_a_v100(student, training_batch, emulate, monkeypatch):
+    """Autocast and loss scaling; the model's word rows go through the CUDA C++ kernels, and nothing is bfloat16."""
+    runner = emulate()
+    gradients = {}
+    for impl in ("torch", "cuda"):
+        if impl == "cuda":  # the tap asks for "auto", which passes by what runs CPU tensors
+            monkeypatch.setattr(rows_module, "cuda_reasons", lambda *arguments: [])
+        model = copy.deepcopy(student).train()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        with lavender.patch(model, lavender.AlignmentConfig(weight=1, normalization="sum")), _NoBfloat16():
+            with torch.autocast("cpu", dtype=HALF):
+                loss = model(**training_batch).loss
+            scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        tower = [p.grad.flatten() for name, p in model.named_parameters() if p.grad is not None and "language_model" in name]
+        gradients[impl] = torch.cat(tower)
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 2.0**10  # nothing overflowed: the step was taken
+    layers = student.config.text_config.num_hidden_layers
+    assert runner.launched.count("row_word_maps") == runner.launched.count("row_key_gradient") == layers
+    assert relative_error(gradients["cuda"], gradients["torch"]) < 2e-3
