@@ -12,6 +12,10 @@ import pytest
 import torch
 from providers import CPU_SHAPES, CUDA_SHAPES, Case
 
+from lavender.kernels import cuda
+
+from .kernels.emulator import Emulator
+
 BENCH = Path(__file__).parents[1] / "bench"
 
 
@@ -25,9 +29,19 @@ def run(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
 def test_every_provider_is_right_on_every_shape():
     pytest.importorskip("triton")
     lines = run("--dry-run", "--device", "cpu").stdout.splitlines()
+    # They take tensors of a card: `test_the_cuda_kernels_pass_the_gate` has the emulator.
+    lines = [line for line in lines if "cuda is left out: the tensors are on cpu" not in line]
     assert len(lines) == len({shape.name for shape in (*CPU_SHAPES, *CUDA_SHAPES)})
     for line in lines:
         assert "two flex calls, compiled eager, torch, triton" in line
+
+
+@pytest.mark.parametrize("shape", [CPU_SHAPES[0], CUDA_SHAPES[0], CPU_SHAPES[2]], ids=lambda shape: shape.name)
+def test_the_cuda_kernels_pass_the_gate(shape, monkeypatch):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        monkeypatch.setattr(cuda, "runner", Emulator())
+    assert attn_fusion.failures(Case(shape.tiny(), device, torch.float16, compiled=False), ["cuda"]) == {}
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 One public operation per file: `row_maps` (words are query rows, as in a vision-language model), `column_maps` (words are key
 columns, as in a diffusion model's cross-attention) and `map_loss`; `row_map_loss` goes from queries and keys to the loss. Each file
-holds the operation's contract, its reference and its portable implementation; `*_triton` beside it has the kernels, which are
-imported when they are used. `dispatch` chooses between implementations, `tiles` is what the Triton kernels share.
+holds the operation's contract, its reference and its portable implementation. `*_triton` and `*_cuda` beside it have the kernels,
+`*_fused` the operation around them; they are imported when they are used. `dispatch` chooses between implementations, `grids` and
+`numerics` are what they share. `tiles` belongs to the Triton kernels; `cuda`, which launches, and `nvrtc`, which compiles, to those
+in CUDA C++, whose sources are in csrc/.
 """

@@ -11,8 +11,8 @@ out of one pass. Backward, with G = dLoss/dA and Ghat[h,i,n] = a[h] sum over w o
 
 Nothing of size [B, H, Q, N] exists. Implementations: `reference`; `torch`, in chunks under a byte budget, recomputed in the
 backward pass, any device; `triton`, compute capability 8.0 and newer: one pass up to 128 keys (a text encoder's window), and for
-more keys (joint attention) maps alone, by the rows' log-sum-exp and a second pass. Sums run in float32, or in float64 for
-float64 inputs.
+more keys (joint attention) maps alone, by the rows' log-sum-exp and a second pass; `cuda`, float16, 7.0 and newer, any number of
+keys. Sums run in float32, or in float64 for float64 inputs.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -22,14 +23,15 @@ class _CudaColumns(ColumnKernels):
         key_b, key_h, key_n, _ = self.key.stride()
         value_b, value_h, value_n, _ = self.value.stride()
         bias_b, bias_h, bias_i, bias_n = self.bias_strides
-        launch(
-            program, kernel, grid, self.device,
-            query=self.query, key=self.key, value=self.value if self.value_width else None, word_weights=self.word_weights,
-            bias=self.bias, head_weights=self.head_weights, query_b=query_b, query_h=query_h, query_i=query_i, key_b=key_b,
-            key_h=key_h, key_n=key_n, value_b=value_b, value_h=value_h, value_n=value_n, bias_b=bias_b, bias_h=bias_h,
-            bias_i=bias_i, bias_n=bias_n, num_heads=self.heads, num_queries=self.num_queries, num_keys=self.num_keys,
-            num_words=self.num_words, scale=self.scale, **arguments,
-        )  # fmt: skip
+        arguments |= {
+            "query": self.query, "query_b": query_b, "query_h": query_h, "query_i": query_i,
+            "key": self.key, "key_b": key_b, "key_h": key_h, "key_n": key_n,
+            "value": self.value if self.value_width else None, "value_b": value_b, "value_h": value_h, "value_n": value_n,
+            "bias": self.bias, "bias_b": bias_b, "bias_h": bias_h, "bias_i": bias_i, "bias_n": bias_n,
+            "word_weights": self.word_weights, "head_weights": self.head_weights, "num_heads": self.heads,
+            "num_queries": self.num_queries, "num_keys": self.num_keys, "num_words": self.num_words, "scale": self.scale,
+        }  # fmt: skip
+        launch(program, kernel, grid, self.device, arguments)
 
     @property
     def _row_blocks(self) -> int:
@@ -81,7 +83,7 @@ class _CudaColumns(ColumnKernels):
 
     def _gradients(
         self, lse: torch.Tensor, gradient: torch.Tensor, output_gradient: torch.Tensor, peak: torch.Tensor | None
-    ) -> dict[str, torch.Tensor | int | None]:
+    ) -> dict[str, Any]:
         """What flows back, [B, C, W, Q] and [B, H, Q, E], as every head reads it: all heads the same where C is 1."""
         head_stride = gradient.stride(1) if gradient.shape[1] == self.heads else 0
         return {

@@ -132,7 +132,15 @@ class Runner(Protocol):
     def why_not(self, program: Program, device: torch.device) -> list[str]:
         """The reasons why this program cannot run on this device, none if it can."""
 
-    def launch(self, program: Program, kernel: str, grid: Grid, arguments: Mapping[str, Argument], device: torch.device) -> None:
+    def launch(
+        self,
+        program: Program,
+        kernel: str,
+        grid: Grid,
+        shared_bytes: int,
+        arguments: Mapping[str, Argument],
+        device: torch.device,
+    ) -> None:
         """Runs a kernel after what the device was given before."""
 
 
@@ -162,13 +170,21 @@ class Driver:
                 logger.warning("the CUDA C++ kernels of %s cannot run on cuda:%d, 'torch' does: %s", program.file, index, refused)
         return [refused]
 
-    def launch(self, program: Program, kernel: str, grid: Grid, arguments: Mapping[str, Argument], device: torch.device) -> None:
+    def launch(
+        self,
+        program: Program,
+        kernel: str,
+        grid: Grid,
+        shared_bytes: int,
+        arguments: Mapping[str, Argument],
+        device: torch.device,
+    ) -> None:
         structure = packed(program.file, arguments)
         with torch.cuda.device(device):
             function = self._function(program, kernel, torch.cuda.current_device())
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
             pointers = (ctypes.c_void_p * 1)(ctypes.addressof(structure))
-            call_driver("cuLaunchKernel", function, *grid, 256, 1, 1, program.shared_bytes, stream, pointers, None)
+            call_driver("cuLaunchKernel", function, *grid, 256, 1, 1, shared_bytes, stream, pointers, None)
 
     def _module(self, program: Program, index: int) -> ctypes.c_void_p:
         module = self._modules.get((program, index))
@@ -227,13 +243,24 @@ runner: Runner = Driver()
 """What launches go to."""
 
 
-def launch(program: Program, kernel: str, grid: Grid, device: torch.device, **arguments: Argument) -> None:
+def launch(
+    program: Program,
+    kernel: str,
+    grid: Grid,
+    device: torch.device,
+    arguments: Mapping[str, Argument],
+    shares_memory: bool = True,
+) -> None:
     """Runs a kernel of a program on a device, behind what was launched there before.
+
+    Args:
+        arguments: members of the file's structure, by name; what is left out is zero.
+        shares_memory: whether the kernel lays out shared memory; of one that does not, more blocks run at once.
 
     Raises:
         CompileError, DriverError: it cannot be compiled, loaded or launched.
     """
-    runner.launch(program, kernel, grid, arguments, device)
+    runner.launch(program, kernel, grid, program.shared_bytes if shares_memory else 0, arguments, device)
 
 
 def vectors(width: int, *tensors: torch.Tensor) -> bool:

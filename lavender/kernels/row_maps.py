@@ -11,8 +11,8 @@ The softmax runs over every key that a row may see; only the chosen columns are 
 
 This is route R4 of a flash backward: it recomputes the word rows alone and never touches the model's own attention. Nothing of
 size [B, H, T, N] exists. Implementations: `reference`; `torch`, chunked under a byte budget, any device; `triton`, compute
-capability 8.0 and newer. Sums run in float32, or in float64 for float64 inputs. Results are the same bits every time; of `torch` on
-CUDA only if no row belongs to three or more words (it adds their gradients in any order).
+capability 8.0 and newer; `cuda`, float16, 7.0 and newer. Sums run in float32, or in float64 for float64 inputs. Results are the
+same bits every time; of `torch` on CUDA only if no row belongs to three or more words (it adds their gradients in any order).
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -16,19 +17,20 @@ TILES = LAYOUTS["row_maps"]
 class _CudaRows(RowKernels):
     """Launches of one call. Splits of the keys are added up by torch, in their order."""
 
-    def _launch(self, kernel: str, grid: Grid, **arguments: Argument) -> None:
+    def _launch(self, kernel: str, grid: Grid, shares_memory: bool = True, **arguments: Argument) -> None:
         program = Program("row_maps", self.width, vectors(self.width, self.query, self.key))
         query_b, query_h, query_t, _ = self.query.stride()
         key_b, key_g, key_n, _ = self.key.stride()
         bias_b, bias_h, bias_r, bias_n = self.bias_strides
-        launch(
-            program, kernel, grid, self.device,
-            query=self.query, key=self.key, rows=self.rows, words=self.words, weights=self.weights, columns=self.columns,
-            bias=self.bias, query_b=query_b, query_h=query_h, query_t=query_t, key_b=key_b, key_g=key_g, key_n=key_n,
-            bias_b=bias_b, bias_h=bias_h, bias_r=bias_r, bias_n=bias_n, num_heads=self.heads, num_groups=self.groups,
-            num_queries=self.query.shape[2], num_rows=self.num_rows, num_keys=self.num_keys, num_columns=self.num_columns,
-            causal=self.causal, scale=self.scale, **arguments,
-        )  # fmt: skip
+        arguments |= {
+            "query": self.query, "query_b": query_b, "query_h": query_h, "query_t": query_t,
+            "key": self.key, "key_b": key_b, "key_g": key_g, "key_n": key_n,
+            "bias": self.bias, "bias_b": bias_b, "bias_h": bias_h, "bias_r": bias_r, "bias_n": bias_n,
+            "rows": self.rows, "words": self.words, "weights": self.weights, "columns": self.columns,
+            "num_heads": self.heads, "num_groups": self.groups, "num_queries": self.query.shape[2], "num_rows": self.num_rows,
+            "num_keys": self.num_keys, "num_columns": self.num_columns, "causal": self.causal, "scale": self.scale,
+        }  # fmt: skip
+        launch(program, kernel, grid, self.device, arguments, shares_memory)
 
     def _walk(self, length: int) -> Grid:
         """Blocks of a kernel that walks stacked rows along `length` keys or columns: splits, row blocks, B * G."""
@@ -75,7 +77,7 @@ class _CudaRows(RowKernels):
         self._launch("row_query_gradient", grid, partial=partial, **shared)
         out = torch.zeros(self.query.shape, dtype=torch.float16, device=self.device)
         sums = (self.num_rows, self.batch * self.heads, 1)
-        self._launch("row_sum", sums, partial=partial, peak=peak, out=out, num_splits=grid[0])
+        self._launch("row_sum", sums, shares_memory=False, partial=partial, peak=peak, out=out, num_splits=grid[0])
         return out
 
     def key_gradient(
@@ -92,7 +94,7 @@ class _CudaRows(RowKernels):
         self._launch("row_key_gradient", grid, out=out, **shared)
         return out
 
-    def _gradient(self, gradient: torch.Tensor) -> dict[str, torch.Tensor | int]:
+    def _gradient(self, gradient: torch.Tensor) -> dict[str, Any]:
         """[B, C, W, ..], as every head reads it: all heads the same where C is 1."""
         head_stride = gradient.stride(1) if gradient.shape[1] == self.heads else 0
         return {"gradient": gradient, "gradient_b": gradient.stride(0), "gradient_h": head_stride}

@@ -37,7 +37,15 @@ class Emulator:
     def why_not(self, program: Program, device: torch.device) -> list[str]:
         return [] if device.type == "cpu" else [f"the emulator takes CPU tensors, not {device.type}"]
 
-    def launch(self, program: Program, kernel: str, grid: Grid, arguments: Mapping[str, Argument], device: torch.device) -> None:
+    def launch(
+        self,
+        program: Program,
+        kernel: str,
+        grid: Grid,
+        shared_bytes: int,
+        arguments: Mapping[str, Argument],
+        device: torch.device,
+    ) -> None:
         self.launched.append(kernel)
         library = self._libraries.get(program)
         if library is None:
@@ -54,7 +62,7 @@ class Emulator:
                 setattr(structure, name, copy)
         run = getattr(library, f"run_{kernel}")
         run.restype = ctypes.c_char_p
-        reason = run(ctypes.byref(structure), *grid, ctypes.c_size_t(program.shared_bytes), self.seed)
+        reason = run(ctypes.byref(structure), *grid, ctypes.c_size_t(shared_bytes), self.seed)
         for copy, target, size in copies:
             library.unguard(ctypes.c_void_p(copy), ctypes.c_void_p(target), ctypes.c_size_t(size))
         if reason:

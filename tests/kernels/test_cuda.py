@@ -343,7 +343,8 @@ def test_a_training_step_in_float16_as_on_a_v100(student, training_batch, emulat
         model = copy.deepcopy(student).train()
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        with lavender.patch(model, lavender.AlignmentConfig(weight=1, normalization="sum")), _NoBfloat16():
+        torch.manual_seed(0)  # the aligner's first weights
+        with lavender.patch(model, lavender.AlignmentConfig(weight=1)), _NoBfloat16():
             with torch.autocast("cpu", dtype=HALF):
                 loss = model(**training_batch).loss
             scaler.scale(loss).backward()

@@ -86,8 +86,8 @@ def test_a_launch_as_the_driver_sees_it(card):
     driver, query = Driver(), torch.zeros(4)
     assert driver.why_not(PROGRAM, DEVICE) == []
     for _ in range(2):
-        driver.launch(PROGRAM, "row_lse", (3, 2, 5), {"query": query, "num_heads": 7}, DEVICE)
-    launch = f"launch 0x2222222222 3 2 5 256 1 1 {PROGRAM.shared_bytes} 0x3333333333 1\nfirst {hex(query.data_ptr())}\n"
+        driver.launch(PROGRAM, "row_lse", (3, 2, 5), 1234, {"query": query, "num_heads": 7}, DEVICE)
+    launch = f"launch 0x2222222222 3 2 5 256 1 1 1234 0x3333333333 1\nfirst {hex(query.data_ptr())}\n"
     # Loaded once, looked up once, launched twice.
     assert card.taken().decode() == (
         f"load ELF\nget 0x1111111111 row_lse\nset 0x2222222222 8 {PROGRAM.shared_bytes}\n" + 2 * launch
@@ -116,7 +116,7 @@ def test_a_launch_that_fails_raises(card):
     assert driver.why_not(PROGRAM, DEVICE) == []
     card.refuse(1)
     with pytest.raises(DriverError, match=r"refused cuLaunchKernel: unknown error \(status 1\)"):
-        driver.launch(PROGRAM, "row_lse", (1, 1, 1), {}, DEVICE)
+        driver.launch(PROGRAM, "row_lse", (1, 1, 1), 0, {}, DEVICE)
 
 
 def test_a_compiler_that_refuses_gives_a_reason(card, monkeypatch):

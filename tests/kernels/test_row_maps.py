@@ -239,7 +239,7 @@ def broken(rows=None, words=None, weights=None, num_words=3):
         ({"head_weights": torch.ones(2)}, "one weight per query head"),
         ({"lse": torch.zeros(2, 4, 8)}, r"lse is .*expected \[B, H, T\]"),
         ({"lse": torch.zeros(2, 4, 9), "renormalize": True}, "renormalize"),
-        ({"impl": "fastest"}, "auto or one of triton, torch, reference"),
+        ({"impl": "fastest"}, "auto or one of triton, cuda, torch, reference"),
     ],
 )
 def test_misuse_is_a_clear_error(change, message):
