@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .column_maps_fused import ColumnKernels, column_maps_operation
+from .column_maps_fused import ColumnGradients, ColumnKernels, column_maps_operation
 from .cuda import LAYOUTS, Argument, Grid, Program, launch, vectors
 from .grids import splits_for
 
@@ -52,43 +52,32 @@ class _CudaColumns(ColumnKernels):
         self._launch("column_maps", grid, output=output, maps=maps, lse=lse, heads_per_part=heads_per_part)
         return output, maps if self.head_weights is None or parts == 1 else maps.sum(dim=1, keepdim=True), lse
 
-    def query_gradient(
-        self, lse: torch.Tensor, gradient: torch.Tensor, output_gradient: torch.Tensor, peak: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def query_gradient(self, flow: ColumnGradients) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         out = self._empty(self.batch, self.heads, self.num_queries, self.width, dtype=torch.float16)
-        delta, head_delta = torch.empty_like(lse), torch.empty_like(lse)
+        delta, head_delta = torch.empty_like(flow.lse), torch.empty_like(flow.lse)
         self._launch(
             "column_query_gradient", (self._row_blocks, self.batch * self.heads, 1), query_gradient=out, new_delta=delta,
-            head_delta=head_delta, **self._gradients(lse, gradient, output_gradient, peak),
+            head_delta=head_delta, **self._flow(flow),
         )  # fmt: skip
         return out, delta, head_delta
 
-    def key_gradient(
-        self,
-        lse: torch.Tensor,
-        delta: torch.Tensor,
-        gradient: torch.Tensor,
-        output_gradient: torch.Tensor,
-        peak: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def key_gradient(self, flow: ColumnGradients, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         key_blocks = math.ceil(self.num_keys / TILES.keys)
         splits = splits_for(key_blocks * self.batch * self.heads, math.ceil(self._row_blocks / 4), self.device)
         keys = self._empty(splits, self.batch, self.heads, self.num_keys, self.width)
         values = self._empty(splits, self.batch, self.heads, self.num_keys, self.value_width)
         self._launch(
             "column_key_gradient", (key_blocks, splits, self.batch * self.heads), delta=delta, key_partial=keys,
-            value_partial=values, **self._gradients(lse, gradient, output_gradient, peak),
+            value_partial=values, **self._flow(flow),
         )  # fmt: skip
         return keys.sum(dim=0).half(), values.sum(dim=0).half()
 
-    def _gradients(
-        self, lse: torch.Tensor, gradient: torch.Tensor, output_gradient: torch.Tensor, peak: torch.Tensor | None
-    ) -> dict[str, Any]:
-        """What flows back, [B, C, W, Q] and [B, H, Q, E], as every head reads it: all heads the same where C is 1."""
-        head_stride = gradient.stride(1) if gradient.shape[1] == self.heads else 0
+    def _flow(self, flow: ColumnGradients) -> dict[str, Any]:
+        """What flows back, as every head reads it: all heads the same where C is 1."""
+        head_stride = flow.maps.stride(1) if flow.maps.shape[1] == self.heads else 0
         return {
-            "lse": lse, "gradient": gradient, "output_gradient": output_gradient, "peak": peak,
-            "gradient_b": gradient.stride(0), "gradient_h": head_stride,
+            "lse": flow.lse, "gradient": flow.maps, "output_gradient": flow.output, "peak": flow.peak,
+            "gradient_b": flow.maps.stride(0), "gradient_h": head_stride,
         }  # fmt: skip
 
 

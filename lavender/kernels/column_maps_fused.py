@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,23 @@ from torch.autograd.function import once_differentiable
 
 from .checks import in_full_precision
 from .grids import last_axis_dense
+
+
+@dataclass(frozen=True)
+class ColumnGradients:
+    """What the gradients of query, key and value are made from, beside the call's tensors.
+
+    Args:
+        lse: float32 [B, H, Q], as `ColumnKernels.forward` gives it.
+        maps: the gradient of the maps, float32, contiguous [B, C, W, Q].
+        output: the gradient of the output, contiguous [B, H, Q, E], in the inputs' dtype.
+        peak: a scalar that both were divided by, and that dq, dk and dv are multiplied by before they are rounded; or None.
+    """
+
+    lse: torch.Tensor
+    maps: torch.Tensor
+    output: torch.Tensor
+    peak: torch.Tensor | None
 
 
 class ColumnKernels(ABC):
@@ -56,25 +74,15 @@ class ColumnKernels(ABC):
         """
 
     @abstractmethod
-    def query_gradient(
-        self, lse: torch.Tensor, gradient: torch.Tensor, output_gradient: torch.Tensor, peak: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def query_gradient(self, flow: ColumnGradients) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """dq, contiguous, in the query's shape and dtype; delta; and its part by the maps per unit of head weight.
 
-        The last two are float32 [B, H, Q]. The gradients of the maps and of the output are contiguous. They were divided by the
-        scalar `peak`, unless that is None: dq alone is multiplied by it, before it is rounded.
+        The last two are float32 [B, H, Q], and stay divided by the peak.
         """
 
     @abstractmethod
-    def key_gradient(
-        self,
-        lse: torch.Tensor,
-        delta: torch.Tensor,
-        gradient: torch.Tensor,
-        output_gradient: torch.Tensor,
-        peak: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """dk and dv, contiguous, in the inputs' shapes and dtypes; `peak` as in `query_gradient`, for both."""
+    def key_gradient(self, flow: ColumnGradients, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """dk and dv, contiguous, in the inputs' shapes and dtypes."""
 
 
 def column_maps_operation(name: str, kernels: type[ColumnKernels]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
@@ -113,8 +121,9 @@ def column_maps_operation(name: str, kernels: type[ColumnKernels]) -> Callable[.
             if value.shape[3]:
                 peak = torch.maximum(peak, output_gradient.float().abs().amax())
             gradient, output_gradient = gradient / peak, (output_gradient.float() / peak).to(query.dtype)
-        query_gradient, delta, head_delta = call.query_gradient(lse, gradient, output_gradient, peak)
-        key_gradient, value_gradient = call.key_gradient(lse, delta, gradient, output_gradient, peak)
+        flow = ColumnGradients(lse, gradient, output_gradient, peak)
+        query_gradient, delta, head_delta = call.query_gradient(flow)
+        key_gradient, value_gradient = call.key_gradient(flow, delta)
         head_gradient = head_delta.sum(dim=(0, 2))
         return query_gradient, key_gradient, value_gradient, head_gradient if peak is None else head_gradient * peak
 

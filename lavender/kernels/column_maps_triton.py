@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .column_maps import ONE_PASS_KEYS
-from .column_maps_fused import ColumnKernels, column_maps_operation
+from .column_maps_fused import ColumnGradients, ColumnKernels, column_maps_operation
 from .grids import splits_for
 from .numerics import power_of_two
 from .tiles import LOG2E, SIZES, Blocks, Table, blocks_for, dot, load_tile, store_tile, widths
@@ -445,34 +445,25 @@ class TritonColumns(ColumnKernels):
         )  # fmt: skip
         return maps if self.head_weights is None else torch.einsum("h,bhwq->bwq", self.head_weights, maps)[:, None]
 
-    def query_gradient(
-        self, lse: torch.Tensor, gradient: torch.Tensor, output_gradient: torch.Tensor, peak: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def query_gradient(self, flow: ColumnGradients) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         found = self.blocks(QUERY_GRADIENT_BLOCKS)
         query_gradient = torch.empty(self.query.shape, dtype=self.query.dtype, device=self.device)
-        delta, head_delta = torch.empty_like(lse), torch.empty_like(lse)
+        delta, head_delta = torch.empty_like(flow.lse), torch.empty_like(flow.lse)
         _query_gradient[(triton.cdiv(self.num_queries, found.rows), self.batch * self.heads)](
-            *self.gradient_inputs(), lse, gradient, output_gradient, gradient if peak is None else peak,
-            query_gradient, delta, head_delta, *self.gradient_sizes(gradient), **self.gradient_options(found, peak),
+            *self.gradient_inputs(), flow.lse, flow.maps, flow.output, flow.maps if flow.peak is None else flow.peak,
+            query_gradient, delta, head_delta, *self.gradient_sizes(flow.maps), **self.gradient_options(found, flow.peak),
         )  # fmt: skip
         return query_gradient, delta, head_delta
 
-    def key_gradient(
-        self,
-        lse: torch.Tensor,
-        delta: torch.Tensor,
-        gradient: torch.Tensor,
-        output_gradient: torch.Tensor,
-        peak: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def key_gradient(self, flow: ColumnGradients, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         found = self.blocks(KEY_GRADIENT_BLOCKS)
         key_blocks = triton.cdiv(self.num_keys, found.columns)
         most = triton.cdiv(self.num_queries, 4 * found.rows)
         splits = splits_for(key_blocks * self.batch * self.heads, most, self.device)
-        key_parts, value_parts = (lse.new_empty(splits, *t.shape) for t in (self.key, self.value))
+        key_parts, value_parts = (delta.new_empty(splits, *t.shape) for t in (self.key, self.value))
         _key_gradient[(key_blocks, splits, self.batch * self.heads)](
-            *self.gradient_inputs(), lse, delta, gradient, output_gradient, gradient if peak is None else peak,
-            key_parts, value_parts, *self.gradient_sizes(gradient), **self.gradient_options(found, peak),
+            *self.gradient_inputs(), flow.lse, delta, flow.maps, flow.output, flow.maps if flow.peak is None else flow.peak,
+            key_parts, value_parts, *self.gradient_sizes(flow.maps), **self.gradient_options(found, flow.peak),
         )  # fmt: skip
         return key_parts.sum(dim=0).to(self.key.dtype), value_parts.sum(dim=0).to(self.value.dtype)
 

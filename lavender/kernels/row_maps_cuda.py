@@ -9,7 +9,7 @@ import torch
 
 from .cuda import LAYOUTS, Argument, Grid, Program, launch, vectors
 from .grids import splits_for
-from .row_maps_fused import RowKernels, row_maps_operation
+from .row_maps_fused import RowGradients, RowKernels, row_maps_operation
 
 TILES = LAYOUTS["row_maps"]
 
@@ -63,36 +63,23 @@ class _CudaRows(RowKernels):
         self._launch("row_delta", grid, lse=lse, partial=partial, **self._gradient(gradient))
         return partial.sum(dim=0)
 
-    def query_gradient(
-        self,
-        lse: torch.Tensor,
-        delta: torch.Tensor,
-        full: torch.Tensor,
-        head_weights: torch.Tensor | None,
-        peak: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def query_gradient(self, flow: RowGradients) -> torch.Tensor:
         grid = self._walk(self.num_keys)
         partial = self.weights.new_empty(grid[0], self.batch, self.heads, self.num_rows, self.width)
-        shared = {"lse": lse, "delta": delta, "head_weights": head_weights, **self._gradient(full)}
-        self._launch("row_query_gradient", grid, partial=partial, **shared)
+        self._launch("row_query_gradient", grid, partial=partial, **self._flow(flow))
         out = torch.zeros(self.query.shape, dtype=torch.float16, device=self.device)
         sums = (self.num_rows, self.batch * self.heads, 1)
-        self._launch("row_sum", sums, shares_memory=False, partial=partial, peak=peak, out=out, num_splits=grid[0])
+        self._launch("row_sum", sums, shares_memory=False, partial=partial, peak=flow.peak, out=out, num_splits=grid[0])
         return out
 
-    def key_gradient(
-        self,
-        lse: torch.Tensor,
-        delta: torch.Tensor,
-        full: torch.Tensor,
-        head_weights: torch.Tensor | None,
-        peak: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def key_gradient(self, flow: RowGradients) -> torch.Tensor:
         out = torch.empty(self.key.shape, dtype=torch.float16, device=self.device)
         grid = (math.ceil(self.num_keys / TILES.keys), self.batch * self.groups, 1)
-        shared = {"lse": lse, "delta": delta, "head_weights": head_weights, "peak": peak, **self._gradient(full)}
-        self._launch("row_key_gradient", grid, out=out, **shared)
+        self._launch("row_key_gradient", grid, out=out, peak=flow.peak, **self._flow(flow))
         return out
+
+    def _flow(self, flow: RowGradients) -> dict[str, Any]:
+        return {"lse": flow.lse, "delta": flow.delta, "head_weights": flow.head_weights, **self._gradient(flow.full)}
 
     def _gradient(self, gradient: torch.Tensor) -> dict[str, Any]:
         """[B, C, W, ..], as every head reads it: all heads the same where C is 1."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,25 @@ from .grids import last_axis_dense
 
 LOG2E = math.log2(math.e)
 """Kernels work in base 2: exp(x) = exp2(x * LOG2E)."""
+
+
+@dataclass(frozen=True)
+class RowGradients:
+    """What the gradients of query and key are made from, beside the call's tensors.
+
+    Args:
+        lse: float32 [B, H, R], as `RowKernels.lse` gives it.
+        delta: float32 [B, H, R], as `RowKernels.delta` gives it.
+        full: G over every key, float32, contiguous [B, C, W, N].
+        head_weights: float32 [H]; None keeps the heads apart.
+        peak: a scalar that `full` and `delta` were divided by, and that a gradient is multiplied by before it is rounded; or None.
+    """
+
+    lse: torch.Tensor
+    delta: torch.Tensor
+    full: torch.Tensor
+    head_weights: torch.Tensor | None
+    peak: torch.Tensor | None
 
 
 class RowKernels(ABC):
@@ -71,30 +91,12 @@ class RowKernels(ABC):
         """Each row's sum of P Ghat, float32 [B, H, R]; the gradient, contiguous [B, C, W, M], is zero at padded columns."""
 
     @abstractmethod
-    def query_gradient(
-        self,
-        lse: torch.Tensor,
-        delta: torch.Tensor,
-        full: torch.Tensor,
-        head_weights: torch.Tensor | None,
-        peak: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """dq, contiguous, in the query's shape and dtype.
-
-        `full` is G over every key, contiguous [B, C, W, N]. It and `delta` were divided by the scalar `peak`, unless that is
-        None: the result is multiplied by it before it is rounded.
-        """
+    def query_gradient(self, flow: RowGradients) -> torch.Tensor:
+        """dq, contiguous, in the query's shape and dtype."""
 
     @abstractmethod
-    def key_gradient(
-        self,
-        lse: torch.Tensor,
-        delta: torch.Tensor,
-        full: torch.Tensor,
-        head_weights: torch.Tensor | None,
-        peak: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """dk, contiguous, in the key's shape and dtype; the arguments are those of `query_gradient`."""
+    def key_gradient(self, flow: RowGradients) -> torch.Tensor:
+        """dk, contiguous, in the key's shape and dtype."""
 
 
 def row_maps_operation(name: str, kernels: type[RowKernels]) -> Callable[..., torch.Tensor]:
@@ -144,10 +146,9 @@ def row_maps_operation(name: str, kernels: type[RowKernels]) -> Callable[..., to
         delta = call.delta(normalizer, gradient)
         full = gradient.new_zeros(*gradient.shape[:3], key.shape[2])
         full.scatter_add_(3, columns.clamp_min(0)[:, None, None].expand_as(gradient), gradient)
-        query_gradient = call.query_gradient(normalizer, delta, full, head_weights, peak)
-        key_gradient = call.key_gradient(normalizer, delta, full, head_weights, peak)
+        flow = RowGradients(normalizer, delta, full, head_weights, peak)
         head_gradient = delta.sum(dim=(0, 2))
-        return query_gradient, key_gradient, head_gradient if peak is None else head_gradient * peak
+        return call.query_gradient(flow), call.key_gradient(flow), head_gradient if peak is None else head_gradient * peak
 
     operation = torch.library.custom_op(f"lavender::row_maps_{name}", row_maps, mutates_args=())
     operation.register_fake(_fake)

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .grids import splits_for
 from .numerics import power_of_two
-from .row_maps_fused import RowKernels, row_maps_operation
+from .row_maps_fused import RowGradients, RowKernels, row_maps_operation
 from .tiles import LOG2E, SIZES, Blocks, Table, blocks_for, dot, load_tile, store_tile, widths
 
 # Chosen by compiling for sm_80, sm_90 and sm_100 without spills (tests/kernels/test_compile_budget.py); not timed yet.
@@ -464,41 +464,28 @@ class TritonRows(RowKernels):
         )  # fmt: skip
         return partial.sum(dim=0)
 
-    def query_gradient(
-        self,
-        lse: torch.Tensor,
-        delta: torch.Tensor,
-        full: torch.Tensor,
-        head_weights: torch.Tensor | None,
-        peak: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def query_gradient(self, flow: RowGradients) -> torch.Tensor:
         grid, options = self.walk(QUERY_GRADIENT_BLOCKS, self.num_keys)
-        partial = lse.new_empty(grid[0], *lse.shape, self.width)
+        partial = flow.lse.new_empty(grid[0], *flow.lse.shape, self.width)
         _query_gradient[grid](
-            *self.gradient_inputs(lse, delta, full, head_weights), partial, *self.gradient_sizes(full),
-            **self.constants, WEIGHTED=head_weights is not None, **options,
+            *self.gradient_inputs(flow), partial, *self.gradient_sizes(flow.full),
+            **self.constants, WEIGHTED=flow.head_weights is not None, **options,
         )  # fmt: skip
         gradient = torch.zeros(self.query.shape, dtype=self.query.dtype, device=self.device)
         _add_rows[(self.num_rows, self.batch * self.heads)](
-            partial, self.rows, full if peak is None else peak, gradient,
+            partial, self.rows, flow.full if flow.peak is None else flow.peak, gradient,
             *gradient.stride()[:3], self.heads, self.num_rows, grid[0], self.scale,
-            D=self.width, WIDTH=power_of_two(self.width), RESCALED=peak is not None, BLOCK=16,
+            D=self.width, WIDTH=power_of_two(self.width), RESCALED=flow.peak is not None, BLOCK=16,
         )  # fmt: skip
         return gradient
 
-    def key_gradient(
-        self,
-        lse: torch.Tensor,
-        delta: torch.Tensor,
-        full: torch.Tensor,
-        head_weights: torch.Tensor | None,
-        peak: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def key_gradient(self, flow: RowGradients) -> torch.Tensor:
         gradient = torch.empty(self.key.shape, dtype=self.key.dtype, device=self.device)
         found, options = self.blocks(KEY_GRADIENT_BLOCKS, self.heads // self.groups * self.num_rows)
         _key_gradient[(triton.cdiv(self.num_keys, found.columns), self.batch * self.groups)](
-            *self.gradient_inputs(lse, delta, full, head_weights), full if peak is None else peak, gradient,
-            *self.gradient_sizes(full), **self.constants, WEIGHTED=head_weights is not None, RESCALED=peak is not None, **options,
+            *self.gradient_inputs(flow), flow.full if flow.peak is None else flow.peak, gradient,
+            *self.gradient_sizes(flow.full), **self.constants, WEIGHTED=flow.head_weights is not None,
+            RESCALED=flow.peak is not None, **options,
         )  # fmt: skip
         return gradient
 
@@ -506,13 +493,11 @@ class TritonRows(RowKernels):
         """Strides of samples and heads of a gradient [B, C, W, M or N]: zero from head to head where heads were summed."""
         return gradient.expand(-1, self.heads, -1, -1).stride()[:2]
 
-    def gradient_inputs(
-        self, lse: torch.Tensor, delta: torch.Tensor, full: torch.Tensor, head_weights: torch.Tensor | None
-    ) -> tuple[torch.Tensor, ...]:
+    def gradient_inputs(self, flow: RowGradients) -> tuple[torch.Tensor, ...]:
         """The first arguments of both gradients' kernels."""
         indices = (self.rows, self.words, self.weights)
-        weights = self.weights if head_weights is None else head_weights
-        return self.query, self.key, *indices, self.bias_or_other, lse, delta, weights, full
+        weights = self.weights if flow.head_weights is None else flow.head_weights
+        return self.query, self.key, *indices, self.bias_or_other, flow.lse, flow.delta, weights, flow.full
 
     def gradient_sizes(self, full: torch.Tensor) -> tuple[float, ...]:
         """Strides and sizes of both gradients' kernels."""
