@@ -163,9 +163,7 @@ KERNEL(THREADS, 1) column_maps(const ColumnMaps call) {
     LogSumExp sum;
     for (int tile = 0; tile < tiles; ++tile) {
       load_keys(call, memory.keys, b, h, tile * KEYS);
-      __syncthreads();
       score_tile(memory.scores, memory.rows, memory.keys);
-      __syncthreads();
       masked_scores(scores, call, memory, query, tile * KEYS);
       sum.add(scores);
     }
@@ -176,9 +174,7 @@ KERNEL(THREADS, 1) column_maps(const ColumnMaps call) {
       if (tiles > 1) {
         if (!call.value && !words_have(word_weights, call, tile * KEYS)) continue;
         load_keys(call, memory.keys, b, h, tile * KEYS);
-        __syncthreads();
         score_tile(memory.scores, memory.rows, memory.keys);
-        __syncthreads();
         masked_scores(scores, call, memory, query, tile * KEYS);
 #pragma unroll
         for (int j = 0; j < PER_LANE; ++j) shares[j] = 0;
@@ -217,9 +213,7 @@ DEVICE void gradients_of_probabilities(
   const float head_weight = call.head_weights ? call.head_weights[h] : 1;
   __syncthreads();  // what the tiles held has been read
   load_keys(call, memory.keys, b, h, start);
-  __syncthreads();
   score_tile(memory.scores, memory.rows, memory.keys);
-  __syncthreads();
   masked_scores(probabilities, call, memory, query, start);
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j) {
@@ -236,9 +230,7 @@ DEVICE void gradients_of_probabilities(
   }
   if (call.value) {
     load_values(call, memory.keys, b, h, start);
-    __syncthreads();
     score_tile(memory.scores, memory.pulls, memory.keys);
-    __syncthreads();
   }
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j) wanted[j] = by_words[j] * head_weight + (call.value ? lanes_scores(memory)[j * LANES] : 0);

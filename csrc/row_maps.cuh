@@ -139,9 +139,7 @@ KERNEL(THREADS, BLOCKS) row_lse(const RowMaps call) {
   const int stop = min(call.num_keys, split_start(call.num_keys, blockIdx.x + 1));
   for (int start = split_start(call.num_keys, blockIdx.x); start < stop; start += KEYS) {
     load_keys(call, memory.keys, b, g, start, stop);
-    __syncthreads();
     score_tile(memory.scores, memory.rows, memory.keys);
-    __syncthreads();
     float scores[PER_LANE];
 #pragma unroll
     for (int j = 0; j < PER_LANE; ++j)
@@ -178,9 +176,7 @@ KERNEL(THREADS, BLOCKS) row_word_maps(const RowMaps call) {
         return call.query + b * call.query_b + h * call.query_h + row * call.query_t;
       });
       if (h / group != loaded) load_columns(call, memory.keys, b, loaded = h / group, start);
-      __syncthreads();
       score_tile(memory.scores, memory.rows, memory.keys);
-      __syncthreads();
       const float lse = entry.exists ? call.lse[entry.place] : infinity();
       const float factor = call.head_weights ? call.head_weights[h] * entry.weight : entry.weight;
 #pragma unroll
@@ -215,9 +211,7 @@ KERNEL(THREADS, BLOCKS) row_delta(const RowMaps call) {
   const int stop = min(call.num_columns, split_start(call.num_columns, blockIdx.x + 1));
   for (int start = split_start(call.num_columns, blockIdx.x); start < stop; start += KEYS) {
     load_columns(call, memory.keys, b, g, start);
-    __syncthreads();
     score_tile(memory.scores, memory.rows, memory.keys);
-    __syncthreads();
 #pragma unroll
     for (int j = 0; j < PER_LANE; ++j) {
       const int m = start + lane + j * LANES, n = column(call, b, m);
@@ -229,21 +223,25 @@ KERNEL(THREADS, BLOCKS) row_delta(const RowMaps call) {
   if (entry.exists && lane == 0) call.partial[blockIdx.x * size + entry.place] = delta * entry.weight;
 }
 
-// dS of this lane's elements, from the scores of a tile that begins at key `start`; the softmax scale and the peak left out.
-DEVICE void scores_gradient(float (&result)[PER_LANE], const RowMaps& call, Memory& memory, const Entry& entry, int b, int start) {
+// dS of the loaded tiles, whose keys begin at `start`, as float16 in the scores' place; the softmax scale and the peak left out.
+DEVICE void put_scores_gradient(const RowMaps& call, Memory& memory, const Entry& entry, int b, int start) {
+  score_tile(memory.scores, memory.rows, memory.keys);
   const float lse = entry.exists ? call.lse[entry.place] : infinity();
   const float delta = entry.exists ? call.delta[entry.place] : 0;
   const float head_weight = call.head_weights ? call.head_weights[entry.head] : 1;
   const float* gradient = entry.exists && entry.word >= 0
                               ? call.gradient + b * call.gradient_b + entry.head * call.gradient_h + index_t(entry.word) * call.num_keys
                               : nullptr;
+  float gradients[PER_LANE];
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j) {
     const int n = start + threadIdx.x % LANES + j * LANES;
     const float probability = exp2f(masked(call, entry, n, lanes_scores(memory)[j * LANES]) - lse);
     const float wanted = gradient && n < call.num_keys ? gradient[n] * entry.weight : 0;
-    result[j] = probability * (wanted - delta) * head_weight;
+    gradients[j] = probability * (wanted - delta) * head_weight;
   }
+  put_halves(memory.scores, gradients);
+  __syncthreads();
 }
 
 // partial[split, b, h, r, :]: the sum over one split of the keys of dS k, the softmax scale left out.
@@ -257,13 +255,7 @@ KERNEL(THREADS, BLOCKS) row_query_gradient(const RowMaps call) {
   const int stop = min(call.num_keys, split_start(call.num_keys, blockIdx.x + 1));
   for (int start = split_start(call.num_keys, blockIdx.x); start < stop; start += KEYS) {
     load_keys(call, memory.keys, b, g, start, stop);
-    __syncthreads();
-    score_tile(memory.scores, memory.rows, memory.keys);
-    __syncthreads();
-    float gradients[PER_LANE];
-    scores_gradient(gradients, call, memory, entry, b, start);
-    put_halves(memory.scores, gradients);
-    __syncthreads();
+    put_scores_gradient(call, memory, entry, b, start);
     sums.template add<false, false>(reinterpret_cast<half_t*>(memory.scores), HALF_STRIDE, memory.keys, STRIDE, KEYS);
     __syncthreads();
   }
@@ -300,13 +292,7 @@ KERNEL(THREADS, BLOCKS) row_key_gradient(const RowMaps call) {
   for (int block = 0; block * ROWS < stacked; ++block) {
     const Entry entry = lanes_entry(call, b, g, block);
     load_stacked(call, memory.rows, b, g, block);
-    __syncthreads();
-    score_tile(memory.scores, memory.rows, memory.keys);
-    __syncthreads();
-    float gradients[PER_LANE];
-    scores_gradient(gradients, call, memory, entry, b, start);
-    put_halves(memory.scores, gradients);
-    __syncthreads();
+    put_scores_gradient(call, memory, entry, b, start);
     sums.template add<true, false>(reinterpret_cast<half_t*>(memory.scores), HALF_STRIDE, memory.rows, STRIDE, ROWS);
     __syncthreads();
   }

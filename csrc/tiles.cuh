@@ -100,11 +100,13 @@ struct Sums {
   }
 };
 
-// scores[r][n] = rows[r] . keys[n], by the whole block.
+// scores[r][n] = rows[r] . keys[n], by the whole block, which waits before for both tiles, and after for the scores.
 DEVICE void score_tile(float* scores, const half_t* rows, const half_t* keys) {
+  __syncthreads();
   Sums<ROWS, KEYS> sums;
   sums.add<false, true>(rows, STRIDE, keys, STRIDE, PADDED);
   sums.store_to(scores, SCORE_STRIDE);
+  __syncthreads();
 }
 
 // This lane's elements of a row of scores, replaced by float16 ones in the row's own place: [r][n] at r * HALF_STRIDE + n.

@@ -13,9 +13,14 @@ from pathlib import Path
 
 import torch
 
-from lavender.kernels.cuda import Argument, Grid, Program, arguments_type, packed, sources
+from lavender.kernels.cuda import Argument, Grid, Program, arguments_type, packed, source, sources
 
 HERE = Path(__file__).parent
+
+
+def whole(file: str) -> str:
+    """The text of a .cuh file of kernels, what it includes put in."""
+    return source(f"{file}.cuh").replace('#include "tiles.cuh"', source("tiles.cuh").replace("#pragma once\n", ""))
 
 
 class EmulatorError(AssertionError):
@@ -25,8 +30,8 @@ class EmulatorError(AssertionError):
 class Emulator:
     """A `Runner` for CPU tensors.
 
-    Every tensor is copied to where an access behind its end, or far before its beginning, ends the launch. `fault` changes a file's
-    text before it is compiled, for tests that plant one. `seed` chooses the order in which threads run; 0 is their own.
+    Every tensor is copied to where an access behind its end, or far before its beginning, ends the launch. `fault` changes a
+    file's text before it is compiled, for tests that plant one. `seed` chooses the order in which threads run; 0 is their own.
     """
 
     def __init__(self, fault: Callable[[str], str] | None = None, seed: int = 0) -> None:
@@ -70,8 +75,7 @@ class Emulator:
 
     def _build(self, program: Program) -> Path:
         """A shared library of the program's kernels; one that was built before is taken again."""
-        text = (sources() / f"{program.file}.cuh").read_text()
-        text = self.fault(text) if self.fault else text
+        text = self.fault(whole(program.file)) if self.fault else whole(program.file)
         structure = arguments_type(program.file).__name__
         runs = [
             f'extern "C" const char* run_{kernel}(const {structure}* call, int x, int y, int z, size_t bytes, unsigned seed) '
@@ -79,10 +83,10 @@ class Emulator:
             for kernel in re.findall(r"^KERNEL\(.*?\) (\w+)\(", text, re.MULTILINE)
         ]
         unit = "\n".join(['#include "emulator.h"', text, *runs])
-        headers = "".join((folder / name).read_text() for folder, name in ((HERE, "emulator.h"), (sources(), "tiles.cuh")))
+        header = (HERE / "emulator.h").read_text()
         command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", f"-I{HERE}"]
         command += [f"-I{sources()}", *(f"-D{name}={value}" for name, value in program.constants.items())]
-        key = hashlib.sha256("\0".join([unit, headers, *command]).encode()).hexdigest()[:24]
+        key = hashlib.sha256("\0".join([unit, header, *command]).encode()).hexdigest()[:24]
         folder = Path(tempfile.gettempdir()) / f"lavender-emulator-{os.getuid()}"
         folder.mkdir(exist_ok=True)
         library = folder / f"{program.file}-{key}.so"

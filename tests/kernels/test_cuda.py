@@ -15,7 +15,7 @@ from lavender.kernels.dispatch import cuda_reasons
 from lavender.kernels.row_maps import row_maps
 
 from .budget import DEVICE, poison_fresh_memory
-from .emulator import Emulator, EmulatorError
+from .emulator import Emulator, EmulatorError, whole
 from .test_error_budget import WORDS, check_columns, check_rows, collate, draw
 
 HALF = torch.float16
@@ -200,9 +200,8 @@ def barriers() -> list:
     """Every barrier of the kernels: its file, and where it stands."""
     found = []
     for file in ("row_maps", "column_maps"):
-        for match in re.finditer(r"__syncthreads\(\);", cuda.source(f"{file}.cuh")):
-            line = cuda.source(f"{file}.cuh").count("\n", 0, match.start()) + 1
-            found.append(pytest.param(file, match.span(), id=f"{file}.cuh:{line}"))
+        for number, match in enumerate(re.finditer(r"__syncthreads\(\);", whole(file))):
+            found.append(pytest.param(file, match.span(), id=f"{file}-{number}"))
     return found
 
 
