@@ -183,7 +183,7 @@ class Case:
             return "; ".join(reasons) or None
         if name == "cuda":
             file = "row_maps" if self.shape.orientation == "rows" else "column_maps"
-            return "; ".join(cuda_reasons(file, self.tensors[0], self.shape.width, by_name=False)) or None
+            return "; ".join(cuda_reasons(file, self.tensors[0], self.shape.width, 1, by_name=False)) or None
         if name == "two flex calls" and self.device.type == "cpu" and self.maybe_compile is torch.compile:
             return "on the CPU FlexAttention has no backward pass and returns no log-sum-exp"
         return None

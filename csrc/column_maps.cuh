@@ -15,7 +15,8 @@ struct ColumnMaps {
   const float* gradient;          // of the maps [B, C, W, Q]
   const half_t* output_gradient;  // [B, H, Q, WIDTH]
   const float* delta;             // [B, H, Q]
-  const float* peak;              // what gradients were divided by, one number
+  const float* peak;              // what the maps' gradient was divided by, one number
+  const float* output_peak;       // what the output's gradient was divided by, one number
   half_t* output;                 // [B, H, Q, WIDTH]
   float* maps;                    // [B, parts, W, Q], zeros before
   float* lse;                     // [B, H, Q] in base 2, +inf where nothing is seen
@@ -232,8 +233,9 @@ DEVICE void gradients_of_probabilities(
     load_values(call, memory.keys, b, h, start);
     score_tile(memory.scores, memory.pulls, memory.keys);
   }
+  const float output_weight = call.value ? *call.output_peak / *call.peak : 0;
 #pragma unroll
-  for (int j = 0; j < PER_LANE; ++j) wanted[j] = by_words[j] * head_weight + (call.value ? lanes_scores(memory)[j * LANES] : 0);
+  for (int j = 0; j < PER_LANE; ++j) wanted[j] = by_words[j] * head_weight + (call.value ? lanes_scores(memory)[j * LANES] * output_weight : 0);
 }
 
 // query_gradient[b, h, i, :] and, for the key's and the head weights' gradients, new_delta[b, h, i] and head_delta[b, h, i].
@@ -311,6 +313,6 @@ KERNEL(THREADS, 1) column_key_gradient(const ColumnMaps call) {
   });
   if (!call.value) return;
   values.for_each(reinterpret_cast<float*>(memory.rows), [&](int i, int d, float value) {
-    if (start + i < call.num_keys && d < WIDTH) call.value_partial[(first + i) * WIDTH + d] = value * *call.peak;
+    if (start + i < call.num_keys && d < WIDTH) call.value_partial[(first + i) * WIDTH + d] = value * *call.output_peak;
   });
 }

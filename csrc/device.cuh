@@ -7,7 +7,7 @@
 #define LAVENDER_DEVICE
 
 #define DEVICE __device__ __forceinline__
-// A kernel by its name, of which a processor holds at least so many blocks: what its registers are counted by.
+// A kernel under its plain name. Registers are dealt out so that a processor can hold `blocks` of its blocks.
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 #define SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
 
@@ -16,12 +16,6 @@ typedef unsigned short half_t;  // the bits of a float16
 struct alignas(16) Eight {  // eight float16, loaded and stored at once
   unsigned bits[4];
 };
-
-DEVICE float to_float(half_t bits) {
-  float value;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-  return value;
-}
 
 DEVICE half_t to_half(float value) {
   half_t bits;
@@ -60,9 +54,10 @@ DEVICE unsigned shared_address(const void* pointer) { return static_cast<unsigne
 // sum[i][j] += the sum over k < depth of a[i][k] b[k][j], by one warp; a and b lie in shared memory.
 //
 // An operand's element [x][y] is at x * stride + y, or at y * stride + x where it is TRANSPOSED. Operands begin at a multiple of 32
-// bytes, strides are multiples of 8, depth of 16.
+// bytes, strides are multiples of 8 (`ldm` in CUDA C++), depth of 16.
 template <bool A_TRANSPOSED, bool B_TRANSPOSED>
 DEVICE void multiply(Accumulator& sum, const half_t* a, int a_stride, const half_t* b, int b_stride, int depth) {
+  __syncwarp();  // these instructions must find all lanes together
   for (int k = 0; k < depth; k += 16) {
     unsigned left[8], right[8];
     if (A_TRANSPOSED) {
@@ -89,6 +84,7 @@ DEVICE void multiply(Accumulator& sum, const half_t* a, int a_stride, const half
 
 // The tile, by one warp, to shared memory at a multiple of 32 bytes: element [i][j] to i * stride + j, stride a multiple of 4.
 DEVICE void store(float* target, int stride, const Accumulator& sum) {
+  __syncwarp();
   asm volatile(
       "wmma.store.d.sync.aligned.row.m16n16k16.shared.f32 [%0], {%1, %2, %3, %4, %5, %6, %7, %8}, %9;" ::"r"(shared_address(target)),
       "f"(sum.part[0]), "f"(sum.part[1]), "f"(sum.part[2]), "f"(sum.part[3]), "f"(sum.part[4]), "f"(sum.part[5]),

@@ -1,6 +1,7 @@
 // `row_maps`: words own query rows, their maps run over keys. The contract and the formulas: lavender/kernels/row_maps.py.
 //
-// Every output has one writer and every sum a fixed order. Where a kernel walks along the keys, the entries (one row of one word
+// Every output has one writer and every sum a fixed order. Indices outside their ranges, which a GPU's callers are not asked about,
+// read and write nothing of others. Where a kernel walks along the keys, the entries (one row of one word
 // each) of all heads that share a key head are stacked: stacked row s is entry s % num_rows of the group's head s / num_rows, so
 // that a key is loaded once for them; keys are split over blocks, and the parts are added up afterwards.
 
@@ -54,7 +55,7 @@ struct Memory {
 };
 static_assert(sizeof(Memory) == SHARED_BYTES, "the launch gives a block what this file lays out");
 static_assert(sizeof(Memory::scores) >= WARPS * 256 * sizeof(float), "sums leave through the place of the scores");
-constexpr int BLOCKS = 2 * sizeof(Memory) <= 96 * 1024 ? 2 : 1;  // that a V100 has the shared memory for
+constexpr int BLOCKS = WIDTH <= 64 && VECTOR ? 2 : 1;  // that a V100 has shared memory for, and registers without spilling
 
 // An entry of one head: what a lane knows of the row of scores that it works on.
 struct Entry {
@@ -66,7 +67,7 @@ struct Entry {
 
   DEVICE Entry(const RowMaps& call, int b, int h, int r, bool valid) : exists(valid), head(h) {
     const index_t i = index_t(b) * call.num_rows + r;
-    row = exists ? max(int(call.rows[i]), 0) : 0;
+    row = exists ? min(max(int(call.rows[i]), 0), call.num_queries - 1) : 0;
     word = exists ? int(call.words[i]) : -1;
     weight = exists ? call.weights[i] : 0;
     place = (index_t(b) * call.num_heads + h) * call.num_rows + r;
@@ -99,8 +100,10 @@ DEVICE void load_keys(const RowMaps& call, half_t* tile, int b, int g, int start
   });
 }
 
+// The key of a column; -1 where there is none.
 DEVICE int column(const RowMaps& call, int b, int m) {
-  return m < call.num_columns ? int(call.columns[index_t(b) * call.num_columns + m]) : -1;
+  const int n = m < call.num_columns ? int(call.columns[index_t(b) * call.num_columns + m]) : -1;
+  return n < call.num_keys ? n : -1;
 }
 
 DEVICE void load_columns(const RowMaps& call, half_t* tile, int b, int g, int start) {
@@ -172,7 +175,7 @@ KERNEL(THREADS, BLOCKS) row_word_maps(const RowMaps call) {
       const Entry entry(call, b, h, r < call.num_rows ? r : 0, r < call.num_rows);
       load_tile<ROWS>(memory.rows, [&](int i) -> const half_t* {
         if (first + i >= call.num_rows) return nullptr;
-        const int row = max(int(call.rows[index_t(b) * call.num_rows + first + i]), 0);
+        const int row = min(max(int(call.rows[index_t(b) * call.num_rows + first + i]), 0), call.num_queries - 1);
         return call.query + b * call.query_b + h * call.query_h + row * call.query_t;
       });
       if (h / group != loaded) load_columns(call, memory.keys, b, loaded = h / group, start);
@@ -188,9 +191,17 @@ KERNEL(THREADS, BLOCKS) row_word_maps(const RowMaps call) {
     __syncthreads();
     const int m = start + threadIdx.x;
     if (threadIdx.x < KEYS && m < call.num_columns) {  // one thread a column: the order of the sum is the order of the entries
-      for (int i = 0; i < min(ROWS, call.num_rows - first); ++i) {
-        const int word = int(call.words[index_t(b) * call.num_rows + first + i]);
-        if (word >= 0) maps[index_t(word) * call.num_columns + m] += memory.scores[i * SCORE_STRIDE + threadIdx.x];
+      int word = -1;  // whose entries are being added up
+      float sum = 0;
+      for (int i = 0; i <= min(ROWS, call.num_rows - first); ++i) {
+        const bool ends = i == min(ROWS, call.num_rows - first);
+        const int next = ends ? -1 : int(call.words[index_t(b) * call.num_rows + first + i]);
+        if (next != word) {
+          if (word >= 0 && word < call.num_words) maps[index_t(word) * call.num_columns + m] += sum;
+          word = next;
+          sum = 0;
+        }
+        if (!ends) sum += memory.scores[i * SCORE_STRIDE + threadIdx.x];
       }
     }
   }
@@ -203,7 +214,7 @@ KERNEL(THREADS, BLOCKS) row_delta(const RowMaps call) {
   const int b = blockIdx.z / call.num_groups, g = blockIdx.z % call.num_groups, lane = threadIdx.x % LANES;
   const Entry entry = lanes_entry(call, b, g, blockIdx.y);
   load_stacked(call, memory.rows, b, g, blockIdx.y);
-  const bool wanted = entry.exists && entry.word >= 0;
+  const bool wanted = entry.exists && entry.word >= 0 && entry.word < call.num_words;
   const float* gradient =
       wanted ? call.gradient + b * call.gradient_b + entry.head * call.gradient_h + index_t(entry.word) * call.num_columns : nullptr;
   const float lse = entry.exists ? call.lse[entry.place] : infinity();
@@ -229,7 +240,7 @@ DEVICE void put_scores_gradient(const RowMaps& call, Memory& memory, const Entry
   const float lse = entry.exists ? call.lse[entry.place] : infinity();
   const float delta = entry.exists ? call.delta[entry.place] : 0;
   const float head_weight = call.head_weights ? call.head_weights[entry.head] : 1;
-  const float* gradient = entry.exists && entry.word >= 0
+  const float* gradient = entry.exists && entry.word >= 0 && entry.word < call.num_words
                               ? call.gradient + b * call.gradient_b + entry.head * call.gradient_h + index_t(entry.word) * call.num_keys
                               : nullptr;
   float gradients[PER_LANE];
@@ -271,7 +282,7 @@ KERNEL(THREADS, BLOCKS) row_sum(const RowMaps call) {
   const int r = blockIdx.x, b = blockIdx.y / call.num_heads, h = blockIdx.y % call.num_heads, d = threadIdx.x;
   const index_t* rows = call.rows + index_t(b) * call.num_rows;
   const index_t row = rows[r], size = index_t(gridDim.y) * call.num_rows;
-  if (row < 0 || d >= WIDTH) return;
+  if (row < 0 || row >= call.num_queries || d >= WIDTH) return;
   float total = 0;
   for (int other = 0; other < call.num_rows; ++other) {
     if (rows[other] != row) continue;

@@ -1,6 +1,6 @@
 // What the kernels share: tiles of half precision in shared memory, sums of their products, softmax rows spread over lanes.
 //
-// Given at compile time: WIDTH, the heads' width; ROWS, a tile's rows (16, 32 or 64); VECTOR, whether pointers and strides let eight
+// Given at compile time: WIDTH, the heads' width; ROWS and KEYS, the sides of a tile of scores; VECTOR, whether pointers and strides let eight
 // elements be loaded at once; SHARED_BYTES, what a block is given.
 //
 // A tile of scores has ROWS x KEYS elements. LANES neighboring lanes of a warp share a row of it; each has PER_LANE columns, lane +
@@ -123,16 +123,16 @@ struct LogSumExp {
   DEVICE void add(const float (&scores)[PER_LANE]) {
     float risen = peak;
     for (int j = 0; j < PER_LANE; ++j) risen = fmaxf(risen, scores[j]);
-    if (risen == -infinity()) return;
-    total *= exp2f(peak - risen);
-    for (int j = 0; j < PER_LANE; ++j) total += exp2f(scores[j] - risen);
+    const float base = risen == -infinity() ? 0 : risen;
+    total *= exp2f(peak - base);
+    for (int j = 0; j < PER_LANE; ++j) total += exp2f(scores[j] - base);
     peak = risen;
   }
 
-  // Of all lanes together; -inf where no score was finite.
+  // Of all lanes together; -inf where no score was finite, NaN where one was no number.
   DEVICE float value() const {
     const float highest = max_over_row(peak);
-    const float sum = sum_over_row(highest == -infinity() ? 0 : total * exp2f(peak - highest));
-    return sum > 0 ? highest + log2f(sum) : -infinity();
+    const float sum = sum_over_row(highest == -infinity() ? total : total * exp2f(peak - highest));
+    return sum == 0 ? -infinity() : highest + log2f(sum);
   }
 };

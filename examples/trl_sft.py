@@ -50,7 +50,9 @@ def main():
         per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.accumulation,
         learning_rate=args.learning_rate,
-        bf16=torch.cuda.is_available(),  # a CPU trains in float32
+        # A CPU trains in float32, V100 and T4 in fp16.
+        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
+        fp16=torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False),
         logging_steps=5,
         save_strategy="no",
         remove_unused_columns=False,  # the collator reads the samples' own fields

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import platform
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -288,7 +288,7 @@ def _choice(operation: str, width: int, dtype: torch.dtype, device: torch.device
     widest_float32 = {"row_maps": row_maps, "column_maps": column_maps}[operation].WIDEST_FLOAT32
     candidates = {
         "triton": lambda: triton_reasons(tensor, width, widest_float32, by_name=False),
-        "cuda": lambda: cuda_reasons(operation, tensor, width, by_name=False),
+        "cuda": lambda: cuda_reasons(operation, tensor, width, 1, by_name=False),
     }
     refusals: list[str] = []
     for name, why_not in candidates.items():
@@ -304,13 +304,15 @@ def _examine_machine() -> Iterator[Finding]:
     yield Finding("python", f"{platform.python_version()} ({sys.executable}) on {platform.system()} {platform.machine()}")
     try:
         import torch
-    except (ImportError, OSError) as error:
+
+        number = str(torch.__version__)
+    except Exception as error:  # a half-removed or broken torch fails in many ways, which are to be told
         if isinstance(error, ModuleNotFoundError) and error.name == "torch":
             yield Finding("torch", "not installed", "pip install torch")
         else:
             yield Finding("torch", f"does not load ({_first_line(error)})", "pip install --force-reinstall torch")
     else:
-        yield Finding("torch", f"{torch.__version__}, built for {_platform_of_torch()}")
+        yield Finding("torch", f"{number}, built for {_platform_of_torch()}")
         yield from _examine_device()
     for name in _NEEDED:
         version = _version(name)
@@ -343,7 +345,13 @@ def _examine_device() -> Iterator[Finding]:
             major, minor = torch.cuda.get_device_capability(index)
             memory = torch.cuda.get_device_properties(index).total_memory / 2**30
             name = torch.cuda.get_device_name(index)
-            yield Finding(f"cuda:{index}", f"{name}, compute capability {major}.{minor}, {memory:.1f} GiB")
+            found = f"{name}, compute capability {major}.{minor}, {memory:.1f} GiB"
+            if _torch_knows(major, minor):
+                yield Finding(f"cuda:{index}", found)
+            else:
+                found += f"; this torch has no kernels for it, but for {', '.join(torch.cuda.get_arch_list())}"
+                remedy = "PyTorch's index for CUDA 12.6 (cu126), torch<2.15" if major == 7 else "another index of PyTorch's"
+                yield Finding(f"cuda:{index}", found, f"install a torch that knows the card: {remedy}")
     else:
         yield Finding("CUDA device", "none: the kernels run by 'torch', on the CPU, without triton, NVRTC or a driver")
     half: Any = _Tensor(torch.float16, device)
@@ -360,8 +368,21 @@ def _examine_device() -> Iterator[Finding]:
         for operation in ("row_maps", "column_maps"):
             for dtype in (torch.float16, torch.bfloat16, torch.float32):
                 chosen, reasons = _choice(operation, _WIDTH, dtype, device)
+                refused = compiles and dtype == torch.float16 and chosen == "torch"
                 found = "; ".join([f"by {chosen!r}", *(reasons if device.type == "cuda" else ())])
-                yield Finding(f"{operation} {str(dtype).removeprefix('torch.')}", found)
+                remedy = "the card could run its own kernels: mend what refuses them" if refused else ""
+                yield Finding(f"{operation} {str(dtype).removeprefix('torch.')}", found, remedy)
+
+
+def _torch_knows(major: int, minor: int) -> bool:
+    """Whether torch's own kernels run on a card: they were built for its capability, an older one of the same major, or as PTX."""
+    import torch
+
+    known = [(kind, int(number.rstrip("af"))) for kind, _, number in (arch.partition("_") for arch in torch.cuda.get_arch_list())]
+    card = 10 * major + minor
+    return not known or any(
+        number <= card and (kind == "compute" or number // 10 == major) for kind, number in known if kind in ("sm", "compute")
+    )
 
 
 def _examine_cuda(architecture: int | None, needed: bool) -> Iterator[Finding]:
@@ -393,9 +414,13 @@ def _examine_cuda(architecture: int | None, needed: bool) -> Iterator[Finding]:
 
 
 def _can_be_written(folder: Path) -> bool:
-    """Whether files can be put into a folder, which may have to be made first."""
-    there = next((path for path in (folder, *folder.absolute().parents) if os.path.exists(path)), folder)
-    return os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)
+    """Whether files can be put into a folder, which may have to be made first: it is tried."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _version(package: str) -> str | None:

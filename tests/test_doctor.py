@@ -176,6 +176,7 @@ def card(monkeypatch, tmp_path):
             "device_count": 1,
             "get_device_capability": capability,
             "get_device_name": "Some Card",
+            "get_arch_list": ["sm_70", "sm_75", "sm_90", "compute_90"],
             "get_device_properties": SimpleNamespace(total_memory=15 * 2**30),
         }.items():
             monkeypatch.setattr(torch.cuda, name, lambda *_, result=result: result)
@@ -218,7 +219,7 @@ def test_a_machine_without_a_card(no_card, monkeypatch, tmp_path):
     assert report["kernel cache"] == f"{tmp_path / 'not' / 'yet' / 'cubins'}, can be written"
     assert {report[operation] for operation in OPERATIONS} == {"by 'torch'"}
     assert {"transformers", "diffusers", "peft", "accelerate", "datasets", "deepspeed"} <= set(report)
-    assert not (tmp_path / "not").exists()
+    assert list((tmp_path / "not" / "yet" / "cubins").iterdir()) == []  # it was tried
 
 
 def test_what_a_cpu_does_not_need_is_no_fault(no_card, monkeypatch, tmp_path):
@@ -257,13 +258,28 @@ def test_a_card_whose_kernels_run(card, student):
 
 def test_a_card_whose_kernels_are_refused(card, student):
     card((7, 0), "line one\nline two")
-    report, _ = machine()
+    report, remedies = machine()
+    assert remedies == {
+        f"{name} float16": "the card could run its own kernels: mend what refuses them" for name in ("row_maps", "column_maps")
+    }
     for operation in ("row_maps", "column_maps"):
         assert report[f"{operation} float16"].startswith("by 'torch'; not by 'triton': ")
         assert report[f"{operation} float16"].endswith("not by 'cuda': line one\nline two")
     assert found(student.model.half())["kernels"].endswith("not by 'cuda': line one\nline two")
     output = CliRunner().invoke(app, ["doctor"]).output
     assert f"\n{'':<22}line two\n" in output
+
+
+def test_a_torch_that_does_not_know_the_card_is_told(card, monkeypatch):
+    """Built for CUDA 13, on a V100: NVRTC 12 beside it compiles lavender's kernels, and nothing else runs."""
+    card((7, 0))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_100a", "compute_100"])
+    report, remedies = machine()
+    assert report["cuda:0"].endswith("this torch has no kernels for it, but for sm_75, sm_80, sm_100a, compute_100")
+    assert remedies == {"cuda:0": "install a torch that knows the card: PyTorch's index for CUDA 12.6 (cu126), torch<2.15"}
+    card((12, 0))  # by the PTX
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_100a", "compute_100"])
+    assert "cuda:0" not in machine()[1]
 
 
 def test_what_a_card_needs_has_a_remedy(card, monkeypatch, tmp_path):
@@ -274,7 +290,7 @@ def test_what_a_card_needs_has_a_remedy(card, monkeypatch, tmp_path):
     monkeypatch.setattr(cuda, "_driver", no_driver)
     report, remedies = machine()
     assert report["NVRTC"] == "there is no NVRTC for 75"
-    assert set(remedies) == {"NVRTC", "CUDA driver", "kernel cache"}
+    assert set(remedies) == {"NVRTC", "CUDA driver", "kernel cache", "row_maps float16", "column_maps float16"}
     card((9, 0), "there is no NVRTC")  # Triton's kernels run: nobody misses the others
     monkeypatch.setattr(nvrtc, "find_nvrtc", no_nvrtc)
     report, remedies = machine()

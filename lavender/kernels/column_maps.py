@@ -194,7 +194,9 @@ def _triton_reasons(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
 
 
 def _cuda_reasons(query: torch.Tensor, value: torch.Tensor, impl: str) -> list[str]:
-    return _width_reasons(query, value) or cuda_reasons("column_maps", query, query.shape[3], impl == "cuda")
+    return _width_reasons(query, value) or cuda_reasons(
+        "column_maps", query, query.shape[3], query.shape[0] * query.shape[1], impl == "cuda"
+    )
 
 
 def _width_reasons(query: torch.Tensor, value: torch.Tensor) -> list[str]:

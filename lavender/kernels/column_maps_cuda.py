@@ -77,7 +77,7 @@ class _CudaColumns(ColumnKernels):
         head_stride = flow.maps.stride(1) if flow.maps.shape[1] == self.heads else 0
         return {
             "lse": flow.lse, "gradient": flow.maps, "output_gradient": flow.output, "peak": flow.peak,
-            "gradient_b": flow.maps.stride(0), "gradient_h": head_stride,
+            "output_peak": flow.output_peak, "gradient_b": flow.maps.stride(0), "gradient_h": head_stride,
         }  # fmt: skip
 
 

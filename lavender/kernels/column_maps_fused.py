@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .checks import in_full_precision
 from .grids import last_axis_dense
+from .numerics import HEADROOM, largest
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,16 @@ class ColumnGradients:
         lse: float32 [B, H, Q], as `ColumnKernels.forward` gives it.
         maps: the gradient of the maps, float32, contiguous [B, C, W, Q].
         output: the gradient of the output, contiguous [B, H, Q, E], in the inputs' dtype.
-        peak: a scalar that both were divided by, and that dq, dk and dv are multiplied by before they are rounded; or None.
+        peak: a scalar that `maps` was divided by, and that dq and dk are multiplied by before they are rounded; or None.
+        output_peak: a scalar that `output` was divided by, and that dv is multiplied by; None without values, or without a peak.
+            Beside `maps`, `output` counts output_peak / peak.
     """
 
     lse: torch.Tensor
     maps: torch.Tensor
     output: torch.Tensor
     peak: torch.Tensor | None
+    output_peak: torch.Tensor | None
 
 
 class ColumnKernels(ABC):
@@ -114,14 +118,17 @@ def column_maps_operation(name: str, kernels: type[ColumnKernels]) -> Callable[.
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of query, key, value and head weights (those of heads that are kept mean nothing)."""
         call = kernels(query, key, value, word_weights, bias, scale, head_weights)
-        peak = None
-        # dS is rounded to the inputs' dtype for its products: float16 needs it near one, whatever the loss's scale.
+        peak, output_peak = None, None
+        # dS is rounded to the inputs' dtype for its products: float16 needs it in its range, whatever the loss's scale. So is the
+        # output's gradient, which may be small beside that of the maps, and has a peak of its own.
         if query.dtype == torch.float16:
-            peak = gradient.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+            peak = largest(gradient) / HEADROOM
             if value.shape[3]:
-                peak = torch.maximum(peak, output_gradient.float().abs().amax())
-            gradient, output_gradient = gradient / peak, (output_gradient.float() / peak).to(query.dtype)
-        flow = ColumnGradients(lse, gradient, output_gradient, peak)
+                output_peak = largest(output_gradient)
+                peak = torch.maximum(peak, output_peak)
+                output_gradient = (output_gradient.float() / output_peak).to(query.dtype)
+            gradient = gradient / peak
+        flow = ColumnGradients(lse, gradient, output_gradient, peak, output_peak)
         query_gradient, delta, head_delta = call.query_gradient(flow)
         key_gradient, value_gradient = call.key_gradient(flow, delta)
         head_gradient = head_delta.sum(dim=(0, 2))

@@ -114,9 +114,9 @@ def _one_pass(
         if MORE_KEYS > 0:
             more_scores = tl.exp2(more_scores - peak[:, None])
             total += tl.sum(more_scores, 1)
-        safe = tl.where(total > 0, total, 1.0)
+        safe = tl.where(total == 0, 1.0, total)  # not `total > 0`: what is no number stays so
         tl.store(
-            lse + (b * num_heads + h) * num_queries + i, tl.where(total > 0, peak + tl.log2(safe), float("inf")), mask=exists
+            lse + (b * num_heads + h) * num_queries + i, tl.where(total == 0, float("inf"), peak + tl.log2(safe)), mask=exists
         )
         probabilities = scores / safe[:, None]
         more_probabilities = more_scores / safe[:, None]
@@ -185,7 +185,7 @@ def _two_passes(
         shift = tl.where(risen == float("-inf"), 0.0, risen)
         total = total * tl.exp2(peak - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
         peak = risen
-    normalizer = tl.where(total > 0, peak + tl.log2(tl.where(total > 0, total, 1.0)), float("inf"))
+    normalizer = tl.where(total == 0, float("inf"), peak + tl.log2(tl.where(total == 0, 1.0, total)))
     tl.store(lse + (b * num_heads + h) * num_queries + i, normalizer, mask=exists)
     result = tl.zeros([ROWS, WORDS], tl.float32)
     for start in range(0, num_keys, KEYS):
@@ -223,7 +223,7 @@ def _wanted_by_words(gradient, word_weights, i, n, exists, num_queries, num_keys
 
 @triton.jit(do_not_specialize=SIZES)
 def _query_gradient(
-    q, k, v, word_weights, bias, head_weights, lse, gradient, output_gradient, peak, out, delta, head_delta,
+    q, k, v, word_weights, bias, head_weights, lse, gradient, output_gradient, peak, output_peak, out, delta, head_delta,
     stride_qb, stride_qh, stride_qi, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     bias_b, bias_h, bias_i, bias_n, gradient_b, gradient_h, num_heads, num_queries, num_keys, num_words, scale,
     UNIT: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
@@ -273,9 +273,12 @@ def _query_gradient(
         wanted = by_words * weight
         if E > 0:
             v_first, v_second = _load_wide(v, n, n < num_keys, stride_vn * UNIT, E, E_FIRST, E_SECOND)
-            wanted += dot(pull_first, tl.trans(v_first))
+            by_output = dot(pull_first, tl.trans(v_first))
             if E_SECOND > 0:
-                wanted += dot(pull_second, tl.trans(v_second))
+                by_output += dot(pull_second, tl.trans(v_second))
+            if RESCALED:
+                by_output *= tl.load(output_peak) / tl.load(peak)
+            wanted += by_output
         if step < tiles:
             total += tl.sum(probabilities * wanted, 1)
             total_by_words += tl.sum(probabilities * by_words, 1)
@@ -297,7 +300,7 @@ def _query_gradient(
 
 @triton.jit(do_not_specialize=SIZES)
 def _key_gradient(
-    q, k, v, word_weights, bias, head_weights, lse, delta, gradient, output_gradient, peak, key_out, value_out,
+    q, k, v, word_weights, bias, head_weights, lse, delta, gradient, output_gradient, peak, output_peak, key_out, value_out,
     stride_qb, stride_qh, stride_qi, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     bias_b, bias_h, bias_i, bias_n, gradient_b, gradient_h, num_heads, num_queries, num_keys, num_words, scale,
     UNIT: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
@@ -351,27 +354,33 @@ def _key_gradient(
         wanted = tl.trans(_wanted_by_words(gradient, word_weights, i, n, valid, num_queries, num_keys, num_words, WORDS)) * weight
         if E > 0:
             pull_first, pull_second = _load_wide(output_gradient, i, valid, E, E, E_FIRST, E_SECOND)
-            wanted += dot(v_first, tl.trans(pull_first))
+            by_output = dot(v_first, tl.trans(pull_first))
             value_first += dot(probabilities.to(v_first.dtype), pull_first)
             if E_SECOND > 0:
-                wanted += dot(v_second, tl.trans(pull_second))
+                by_output += dot(v_second, tl.trans(pull_second))
                 value_second += dot(probabilities.to(v_first.dtype), pull_second)
+            if RESCALED:
+                by_output *= tl.load(output_peak) / tl.load(peak)
+            wanted += by_output
         scores_gradient = (probabilities * (wanted - shift[None, :])).to(k_first.dtype)
         key_first += dot(scores_gradient, q_first)
         if SECOND > 0:
             key_second += dot(scores_gradient, q_second)
     factor = 1.0
+    output_factor = 1.0
     if RESCALED:
         factor = tl.load(peak)
+        if E > 0:
+            output_factor = tl.load(output_peak)
     num_samples = tl.num_programs(2) // num_heads
     place = ((split * num_samples + b) * num_heads + h) * num_keys
     store_tile(key_out + place * D, n, exists, D, key_first * (factor * scale), D, 0, FIRST)
     if SECOND > 0:
         store_tile(key_out + place * D, n, exists, D, key_second * (factor * scale), D, FIRST, SECOND)
     if E > 0:
-        store_tile(value_out + place * E, n, exists, E, value_first * factor, E, 0, E_FIRST)
+        store_tile(value_out + place * E, n, exists, E, value_first * output_factor, E, 0, E_FIRST)
     if E_SECOND > 0:
-        store_tile(value_out + place * E, n, exists, E, value_second * factor, E, E_FIRST, E_SECOND)
+        store_tile(value_out + place * E, n, exists, E, value_second * output_factor, E, E_FIRST, E_SECOND)
 
 
 # fmt: on
@@ -450,7 +459,7 @@ class TritonColumns(ColumnKernels):
         query_gradient = torch.empty(self.query.shape, dtype=self.query.dtype, device=self.device)
         delta, head_delta = torch.empty_like(flow.lse), torch.empty_like(flow.lse)
         _query_gradient[(triton.cdiv(self.num_queries, found.rows), self.batch * self.heads)](
-            *self.gradient_inputs(), flow.lse, flow.maps, flow.output, flow.maps if flow.peak is None else flow.peak,
+            *self.gradient_inputs(), flow.lse, flow.maps, flow.output, *self.peaks(flow),
             query_gradient, delta, head_delta, *self.gradient_sizes(flow.maps), **self.gradient_options(found, flow.peak),
         )  # fmt: skip
         return query_gradient, delta, head_delta
@@ -462,10 +471,14 @@ class TritonColumns(ColumnKernels):
         splits = splits_for(key_blocks * self.batch * self.heads, most, self.device)
         key_parts, value_parts = (delta.new_empty(splits, *t.shape) for t in (self.key, self.value))
         _key_gradient[(key_blocks, splits, self.batch * self.heads)](
-            *self.gradient_inputs(), flow.lse, delta, flow.maps, flow.output, flow.maps if flow.peak is None else flow.peak,
+            *self.gradient_inputs(), flow.lse, delta, flow.maps, flow.output, *self.peaks(flow),
             key_parts, value_parts, *self.gradient_sizes(flow.maps), **self.gradient_options(found, flow.peak),
         )  # fmt: skip
         return key_parts.sum(dim=0).to(self.key.dtype), value_parts.sum(dim=0).to(self.value.dtype)
+
+    def peaks(self, flow: ColumnGradients) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both peaks; some tensor in place of those that there are not."""
+        return tuple(flow.maps if peak is None else peak for peak in (flow.peak, flow.output_peak))  # type: ignore[return-value]
 
     def gradient_inputs(self) -> tuple[torch.Tensor, ...]:
         """The first arguments of both gradients' kernels."""

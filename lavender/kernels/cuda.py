@@ -29,14 +29,22 @@ OLDEST = 70
 """The oldest architecture with tensor cores: compute capability 7.0."""
 WIDEST = 256
 """The widest heads."""
-OPT_IN = 8
-"""The driver's CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
+MOST_HEADS = 65535
+"""B * H: the blocks that a grid can have in its second and third direction."""
+MAX_SHARED, CARVEOUT = 8, 9
+"""The driver's CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES and CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT."""
+OUT_OF_MEMORY = 2
+"""The driver's CUDA_ERROR_OUT_OF_MEMORY."""
 
 Grid = tuple[int, int, int]
 
 
 class DriverError(LavenderError):
-    """The CUDA driver refused a call."""
+    """The CUDA driver refused a call; `status` is its CUresult, None where there is no driver."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Layout:
     row_tiles: int
     """How many tiles of rows there are."""
     rows: Mapping[int, int]
-    """Rows of a tile, by the widest heads that they serve: as many as 64 KiB, all that a T4's block can have, leave room for."""
+    """Rows of a tile, by the widest heads that they serve: as many as fit into 64 KiB, the most that a block can have on a T4."""
 
     def rows_for(self, width: int) -> int:
         """Rows of a tile for heads of this width."""
@@ -110,6 +118,12 @@ def source(name: str) -> str:
     return (sources() / name).read_text()
 
 
+@cache
+def kernels(file: str) -> list[str]:
+    """The names of a file's kernels."""
+    return re.findall(r"^KERNEL\(.*?\) (\w+)\(", source(f"{file}.cuh"), re.MULTILINE)
+
+
 _TYPES = {"int": ctypes.c_int, "float": ctypes.c_float, "index_t": ctypes.c_longlong}
 
 
@@ -150,6 +164,7 @@ class Driver:
     def __init__(self) -> None:
         self._functions: dict[tuple[Program, str, int], ctypes.c_void_p] = {}
         self._modules: dict[tuple[Program, int], ctypes.c_void_p] = {}
+        self._contexts: dict[int, ctypes.c_void_p] = {}
         self._refused: dict[tuple[str, int], str] = {}
 
     def why_not(self, program: Program, device: torch.device) -> list[str]:
@@ -163,11 +178,18 @@ class Driver:
         refused = self._refused.get((program.file, index))
         if refused is None:
             try:
-                self._module(program, index)
+                with torch.cuda.device(index):
+                    for kernel in kernels(program.file):
+                        self._function(program, kernel, index)
                 return []
             except LavenderError as error:
-                refused = self._refused[program.file, index] = str(error)
-                logger.warning("the CUDA C++ kernels of %s cannot run on cuda:%d, 'torch' does: %s", program.file, index, refused)
+                refused = str(error)
+                if getattr(error, "status", None) != OUT_OF_MEMORY:  # which passes
+                    self._refused[program.file, index] = refused
+                logger.warning(
+                    "the CUDA C++ kernels of %s cannot run on cuda:%d, and impl='auto' goes on without: %s",
+                    program.file, index, refused,
+                )  # fmt: skip
         return [refused]
 
     def launch(
@@ -181,19 +203,31 @@ class Driver:
     ) -> None:
         structure = packed(program.file, arguments)
         with torch.cuda.device(device):
-            function = self._function(program, kernel, torch.cuda.current_device())
+            index = torch.cuda.current_device()
+            function = self._function(program, kernel, index)
+            self._enter(index)
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
             pointers = (ctypes.c_void_p * 1)(ctypes.addressof(structure))
             call_driver("cuLaunchKernel", function, *grid, 256, 1, 1, shared_bytes, stream, pointers, None)
+
+    def _enter(self, index: int) -> None:
+        """Makes a device's primary context, which is torch's too, this thread's current one: torch does so only when it must."""
+        context = self._contexts.get(index)
+        if context is None:
+            torch.cuda.init()
+            context = ctypes.c_void_p()
+            call_driver("cuDevicePrimaryCtxRetain", ctypes.byref(context), index)
+            self._contexts[index] = context
+        call_driver("cuCtxSetCurrent", context)
 
     def _module(self, program: Program, index: int) -> ctypes.c_void_p:
         module = self._modules.get((program, index))
         if module is None:
             major, minor = torch.cuda.get_device_capability(index)
             cubin = program.cubin(10 * major + minor)
+            module = ctypes.c_void_p()
             with torch.cuda.device(index):
-                torch.cuda.current_stream().synchronize()  # makes the device's context the current one
-                module = ctypes.c_void_p()
+                self._enter(index)
                 call_driver("cuModuleLoadData", ctypes.byref(module), cubin)
             self._modules[program, index] = module
         return module
@@ -203,7 +237,8 @@ class Driver:
         if function is None:
             function = ctypes.c_void_p()
             call_driver("cuModuleGetFunction", ctypes.byref(function), self._module(program, index), kernel.encode())
-            call_driver("cuFuncSetAttribute", function, OPT_IN, program.shared_bytes)
+            call_driver("cuFuncSetAttribute", function, MAX_SHARED, program.shared_bytes)
+            call_driver("cuFuncSetAttribute", function, CARVEOUT, 100)  # percent: so that two blocks may fit
             self._functions[program, kernel, index] = function
         return function
 
@@ -223,11 +258,15 @@ def packed(file: str, arguments: Mapping[str, Argument]) -> ctypes.Structure:
 def call_driver(name: str, *arguments: Any) -> None:
     """Calls the driver. Raises `DriverError` with the driver's own words."""
     driver = _driver()
-    status = getattr(driver, name)(*arguments)
+    try:
+        function = getattr(driver, name)
+    except AttributeError:
+        raise DriverError(f"the CUDA driver has no {name}; install a newer one") from None
+    status = function(*arguments)
     if status:
         text = ctypes.c_char_p()
         driver.cuGetErrorString(status, ctypes.byref(text))
-        raise DriverError(f"the CUDA driver refused {name}: {(text.value or b'unknown error').decode()} (status {status})")
+        raise DriverError(f"the CUDA driver refused {name}: {(text.value or b'unknown error').decode()} (status {status})", status)
 
 
 @cache
@@ -255,7 +294,7 @@ def launch(
 
     Args:
         arguments: members of the file's structure, by name; what is left out is zero.
-        shares_memory: whether the kernel lays out shared memory; of one that does not, more blocks run at once.
+        shares_memory: whether the kernel uses shared memory; one that does not should not be given any, which others could use.
 
     Raises:
         CompileError, DriverError: it cannot be compiled, loaded or launched.

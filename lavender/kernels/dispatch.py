@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import operator
 import os
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -81,8 +82,8 @@ def triton_reasons(tensor: torch.Tensor, width: int, widest_float32: int, by_nam
     return reasons
 
 
-def cuda_reasons(file: str, tensor: torch.Tensor, width: int, by_name: bool) -> list[str]:
-    """Why the CUDA C++ kernels of one file of csrc/ cannot run on tensors like this one, with heads of this width.
+def cuda_reasons(file: str, tensor: torch.Tensor, width: int, heads: int, by_name: bool) -> list[str]:
+    """Why the CUDA C++ kernels of one file of csrc/ cannot run on tensors like this one, with `heads` B * H of this width.
 
     They are compiled and loaded to find out, the first time. What runs CPU tensors, in tests, counts only if asked for `by_name`.
     """
@@ -91,9 +92,12 @@ def cuda_reasons(file: str, tensor: torch.Tensor, width: int, by_name: bool) -> 
         reasons.append(f"the dtype is {tensor.dtype}; its kernels take float16")
     if width > cuda.WIDEST:
         reasons.append(f"the head width is {width}; its kernels take up to {cuda.WIDEST}")
+    if heads > cuda.MOST_HEADS:
+        reasons.append(f"the batch has {heads} heads; its kernels take up to {cuda.MOST_HEADS}")
     if tensor.device.type != "cuda" and not by_name:
         reasons.append(f"the tensors are on {tensor.device.type}, not on cuda")
-    return reasons or _runner_reasons(file, width, str(tensor.device))
+    # `index`: in a graph for any width, this one is taken for a constant.
+    return reasons or _runner_reasons(file, operator.index(width), str(tensor.device))
 
 
 @torch.compiler.assume_constant_result

@@ -10,6 +10,16 @@ def accumulator(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+HEADROOM = 1024.0
+"""How large kernels let the largest gradient of a map be in float16, which reaches to 65504. dS is at most twice as large, times
+the weights of its row and head; where probabilities are small it is much smaller, and must not vanish."""
+
+
+def largest(gradient: torch.Tensor) -> torch.Tensor:
+    """The largest absolute value, float32, above zero: a scale to divide by. NaN and infinity stay what they are."""
+    return gradient.float().abs().amax().clamp_min(torch.finfo(torch.float32).tiny * HEADROOM)
+
+
 def power_of_two(number: int) -> int:
     """The smallest power of two, 16 or more, that is not below a number: what a kernel's tile of this size is padded to."""
     return max(16, 1 << (number - 1).bit_length())

@@ -254,7 +254,7 @@ def cache_folder() -> Path:
     """
     own, shared = os.environ.get("LAVENDER_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:
-        return Path(own, "cubins")
+        return Path(own).expanduser().absolute() / "cubins"
     if shared:
         return Path(shared, "lavender", "cubins")
     try:

@@ -46,7 +46,8 @@ def row_map_loss(
         target: [B, W, y', x'] with W = `rows.num_words`; maps are resampled to its grid.
         present: bool [B, W].
         head_weights: floating point [H]; None is the mean over heads.
-        impl: as in `row_maps`; `map_loss` runs by the same one, and in Triton takes maps of up to 64 x 64.
+        impl: as in `row_maps`; `map_loss` runs by the same one, and in Triton takes maps of up to 64 x 64. There is none in CUDA
+            C++: with `"cuda"` it chooses for itself.
 
     See `row_maps` and `map_loss` for the others and for the result. Maps are multiplied by M first: attention sums to at most one
     over the picture, and so no epsilon of a normalization dominates them.
@@ -78,4 +79,5 @@ def row_map_loss(
         impl=impl,
     )
     maps = (maps[:, 0] * columns.shape[1]).unflatten(-1, grid)
+    impl = "auto" if impl == "cuda" else impl
     return map_loss(maps, target, present, normalization=normalization, distance=distance, reduction=reduction, impl=impl)

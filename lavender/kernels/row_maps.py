@@ -121,7 +121,7 @@ def _row_maps(
     if head_weights is not None:
         head_weights = head_weights.to(dtype)
     triton = partial(triton_reasons, query, query.shape[3], WIDEST_FLOAT32, impl == "triton")
-    cuda = partial(cuda_reasons, "row_maps", query, query.shape[3], impl == "cuda")
+    cuda = partial(cuda_reasons, "row_maps", query, query.shape[3], query.shape[0] * query.shape[1], impl == "cuda")
     chosen = choose("row_maps", impl, {"triton": triton, "cuda": cuda, "torch": able, "reference": able})
     if chosen == "reference":
         return row_maps_reference(query, key, rows, columns, bias, causal, scale, head_weights, lse)

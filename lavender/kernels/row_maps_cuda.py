@@ -84,7 +84,9 @@ class _CudaRows(RowKernels):
     def _gradient(self, gradient: torch.Tensor) -> dict[str, Any]:
         """[B, C, W, ..], as every head reads it: all heads the same where C is 1."""
         head_stride = gradient.stride(1) if gradient.shape[1] == self.heads else 0
-        return {"gradient": gradient, "gradient_b": gradient.stride(0), "gradient_h": head_stride}
+        return {
+            "gradient": gradient, "gradient_b": gradient.stride(0), "gradient_h": head_stride, "num_words": gradient.shape[2],
+        }  # fmt: skip
 
 
 row_maps_cuda = row_maps_operation("cuda", _CudaRows)

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from ..types import WordRows
 from .checks import in_full_precision
 from .grids import last_axis_dense
+from .numerics import HEADROOM, largest
 
 LOG2E = math.log2(math.e)
 """Kernels work in base 2: exp(x) = exp2(x * LOG2E)."""
@@ -139,9 +140,9 @@ def row_maps_operation(name: str, kernels: type[RowKernels]) -> Callable[..., to
         call = kernels(query, key, rows, words, weights, columns, bias, causal, scale)
         gradient = gradient.masked_fill((columns < 0)[:, None, None], 0)
         peak = None
-        # dS is rounded to the inputs' dtype for its products: float16 needs it near one, whatever the loss's scale.
+        # dS is rounded to the inputs' dtype for its products: float16 needs it in its range, whatever the loss's scale.
         if query.dtype == torch.float16:
-            peak = gradient.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+            peak = largest(gradient) / HEADROOM
             gradient = gradient / peak
         delta = call.delta(normalizer, gradient)
         full = gradient.new_zeros(*gradient.shape[:3], key.shape[2])

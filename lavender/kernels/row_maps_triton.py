@@ -118,7 +118,8 @@ def _lse(
         shift = tl.where(risen == float("-inf"), 0.0, risen)
         total = total * tl.exp2(peak - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
         peak = risen
-    lse = tl.where(total > 0, peak + tl.log2(tl.where(total > 0, total, 1.0)), float("inf"))
+    # Not `total > 0`: what is no number stays so.
+    lse = tl.where(total == 0, float("inf"), peak + tl.log2(tl.where(total == 0, 1.0, total)))
     num_samples = tl.num_programs(2) // num_groups
     out = partial + ((split * num_samples + b) * num_groups * GROUP + h) * num_rows + r
     tl.store(out, lse, mask=valid)
@@ -137,7 +138,7 @@ def _combine_lse(partial, lse, num_splits, size, BLOCK: tl.constexpr):
     for split in range(num_splits):
         value = tl.load(partial + split * size + place, mask=valid, other=float("inf"))
         total += tl.where(value == float("inf"), 0.0, tl.exp2(value - peak))
-    tl.store(lse + place, tl.where(total > 0, peak + tl.log2(total), float("inf")), mask=valid)
+    tl.store(lse + place, tl.where(total == 0, float("inf"), peak + tl.log2(total)), mask=valid)
 
 
 @triton.jit(do_not_specialize=SIZES)

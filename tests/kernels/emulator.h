@@ -209,8 +209,6 @@ struct Operands {
 
 }  // namespace emulator
 
-inline float to_float(half_t bits) { return emulator::half_values()[bits]; }
-
 inline half_t to_half(float value) {
   const _Float16 half = _Float16(value);
   half_t bits;
@@ -258,7 +256,7 @@ void multiply(Accumulator& sum, const half_t* a, int a_stride, const half_t* b, 
 inline void store(float* target, int stride, const Accumulator& sum) {
   if (reinterpret_cast<uintptr_t>(target) % 32 || stride % 4) emulator::fail("a tile is stored where the card refuses", __LINE__);
   const int lane = threadIdx.x % 32;
-  // The card stores at once: nobody may have gone on to read before every lane has written.
+  emulator::meet(emulator::WARP, __LINE__);
   for (int j = 0; j < 8; ++j) target[(lane * 8 + j) / 16 * stride + (lane * 8 + j) % 16] = sum.part[j];
 }
 

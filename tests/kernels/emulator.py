@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lavender.kernels.cuda import Argument, Grid, Program, arguments_type, packed, source, sources
+from lavender.kernels.cuda import Argument, Grid, Program, arguments_type, kernels, packed, source, sources
 
 HERE = Path(__file__).parent
 
@@ -80,7 +79,7 @@ class Emulator:
         runs = [
             f'extern "C" const char* run_{kernel}(const {structure}* call, int x, int y, int z, size_t bytes, unsigned seed) '
             f"{{ return emulator::launch({{x, y, z}}, bytes, seed, [=] {{ {kernel}(*call); }}); }}"
-            for kernel in re.findall(r"^KERNEL\(.*?\) (\w+)\(", text, re.MULTILINE)
+            for kernel in kernels(program.file)
         ]
         unit = "\n".join(['#include "emulator.h"', text, *runs])
         header = (HERE / "emulator.h").read_text()
@@ -88,7 +87,9 @@ class Emulator:
         command += [f"-I{sources()}", *(f"-D{name}={value}" for name, value in program.constants.items())]
         key = hashlib.sha256("\0".join([unit, header, *command]).encode()).hexdigest()[:24]
         folder = Path(tempfile.gettempdir()) / f"lavender-emulator-{os.getuid()}"
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise PermissionError(f"{folder} belongs to another user, who could have put libraries there")
         library = folder / f"{program.file}-{key}.so"
         if not library.exists():
             with tempfile.TemporaryDirectory(dir=folder) as made:
@@ -96,6 +97,6 @@ class Emulator:
                 source.write_text(unit)
                 result = subprocess.run([*command, str(source), "-o", str(built)], capture_output=True, text=True)
                 if result.returncode:
-                    raise EmulatorError(f"g++ refuses {program.file}.cuh:\n{result.stderr[:4000]}")
+                    raise RuntimeError(f"g++ refuses {program.file}.cuh:\n{result.stderr[:4000]}")
                 os.replace(built, library)
         return library

@@ -11,10 +11,11 @@ import torch
 from lavender.errors import ConfigError
 from lavender.kernels import cuda, grids
 from lavender.kernels.column_maps import column_attention, column_maps
-from lavender.kernels.dispatch import cuda_reasons
+from lavender.kernels.dispatch import HAS_TRITON, cuda_reasons
+from lavender.kernels.row_map_loss import row_map_loss
 from lavender.kernels.row_maps import row_maps
 
-from .budget import DEVICE, poison_fresh_memory
+from .budget import DEVICE, poison_fresh_memory, relative_error
 from .emulator import Emulator, EmulatorError, whole
 from .test_error_budget import WORDS, check_columns, check_rows, collate, draw
 
@@ -135,6 +136,45 @@ def test_large_logits():
     with_large_logits()
 
 
+def test_gradients_do_not_vanish_where_probabilities_are_small():
+    """The largest gradient of a Kullback-Leibler divergence lies where the map is smallest, so dS is far below it."""
+    query, key = draw(2, (1, 2, 8, 64), (1, 2, 576, 64), dtype=HALF)
+    rows, columns = collate([[[1, 2], [4]]]), torch.arange(576, device=DEVICE)[None]
+    target = torch.rand(1, 2, 24, 24, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    present, found = torch.ones(1, 2, dtype=torch.bool, device=DEVICE), {}
+    for impl, dtype in (("cuda", HALF), ("reference", torch.float64)):
+        inputs = [(3 * query).to(dtype).requires_grad_(), key.to(dtype).requires_grad_()]
+        options = {"normalization": "sum", "distance": "kl", "impl": impl}
+        loss = row_map_loss(
+            *inputs, rows, columns, (24, 24), target.to(dtype if impl == "reference" else torch.float32), present, **options
+        )
+        found[impl] = torch.autograd.grad(loss * 1024, inputs)
+    for one, other in zip(*found.values(), strict=True):
+        assert relative_error(one, other) < 1e-3
+
+
+def test_a_small_gradient_of_the_output_beside_a_large_one_of_the_maps():
+    query, key, value = draw(2, (1, 2, 33, 40), (1, 2, 77, 40), (1, 2, 77, 40), dtype=HALF)
+    weights, found = torch.rand(1, 3, 77, generator=torch.Generator().manual_seed(0)).to(DEVICE), {}
+    pull = draw(3, (1, 2, 33, 40))[0]
+    for impl, dtype in (("cuda", HALF), ("reference", torch.float64)):
+        inputs = [t.to(dtype).requires_grad_() for t in (query, key, value)]
+        output, maps = column_attention(*inputs, weights, impl=impl)
+        total = (output * pull.to(dtype)).sum() * 2.0**-10 + maps.sin().sum() * 1000
+        found[impl] = torch.autograd.grad(total, inputs)
+    for one, other in zip(*found.values(), strict=True):
+        assert relative_error(one, other) < 2e-3
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch", *(["triton"] if HAS_TRITON else []), "cuda"])
+def test_what_is_no_number_stays_none(impl):
+    query, key = draw(2, (1, 2, 8, 40), (1, 2, 77, 40), dtype=HALF)
+    key[0, :, 70] = torch.nan  # no column of the rows' maps
+    rows, columns, weights = collate([[[1, 2], [4]]]), torch.arange(60, device=DEVICE)[None], torch.ones(1, 3, 77, device=DEVICE)
+    assert row_maps(query, key, rows, columns, impl=impl).isnan().all()
+    assert column_maps(query, key, weights, impl=impl).isnan().all()
+
+
 def test_inputs_of_any_strides():
     """Rows not aligned to eight elements, a last axis that is not dense, a broadcast one; head weights that are a column."""
     query, key = draw(9, (1, 2, 40, 11), (1, 1, 13, 43), dtype=HALF)
@@ -200,7 +240,7 @@ def barriers() -> list:
     """Every barrier of the kernels: its file, and where it stands."""
     found = []
     for file in ("row_maps", "column_maps"):
-        for number, match in enumerate(re.finditer(r"__syncthreads\(\);", whole(file))):
+        for number, match in enumerate(re.finditer(r"__sync(threads|warp)\(\);", whole(file))):
             found.append(pytest.param(file, match.span(), id=f"{file}-{number}"))
     return found
 
@@ -259,9 +299,10 @@ def test_a_barrier_that_some_threads_pass_by_is_caught(emulate):
 
 def test_what_has_no_kernel_says_so(runner):
     tensor = torch.zeros(1, 1, 1, 8)
-    assert cuda_reasons("row_maps", tensor, 8, by_name=True) == ["the dtype is torch.float32; its kernels take float16"]
-    assert cuda_reasons("row_maps", tensor.half(), 264, True) == ["the head width is 264; its kernels take up to 256"]
-    assert cuda_reasons("row_maps", tensor.half(), 8, by_name=False) == ["the tensors are on cpu, not on cuda"]
+    assert cuda_reasons("row_maps", tensor, 8, 1, by_name=True) == ["the dtype is torch.float32; its kernels take float16"]
+    assert cuda_reasons("row_maps", tensor.half(), 264, 1, True) == ["the head width is 264; its kernels take up to 256"]
+    assert cuda_reasons("row_maps", tensor.half(), 8, 1, by_name=False) == ["the tensors are on cpu, not on cuda"]
+    assert cuda_reasons("row_maps", tensor.half(), 8, 65536, True) == ["the batch has 65536 heads; its kernels take up to 65535"]
     query, weights = torch.zeros(1, 1, 1, 8, device=DEVICE), torch.ones(1, 1, 1, device=DEVICE)
     with pytest.raises(ConfigError, match=r"impl='cuda' cannot run column_maps here: the dtype is torch.float32"):
         column_maps(query, query, weights, impl="cuda")
@@ -301,10 +342,16 @@ def test_compiled_graphs_do_not_break():
         assert torch.equal(one, other)
 
 
-def test_arguments_go_by_name_and_lie_where_the_kernels_look():
-    kind = cuda.arguments_type("row_maps")
-    declared = re.search(r"struct RowMaps \{\n(.*?)\n\};", cuda.source("row_maps.cuh"), re.DOTALL)
-    assert [name for name, _ in kind._fields_] == re.findall(r"(\w+);", declared[1])
+def test_a_compiled_function_sees_heads_of_two_widths():
+    """As in a U-Net: the second width makes the first one's graph one for any width."""
+    weights = torch.ones(1, 2, 13, device=DEVICE) / 3
+    function = torch.compile(lambda q, k: column_maps(q, k, weights, impl="cuda"), fullgraph=True, backend="aot_eager")
+    for width in (40, 16, 24):
+        query, key = draw(width, (1, 2, 9, width), (1, 2, 13, width), dtype=HALF)
+        assert torch.equal(function(query, key), column_maps(query, key, weights, impl="cuda"))
+
+
+def test_arguments_go_by_name():
     found = cuda.packed("row_maps", {"query_b": 2**40, "num_heads": 3, "scale": 0.5, "bias": None, "causal": True})
     assert (found.query_b, found.num_heads, found.scale, found.bias, found.causal) == (2**40, 3, 0.5, None, 1)
     with pytest.raises(TypeError, match="RowMaps has no nonsense"):

@@ -12,7 +12,7 @@ from lavender.kernels.nvrtc import find_nvrtc
 
 SHARED_BYTES = {70: 96 * 1024, 75: 64 * 1024, 80: 163 * 1024, 90: 227 * 1024}
 """The most shared memory that a block may opt in to."""
-WIDTHS = {70: (40, 64, 80, 128, 160, 256), 75: (40, 64, 80, 128, 160, 256), 80: (64, 128), 90: (64, 128)}
+WIDTHS = {70: (40, 64, 72, 80, 96, 104, 112, 128, 160, 256), 75: (40, 64, 80, 128, 160, 256), 80: (64, 128), 90: (64, 128)}
 KERNELS = {
     "row_maps": {"row_lse", "row_word_maps", "row_delta", "row_query_gradient", "row_sum", "row_key_gradient"},
     "column_maps": {"column_maps", "column_query_gradient", "column_key_gradient"},
@@ -37,20 +37,20 @@ def instructions(cubin: bytes) -> dict[str, list[int]]:
 
 
 def usage(log: str) -> dict[str, dict[str, int]]:
-    """Stack, spills and registers of each kernel, as ptxas reports them."""
-    pattern = (
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
-        r"Used (\d+) registers"
-    )
-    names = ("stack", "stores", "loads", "registers")
+    """Bytes of stack and spills of each kernel, as ptxas reports them."""
+    pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    names = ("stack", "stores", "loads")
     return {kernel: dict(zip(names, map(int, numbers), strict=True)) for kernel, *numbers in re.findall(pattern, log, re.DOTALL)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", KERNELS)
-@pytest.mark.parametrize(("architecture", "width"), [(a, width) for a, widths in WIDTHS.items() for width in widths])
-def test_every_kernel_stays_within_its_budget(file, architecture, width):
-    program = Program(file, width, True)
+@pytest.mark.parametrize(
+    ("architecture", "width", "vector"),
+    [*((a, width, True) for a, widths in WIDTHS.items() for width in widths), (70, 40, False), (70, 128, False)],
+)
+def test_every_kernel_stays_within_its_budget(file, architecture, width, vector):
+    program = Program(file, width, vector)
     assert program.shared_bytes <= SHARED_BYTES[architecture]
     options = [*(f"-D{name}={value}" for name, value in program.constants.items()), "--ptxas-options=-v"]
     headers = {name: source(name) for name in HEADERS}
@@ -60,7 +60,6 @@ def test_every_kernel_stays_within_its_budget(file, architecture, width):
     assert set(taken) == set(code) == KERNELS[file]
     for kernel, numbers in taken.items():
         assert numbers["stack"] == numbers["stores"] == numbers["loads"] == 0, (kernel, numbers)
-        assert 0 < numbers["registers"] <= 255, (kernel, numbers)
         products = sum(low & 0xFFF == TENSOR_CORE_OPCODES[architecture] for low in code[kernel])
         assert (products > 0) == (kernel not in WITHOUT_PRODUCTS), (kernel, products)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lavender.kernels import cuda
-from lavender.kernels.cuda import Driver, DriverError, Program, packed
+from lavender.kernels.cuda import Driver, DriverError, Program, kernels
 from lavender.kernels.nvrtc import CompileError
 
 FAKE = r"""
@@ -26,6 +26,15 @@ template <class... T> static void note(const char* format, T... values) {
 extern "C" {
 const char* taken() { return log_text; }
 void refuse(int status) { refused = status; log_text[0] = 0; }
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+  note("retain %d\n", device);
+  *context = (void*)0x4444444444;
+  return 0;
+}
+int cuCtxSetCurrent(void* context) {
+  note("enter %p\n", context);
+  return 0;
+}
 int cuModuleLoadData(void** module, const void* image) {
   note("load %.3s\n", (const char*)image + 1);
   *module = (void*)0x1111111111;
@@ -69,9 +78,10 @@ def card(library, monkeypatch, tmp_path):
     """A V100, as far as torch and the driver's library say."""
     monkeypatch.setenv("LAVENDER_CACHE", str(tmp_path))
     library.refuse(0)
-    stream = types.SimpleNamespace(cuda_stream=0x3333333333, synchronize=lambda: None)
+    stream = types.SimpleNamespace(cuda_stream=0x3333333333)
     monkeypatch.setattr(cuda, "_driver", lambda: library)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
@@ -87,16 +97,13 @@ def test_a_launch_as_the_driver_sees_it(card):
     assert driver.why_not(PROGRAM, DEVICE) == []
     for _ in range(2):
         driver.launch(PROGRAM, "row_lse", (3, 2, 5), 1234, {"query": query, "num_heads": 7}, DEVICE)
-    launch = f"launch 0x2222222222 3 2 5 256 1 1 1234 0x3333333333 1\nfirst {hex(query.data_ptr())}\n"
-    # Loaded once, looked up once, launched twice.
-    assert card.taken().decode() == (
-        f"load ELF\nget 0x1111111111 row_lse\nset 0x2222222222 8 {PROGRAM.shared_bytes}\n" + 2 * launch
-    )
-
-
-def test_the_structure_has_no_place_for_other_names():
-    with pytest.raises(TypeError, match="RowMaps has no nonsense"):
-        packed("row_maps", {"nonsense": 1})
+    launch = f"enter 0x4444444444\nlaunch 0x2222222222 3 2 5 256 1 1 1234 0x3333333333 1\nfirst {hex(query.data_ptr())}\n"
+    taken = card.taken().decode()
+    assert taken.startswith("retain 0\nenter 0x4444444444\nload ELF\n")
+    for kernel in kernels("row_maps"):  # a refusal must come before anything is launched
+        assert taken.count(f"get 0x1111111111 {kernel}\nset 0x2222222222 8 {PROGRAM.shared_bytes}\nset 0x2222222222 9 100\n") == 1
+    assert taken.count("load") == 1
+    assert taken.endswith(2 * launch)
 
 
 def test_a_driver_that_refuses_gives_a_reason_once(card, caplog):
@@ -105,10 +112,18 @@ def test_a_driver_that_refuses_gives_a_reason_once(card, caplog):
     reason = "the CUDA driver refused cuModuleLoadData: no kernel image is available for execution on the device (status 209)"
     assert driver.why_not(PROGRAM, DEVICE) == [reason]
     assert driver.why_not(Program("row_maps", 128, True), DEVICE) == [reason]
-    assert card.taken().decode() == "load ELF\n"  # not tried again
+    assert card.taken().decode().count("load") == 1  # not tried again
     assert [record.getMessage() for record in caplog.records] == [
-        f"the CUDA C++ kernels of row_maps cannot run on cuda:0, 'torch' does: {reason}"
+        f"the CUDA C++ kernels of row_maps cannot run on cuda:0, and impl='auto' goes on without: {reason}"
     ]
+
+
+def test_a_driver_without_memory_is_asked_again(card):
+    driver = Driver()
+    card.refuse(2)
+    assert driver.why_not(PROGRAM, DEVICE) == ["the CUDA driver refused cuModuleLoadData: unknown error (status 2)"]
+    card.refuse(0)
+    assert driver.why_not(PROGRAM, DEVICE) == []
 
 
 def test_a_launch_that_fails_raises(card):
