@@ -146,7 +146,7 @@ DEVICE void add_to_maps(
 }
 
 // output[b, h, i, :], maps[b, part, w, i] and lse[b, h, i] of one block of queries and one part of the heads.
-KERNEL(THREADS, 1) column_maps(const ColumnMaps call) {
+KERNEL(THREADS) column_maps(const ColumnMaps call) {
   SHARED_MEMORY(bytes);
   Memory& memory = *reinterpret_cast<Memory*>(bytes);
   const int block = blockIdx.x, part = blockIdx.y, b = blockIdx.z, tiles = (call.num_keys + KEYS - 1) / KEYS;
@@ -239,7 +239,7 @@ DEVICE void gradients_of_probabilities(
 }
 
 // query_gradient[b, h, i, :] and, for the key's and the head weights' gradients, new_delta[b, h, i] and head_delta[b, h, i].
-KERNEL(THREADS, 1) column_query_gradient(const ColumnMaps call) {
+KERNEL(THREADS) column_query_gradient(const ColumnMaps call) {
   SHARED_MEMORY(bytes);
   Memory& memory = *reinterpret_cast<Memory*>(bytes);
   const int block = blockIdx.x, b = blockIdx.y / call.num_heads, h = blockIdx.y % call.num_heads;
@@ -281,7 +281,7 @@ KERNEL(THREADS, 1) column_query_gradient(const ColumnMaps call) {
 }
 
 // key_partial and value_partial[split, b, h, n, :]: dk and dv over one split of the queries.
-KERNEL(THREADS, 1) column_key_gradient(const ColumnMaps call) {
+KERNEL(THREADS) column_key_gradient(const ColumnMaps call) {
   SHARED_MEMORY(bytes);
   Memory& memory = *reinterpret_cast<Memory*>(bytes);
   const int start = blockIdx.x * KEYS, split = blockIdx.y, b = blockIdx.z / call.num_heads, h = blockIdx.z % call.num_heads;

@@ -7,8 +7,8 @@
 #define LAVENDER_DEVICE
 
 #define DEVICE __device__ __forceinline__
-// A kernel under its plain name. Registers are dealt out so that a processor can hold `blocks` of its blocks.
-#define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+// A kernel under its plain name. One block of it may take all registers of a processor: more blocks would spill.
+#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
 #define SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
 
 typedef unsigned short half_t;  // the bits of a float16

@@ -55,7 +55,6 @@ struct Memory {
 };
 static_assert(sizeof(Memory) == SHARED_BYTES, "the launch gives a block what this file lays out");
 static_assert(sizeof(Memory::scores) >= WARPS * 256 * sizeof(float), "sums leave through the place of the scores");
-constexpr int BLOCKS = WIDTH <= 64 && VECTOR ? 2 : 1;  // that a V100 has shared memory for, and registers without spilling
 
 // An entry of one head: what a lane knows of the row of scores that it works on.
 struct Entry {
@@ -132,7 +131,7 @@ DEVICE int split_start(int length, int split) {
 }
 
 // partial[split, b, h, r]: base-2 log-sum-exp over one split of the keys; -inf where nothing is seen.
-KERNEL(THREADS, BLOCKS) row_lse(const RowMaps call) {
+KERNEL(THREADS) row_lse(const RowMaps call) {
   SHARED_MEMORY(bytes);
   Memory& memory = *reinterpret_cast<Memory*>(bytes);
   const int b = blockIdx.z / call.num_groups, g = blockIdx.z % call.num_groups, lane = threadIdx.x % LANES;
@@ -155,7 +154,7 @@ KERNEL(THREADS, BLOCKS) row_lse(const RowMaps call) {
 }
 
 // maps[b, part, w, m]: the sum over a part's heads and a word's entries, for one tile of columns.
-KERNEL(THREADS, BLOCKS) row_word_maps(const RowMaps call) {
+KERNEL(THREADS) row_word_maps(const RowMaps call) {
   SHARED_MEMORY(bytes);
   Memory& memory = *reinterpret_cast<Memory*>(bytes);
   const int start = blockIdx.x * KEYS, part = blockIdx.y, b = blockIdx.z, lane = threadIdx.x % LANES;
@@ -208,7 +207,7 @@ KERNEL(THREADS, BLOCKS) row_word_maps(const RowMaps call) {
 }
 
 // partial[split, b, h, r]: the sum over one split of the columns of P Ghat, the head's weight left out.
-KERNEL(THREADS, BLOCKS) row_delta(const RowMaps call) {
+KERNEL(THREADS) row_delta(const RowMaps call) {
   SHARED_MEMORY(bytes);
   Memory& memory = *reinterpret_cast<Memory*>(bytes);
   const int b = blockIdx.z / call.num_groups, g = blockIdx.z % call.num_groups, lane = threadIdx.x % LANES;
@@ -256,7 +255,7 @@ DEVICE void put_scores_gradient(const RowMaps& call, Memory& memory, const Entry
 }
 
 // partial[split, b, h, r, :]: the sum over one split of the keys of dS k, the softmax scale left out.
-KERNEL(THREADS, BLOCKS) row_query_gradient(const RowMaps call) {
+KERNEL(THREADS) row_query_gradient(const RowMaps call) {
   SHARED_MEMORY(bytes);
   Memory& memory = *reinterpret_cast<Memory*>(bytes);
   const int b = blockIdx.z / call.num_groups, g = blockIdx.z % call.num_groups;
@@ -278,7 +277,7 @@ KERNEL(THREADS, BLOCKS) row_query_gradient(const RowMaps call) {
 }
 
 // out[b, h, rows[r], :] = scale times the parts of every entry that names this row; such entries all write the same value.
-KERNEL(THREADS, BLOCKS) row_sum(const RowMaps call) {
+KERNEL(THREADS) row_sum(const RowMaps call) {
   const int r = blockIdx.x, b = blockIdx.y / call.num_heads, h = blockIdx.y % call.num_heads, d = threadIdx.x;
   const index_t* rows = call.rows + index_t(b) * call.num_rows;
   const index_t row = rows[r], size = index_t(gridDim.y) * call.num_rows;
@@ -293,7 +292,7 @@ KERNEL(THREADS, BLOCKS) row_sum(const RowMaps call) {
 }
 
 // out[b, g, n, :]: scale dS^T q over the entries of the group's heads.
-KERNEL(THREADS, BLOCKS) row_key_gradient(const RowMaps call) {
+KERNEL(THREADS) row_key_gradient(const RowMaps call) {
   SHARED_MEMORY(bytes);
   Memory& memory = *reinterpret_cast<Memory*>(bytes);
   const int start = blockIdx.x * KEYS, b = blockIdx.y / call.num_groups, g = blockIdx.y % call.num_groups;

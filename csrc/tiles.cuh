@@ -94,7 +94,6 @@ struct Sums {
         store(tile, 16, parts[c]);
         __syncwarp();
         for (int e = threadIdx.x % 32; e < 256; e += 32) visit(t / (N / 16) * 16 + e / 16, t % (N / 16) * 16 + e % 16, tile[e]);
-        __syncwarp();
       }
     }
   }

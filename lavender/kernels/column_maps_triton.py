@@ -355,13 +355,14 @@ def _key_gradient(
         if E > 0:
             pull_first, pull_second = _load_wide(output_gradient, i, valid, E, E, E_FIRST, E_SECOND)
             by_output = dot(v_first, tl.trans(pull_first))
-            value_first += dot(probabilities.to(v_first.dtype), pull_first)
             if E_SECOND > 0:
                 by_output += dot(v_second, tl.trans(pull_second))
-                value_second += dot(probabilities.to(v_first.dtype), pull_second)
             if RESCALED:
                 by_output *= tl.load(output_peak) / tl.load(peak)
             wanted += by_output
+            value_first += dot(probabilities.to(v_first.dtype), pull_first)
+            if E_SECOND > 0:
+                value_second += dot(probabilities.to(v_first.dtype), pull_second)
         scores_gradient = (probabilities * (wanted - shift[None, :])).to(k_first.dtype)
         key_first += dot(scores_gradient, q_first)
         if SECOND > 0:

@@ -28,7 +28,7 @@ using std::max;
 using std::min;
 
 #define DEVICE inline
-#define KERNEL(threads, blocks) extern "C" void
+#define KERNEL(threads) extern "C" void
 #define SHARED_MEMORY(name) unsigned char* name = emulator::shared
 #define __syncthreads() emulator::meet(emulator::BLOCK, __LINE__)
 #define __syncthreads_or(found) emulator::any(found, __LINE__)
