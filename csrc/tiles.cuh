@@ -1,7 +1,7 @@
 // What the kernels share: tiles of half precision in shared memory, sums of their products, softmax rows spread over lanes.
 //
-// Given at compile time: WIDTH, the heads' width; ROWS and KEYS, the sides of a tile of scores; VECTOR, whether pointers and strides let eight
-// elements be loaded at once; SHARED_BYTES, what a block is given.
+// Given at compile time: WIDTH, the heads' width; ROWS and KEYS, the sides of a tile of scores; VECTOR, whether pointers and strides let
+// eight elements be loaded at once; SHARED_BYTES, what a block is given.
 //
 // A tile of scores has ROWS x KEYS elements. LANES neighboring lanes of a warp share a row of it; each has PER_LANE columns, lane +
 // LANES * j, and keeps them in registers under the same j from one step to the next.
