@@ -165,6 +165,7 @@ class Driver:
         self._functions: dict[tuple[Program, str, int], ctypes.c_void_p] = {}
         self._modules: dict[tuple[Program, int], ctypes.c_void_p] = {}
         self._contexts: dict[int, ctypes.c_void_p] = {}
+        self._ready: set[tuple[Program, int]] = set()
         self._refused: dict[tuple[str, int], str] = {}
 
     def why_not(self, program: Program, device: torch.device) -> list[str]:
@@ -174,6 +175,8 @@ class Driver:
         if 10 * major + minor < OLDEST:
             return [f"compute capability {major}.{minor} is below 7.0, where there are no tensor cores"]
         index = torch.cuda.current_device() if device.index is None else device.index
+        if (program, index) in self._ready:  # every call asks
+            return []
         # What one program was refused for holds for the file's others: it is tried once.
         refused = self._refused.get((program.file, index))
         if refused is None:
@@ -181,6 +184,7 @@ class Driver:
                 with torch.cuda.device(index):
                     for kernel in kernels(program.file):
                         self._function(program, kernel, index)
+                self._ready.add((program, index))
                 return []
             except LavenderError as error:
                 refused = str(error)
