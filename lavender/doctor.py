@@ -308,7 +308,7 @@ def _examine_machine() -> Iterator[Finding]:
         number = str(torch.__version__)
     except Exception as error:  # a half-removed or broken torch fails in many ways, which are to be told
         if isinstance(error, ModuleNotFoundError) and error.name == "torch":
-            yield Finding("torch", "not installed", "pip install torch")
+            yield Finding("torch", "not installed: nothing of lavender runs without it", "pip install torch")
         else:
             yield Finding("torch", f"does not load ({_first_line(error)})", "pip install --force-reinstall torch")
     else:
