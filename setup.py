@@ -6,8 +6,8 @@ setup(
     packages=[*find_packages(include=["lavender*"]), "lavender.csrc"],
     package_dir={"lavender.csrc": "csrc"},
     package_data={
-        "lavender": ["py.typed", "report.html.jinja"],
+        "lavender": ["py.typed"],
         "lavender.csrc": ["*.cuh"],
-        "lavender.miniworld": ["weights/**/*"],
+        "lavender.miniworld": ["report.html.jinja", "weights/**/*"],
     },
 )

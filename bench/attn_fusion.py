@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from providers import CPU_SHAPES, CUDA_SHAPES, Case, Shape
 
-from lavender.report import environment
+from lavender.miniworld.report import environment
 
 Row = dict[str, object]
 PASSES = {"forward": False, "forward + backward": True}

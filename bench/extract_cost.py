@@ -23,10 +23,10 @@ from PIL import Image
 
 from lavender.config import TeacherConfig
 from lavender.miniworld import TEACHER
+from lavender.miniworld.report import environment
 from lavender.miniworld.teacher import make_scheduler, make_text_encoder, train_tokenizer
-from lavender.report import environment
-from lavender.teacher import model as teaching
-from lavender.teacher.model import Teacher
+from lavender.teachers import model as teaching
+from lavender.teachers.model import Teacher
 
 CAPTION = "A large red circle above a small green square to the left of a blue star."
 """Sixteen words."""

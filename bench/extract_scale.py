@@ -24,13 +24,13 @@ from typing import Any
 import psutil
 
 from lavender.config import ExtractionConfig, TeacherConfig
-from lavender.data import Pair
+from lavender.data.samples import Pair
+from lavender.data.sources import BadPair, Pairs, open_pairs
+from lavender.extraction.extract import extract
 from lavender.miniworld import TEACHER, write_dataset
+from lavender.miniworld.report import environment
 from lavender.miniworld.scenes import make_scenes
-from lavender.report import environment
-from lavender.sources import BadPair, Pairs, open_pairs
-from lavender.targets import read_manifest
-from lavender.teacher.extract import extract
+from lavender.targets.store import read_manifest
 
 CONFIG = TeacherConfig(inversion="noise")
 SHARD_SIZE = 64

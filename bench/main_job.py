@@ -21,14 +21,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import lavender
-from lavender.collator import Collator
+from lavender.batches.collator import Collator
 from lavender.config import AlignmentConfig, TeacherConfig
-from lavender.data import Sample
+from lavender.data.samples import Sample
 from lavender.miniworld.experiment import STUDENT, TEACHER
+from lavender.miniworld.report import environment
 from lavender.miniworld.scenes import DESCRIBE, make_scenes
-from lavender.report import environment
-from lavender.teacher.model import Teacher
-from lavender.train import load_student
+from lavender.teachers.model import Teacher
+from lavender.training.train import load_student
 
 Row = dict[str, object]
 BATCH = 16

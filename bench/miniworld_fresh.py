@@ -15,11 +15,11 @@ from miniworld_study import mean_and_interval
 from peft import PeftModel
 
 import lavender
-from lavender.evaluate import evaluate_answers, evaluate_attention
+from lavender.evaluation.localization import evaluate_answers, evaluate_attention
 from lavender.miniworld import STUDENT
 from lavender.miniworld.experiment import held_out_scenes
-from lavender.report import environment
-from lavender.train import load_student
+from lavender.miniworld.report import environment
+from lavender.training.train import load_student
 
 FRESH_SEED = 400
 NUM_SCENES = 150

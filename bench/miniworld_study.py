@@ -42,8 +42,8 @@ from lavender.miniworld.experiment import (
     train_arm,
     training_scenes,
 )
-from lavender.report import TITLES, environment
-from lavender.targets import TargetStore
+from lavender.miniworld.report import TITLES, environment
+from lavender.targets.store import TargetStore
 
 LAMBDAS = (0.03, 0.1, 0.3, 1.0)
 TOLERATED_LOSS = 0.02
@@ -60,7 +60,7 @@ def run_arm(folder: Path, arm: str, config: ExperimentConfig, measured_seed: int
     import torch
     from transformers.utils import logging
 
-    from lavender.train import load_student
+    from lavender.training.train import load_student
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()

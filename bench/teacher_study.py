@@ -1,6 +1,6 @@
 """How a teacher should be asked: inversions, timesteps, layers and heads compared on the small world, with what each costs.
 
-Every way reads the same held-out scenes, whose masks are exact. Written are the four measures of `lavender.evaluate` with the
+Every way reads the same held-out scenes, whose masks are exact. Written are the four measures of `lavender.evaluation` with the
 word-agnostic control, 95 % intervals by resampling scenes, forwards and seconds a picture (one thread), and a plot. Controls: a
 U-Net of random weights, and chance.
 """
@@ -20,12 +20,12 @@ import torch
 from tqdm import tqdm
 
 from lavender.config import TeacherConfig, to_dict
-from lavender.evaluate import MEASURED_KINDS, compare, measured_words, teacher_maps
+from lavender.evaluation.localization import MEASURED_KINDS, compare, measured_words, teacher_maps
 from lavender.miniworld import TEACHER
 from lavender.miniworld.experiment import held_out_scenes
+from lavender.miniworld.report import environment
 from lavender.miniworld.teacher import make_unet
-from lavender.report import environment
-from lavender.teacher.model import Teacher, load_pipeline
+from lavender.teachers.model import Teacher, load_pipeline
 
 SCENE_SEED = 6060
 """Scenes that no other measurement of this project has used."""

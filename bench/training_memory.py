@@ -20,9 +20,9 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
 import lavender
-from lavender.boxes import square_boxes, tiled_boxes
 from lavender.config import AlignmentConfig
-from lavender.report import environment
+from lavender.miniworld.report import environment
+from lavender.students.boxes import square_boxes, tiled_boxes
 
 TEXT, TILES, SIDE, WORDS, VOCABULARY = 1024, 4, 40, 16, 8192
 KEYS = TILES * (1 + SIDE * SIDE)

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from lavender.maps import overlay
-from lavender.report import EXAMPLES, TITLES
+from lavender.miniworld.report import EXAMPLES, TITLES
 
 
 def main() -> None:

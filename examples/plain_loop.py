@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import lavender
-from lavender.data import read_samples
+from lavender.data.samples import read_samples
 from lavender.miniworld import STUDENT
 
 

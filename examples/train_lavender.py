@@ -16,8 +16,8 @@ import os
 import torch
 
 from lavender import TargetStore, fine_tune
-from lavender.data import read_samples
-from lavender.presets import PRESETS, preset
+from lavender.cli.presets import PRESETS, preset
+from lavender.data.samples import read_samples
 
 
 def precision_here():

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 import lavender
-from lavender.data import read_samples
+from lavender.data.samples import read_samples
 from lavender.miniworld import STUDENT
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
 import lavender
-from lavender.data import as_conversation, read_samples
+from lavender.data.samples import as_conversation, read_samples
 from lavender.miniworld import STUDENT
 
 

@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+__path__ = [*__path__, f"{__path__[0]}/deprecated"]
+"""Where submodules are found: modules that moved are importable by their old names, with a warning."""
 
 _HOME = {
     "AlignmentConfig": "config",
@@ -13,25 +15,28 @@ _HOME = {
     "TeacherConfig": "config",
     "TrainingConfig": "config",
     "LavenderError": "errors",
-    "Collator": "collator",
-    "Conversation": "data",
-    "Family": "families",
+    "Collator": "batches.collator",
+    "Conversation": "data.samples",
+    "Family": "students.families",
     "HeatMap": "maps",
     "Maps": "maps",
-    "Message": "data",
-    "Pictures": "families",
-    "TargetStore": "targets",
+    "Message": "data.samples",
+    "Pictures": "students.families",
+    "TargetStore": "targets.store",
     "Word": "types",
     "WordsConfig": "config",
     "WordMaps": "types",
-    "extract": "teacher.extract",
-    "open_pairs": "sources",
+    "extract": "extraction.extract",
+    "open_pairs": "data.sources",
     "patch": "patching",
-    "register_family": "families",
-    "fine_tune": "train",
-    "watch": "watching",
+    "register_family": "students.families",
+    "fine_tune": "training.train",
+    "watch": "training.callback",
     "words_of": "words",
 }
+
+_RENAMED: dict[str, str] = {}
+"""Deprecated public names, and the names that replaced them."""
 
 __all__ = [
     "AlignmentConfig",
@@ -61,24 +66,31 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .collator import Collator
+    from .batches.collator import Collator
     from .config import AlignmentConfig, ExtractionConfig, TeacherConfig, TrainingConfig, WordsConfig
-    from .data import Conversation, Message
+    from .data.samples import Conversation, Message
+    from .data.sources import open_pairs
     from .errors import LavenderError
-    from .families import Family, Pictures, register_family
+    from .extraction.extract import extract
     from .maps import HeatMap, Maps
     from .patching import patch
-    from .sources import open_pairs
-    from .targets import TargetStore
-    from .teacher.extract import extract
-    from .train import fine_tune
+    from .students.families import Family, Pictures, register_family
+    from .targets.store import TargetStore
+    from .training.callback import watch
+    from .training.train import fine_tune
     from .types import Word, WordMaps
-    from .watching import watch
     from .words import words_of
 
 
 def __getattr__(name: str) -> Any:
     """Loads public names on first use, so that importing lavender imports neither torch nor any model library."""
+    if name in _RENAMED:
+        import_module(f"{__name__}.errors").warn_renamed(f"lavender.{name}", f"lavender.{_RENAMED[name]}")
+        name = _RENAMED[name]
     if name in _HOME:
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

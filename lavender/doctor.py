@@ -60,7 +60,7 @@ def examine(model: str | Path | Any) -> list[Finding]:
     if isinstance(model, nn.Module):
         return list(_examine_student(model, None))
     if not isinstance(model, str | Path):
-        from .hooks.pipelines import denoisers_of
+        from .teachers.patch import denoisers_of
 
         return list(_examine_teacher(model, denoisers_of(model)[0]))
     try:
@@ -125,9 +125,9 @@ def _processor(model: str) -> Any:
 def _examine_student(model: Any, processor: Any) -> Iterator[Finding]:
     import torch
 
-    from .families import known_family
-    from .hooks.discovery import attention_modules, base_model_of, is_cross, layers_around, text_tower
-    from .hooks.registry import require_supported
+    from .students.discovery import attention_modules, base_model_of, is_cross, layers_around, text_tower
+    from .students.families import known_family
+    from .students.registry import require_supported
 
     model = base_model_of(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
@@ -163,8 +163,8 @@ def _examine_student(model: Any, processor: Any) -> Iterator[Finding]:
 
 
 def _grid(model: Any, model_type: str | None, processor: Any) -> Finding:
-    from .families import STUDENTS, Family, known_family
-    from .families.columns import model_type_of
+    from .students.families import STUDENTS, Family, known_family
+    from .students.image_tokens import model_type_of
 
     served = model_type
     if processor is not None and not isinstance(processor, Exception):
@@ -186,7 +186,7 @@ def _grid(model: Any, model_type: str | None, processor: Any) -> Finding:
 
 
 def _examine_processor(model: Any, processor: Any) -> Iterator[Finding]:
-    from .families.columns import image_token_of
+    from .students.image_tokens import image_token_of
 
     if processor is None:
         return
@@ -227,16 +227,16 @@ def _examine_pipeline_folder(model: str, index: dict[str, Any]) -> Iterator[Find
 def _examine_teacher(pipe: Any, denoiser: Any) -> Iterator[Finding]:
     import torch
 
-    from .families.prompts import parts_of
-    from .families.teachers import teacher_family_of
-    from .hooks.diffusers import DenoiserHooks, hides_attention, remedy_of
+    from .teachers.families import teacher_family_of
+    from .teachers.prompts import parts_of
+    from .teachers.recording import DenoiserHooks, hides_attention, remedy_of
 
     yield Finding("model", f"{type(pipe).__name__} with {type(denoiser).__name__}, a teacher")
     try:
         hooks = DenoiserHooks(denoiser)
         hooks.remove()
     except ModelError as error:
-        yield Finding("layout", str(error), "add a Layout to lavender/families/denoisers.py: see docs/add-a-family.md")
+        yield Finding("layout", str(error), "add a Layout to lavender/teachers/denoisers.py: see docs/add-a-family.md")
         return
     order = {"cross": "cross-attention to text alone"}.get(
         hooks.layout.order, f"text and picture in one sequence, {hooks.layout.order}"
@@ -281,8 +281,9 @@ class _Tensor:
 
 def _choice(operation: str, width: int, dtype: torch.dtype, device: torch.device) -> tuple[str, list[str]]:
     """The implementation that `impl="auto"` takes for heads of this width, and why not the faster ones."""
-    from .kernels import column_maps, row_maps
+    from .kernels.column_maps import api as column_maps
     from .kernels.dispatch import cuda_reasons, triton_reasons
+    from .kernels.row_maps import api as row_maps
 
     tensor: Any = _Tensor(dtype, device)
     widest_float32 = {"row_maps": row_maps, "column_maps": column_maps}[operation].WIDEST_FLOAT32
@@ -333,7 +334,7 @@ def _examine_device() -> Iterator[Finding]:
     """The CUDA devices, and what can run on the current one."""
     import torch
 
-    from .kernels.cuda import OLDEST
+    from .kernels.cuda.driver import OLDEST
     from .kernels.dispatch import HAS_TRITON, triton_reasons
 
     device, architecture = torch.device("cpu"), None
@@ -387,7 +388,8 @@ def _torch_knows(major: int, minor: int) -> bool:
 
 def _examine_cuda(architecture: int | None, needed: bool) -> Iterator[Finding]:
     """What the CUDA C++ kernels are compiled and loaded with; with remedies if they are `needed`."""
-    from .kernels import cuda, nvrtc
+    from .kernels.cuda import driver as cuda
+    from .kernels.cuda import nvrtc
 
     try:
         found = nvrtc.find_nvrtc(architecture)

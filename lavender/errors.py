@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 
 class LavenderError(Exception):
     """Base of every error that a user can cause and mend; the command line prints it as one line and exits with 2."""
@@ -25,3 +27,13 @@ class DataError(LavenderError):
 
 class TargetError(LavenderError):
     """A target store is missing, damaged, or belongs to other pictures or another teacher."""
+
+
+_warned: set[str] = set()
+
+
+def warn_renamed(old: str, new: str) -> None:
+    """Warns once per process, by a `FutureWarning`, that a public name is deprecated; `new` replaces it."""
+    if old not in _warned:
+        _warned.add(old)
+        warnings.warn(f"{old} is deprecated; use {new}", FutureWarning, stacklevel=3)

@@ -13,8 +13,8 @@ from .errors import ConfigError, ModelError
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from .hooks.pipelines import TeacherPatch
-    from .hooks.transformers import StudentPatch
+    from .students.patch import StudentPatch
+    from .teachers.patch import TeacherPatch
 
 
 @overload
@@ -76,7 +76,7 @@ def patch(
         return _patch_student(model, config, processor)
     if config is not None or processor is not None:
         raise ConfigError("config and processor are settings of transformers models; a pipeline has layers, heads, steps and words")
-    from .hooks.pipelines import TeacherPatch
+    from .teachers.patch import TeacherPatch
 
     present = getattr(model, "_lavender_patch", None)
     if present is not None and present.pipe is not model:  # a copy of a patched pipeline
@@ -89,8 +89,8 @@ def patch(
 
 
 def _patch_student(model: nn.Module, config: AlignmentConfig | None, processor: Any) -> StudentPatch:
-    from .hooks.discovery import base_model_of
-    from .hooks.transformers import StudentPatch
+    from .students.discovery import base_model_of
+    from .students.patch import StudentPatch
 
     base = base_model_of(model)
     present = getattr(base, "_lavender_patch", None)

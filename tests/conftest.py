@@ -14,8 +14,8 @@ if not torch.cuda.is_available():
     # Before anything imports triton: kernels that are asked for by name then run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from lavender.collator import Collator
-from lavender.data import Sample
+from lavender.batches.collator import Collator
+from lavender.data.samples import Sample
 from lavender.miniworld.scenes import DESCRIBE, Scene, make_scenes
 
 
@@ -64,7 +64,7 @@ def teacher_folder(scenes, tmp_path_factory):
 
 @pytest.fixture
 def pipe(teacher_folder):
-    from lavender.teacher.model import load_pipeline
+    from lavender.teachers.model import load_pipeline
 
     loaded = load_pipeline(teacher_folder)
     loaded.set_progress_bar_config(disable=True)

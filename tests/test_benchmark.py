@@ -12,7 +12,7 @@ import pytest
 import torch
 from providers import CPU_SHAPES, CUDA_SHAPES, Case
 
-from lavender.kernels import cuda
+from lavender.kernels.cuda import driver as cuda
 
 from .kernels.emulator import Emulator
 

@@ -16,11 +16,13 @@ import lavender
 from lavender.cli import app
 from lavender.doctor import examine, examine_machine
 from lavender.errors import ModelError
-from lavender.families import STUDENTS
-from lavender.kernels import cuda, dispatch, nvrtc
+from lavender.kernels import dispatch
+from lavender.kernels.cuda import driver as cuda
+from lavender.kernels.cuda import nvrtc
+from lavender.students.families import STUDENTS
 
-from .families.teacher_zoo import PIPELINES
-from .families.test_contract import NAMES, built
+from .students.test_contract import NAMES, built
+from .teachers.zoo import PIPELINES
 
 
 def found(model) -> dict[str, str]:

@@ -30,15 +30,15 @@ from trl import SFTConfig, SFTTrainer
 
 import lavender
 from lavender.config import AlignmentConfig, TeacherConfig
-from lavender.data import read_samples
+from lavender.data.samples import read_samples
 from lavender.miniworld import STUDENT, write_dataset
-from lavender.targets import Target, TargetStore, TargetWriter, image_sha256
+from lavender.targets.store import Target, TargetStore, TargetWriter, image_sha256
 from lavender.types import WordMaps
 from lavender.words import words_of
 
 from .conftest import without_lavender
-from .families.probe import noise
-from .families.zoo import students
+from .students.probe import noise
+from .students.zoo import students
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = ("trainer", "trl_sft", "plain_loop")

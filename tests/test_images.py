@@ -20,7 +20,7 @@ from PIL import Image
 
 from lavender.errors import DataError
 from lavender.images import StoredImage, load_image, path_within, read_bytes
-from lavender.targets import image_sha256
+from lavender.targets.store import image_sha256
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:

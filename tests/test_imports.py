@@ -15,20 +15,12 @@ PACKAGE = Path(__file__).parents[1] / "lavender"
 RANKS = [
     {"errors", "types"},
     {"config"},
-    {"words", "boxes", "images"},
-    {"kernels"},
-    {"maps"},
-    {"families"},
-    {"aligner", "hooks"},
-    {"patching"},
-    {"shards", "targets", "data", "grounding", "sources"},
-    {"collator", "published", "rendering", "storekeeping", "tagging"},
-    {"teacher"},
-    {"watching"},
-    {"train", "doctor"},
-    {"evaluate", "report"},
+    {"words", "images", "handle", "kernels"},
+    {"data", "maps"},
+    {"students", "teachers", "targets"},
+    {"batches", "extraction", "evaluation", "patching", "doctor"},
+    {"training"},
     {"miniworld"},
-    {"presets"},
     {"cli"},
 ]
 RANK_OF = {name: rank for rank, names in enumerate(RANKS) for name in names}
@@ -72,7 +64,7 @@ def test_imports_run_one_way(path):
 
 
 def test_only_recipes_and_families_name_model_classes():
-    allowed = {"miniworld", "families", "hooks", "train.py", "teacher"}
+    allowed = {"miniworld", "students", "teachers", "training"}
     for path in PACKAGE.rglob("*.py"):
         if path.relative_to(PACKAGE).parts[0] not in allowed:
             assert "ForConditionalGeneration" not in path.read_text(), path

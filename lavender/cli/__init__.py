@@ -54,7 +54,7 @@ def report(
     run: Annotated[Path, typer.Argument(help="Folder of a finished `lavender demo`.")] = Path("runs/demo"),
 ) -> None:
     """Write report.html again from a finished demo's results."""
-    from ..report import write_report
+    from ..miniworld.report import write_report
 
     print(write_report(run))
 

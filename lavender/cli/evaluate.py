@@ -61,9 +61,9 @@ def maps(
 
     Control is the mean map of all measured words of a caption; chance is a map of noise.
     """
-    from ..evaluate import evaluate_maps
-    from ..grounding import read_groundings
-    from ..targets import TargetStore
+    from ..evaluation.grounding import read_groundings
+    from ..evaluation.localization import evaluate_maps
+    from ..targets.store import TargetStore
 
     _require_folder(out)
     figures = evaluate_maps(TargetStore(store), read_groundings(masks))

@@ -100,9 +100,9 @@ def extract(
     ] = None,
 ) -> None:
     """Ask a diffusion model where each word of each caption lies, and store the maps. Exit code 1 if no picture could be used."""
-    from ..sources import open_pairs
-    from ..teacher.extract import extract as run
-    from ..teacher.preview import preview as draw
+    from ..data.sources import open_pairs
+    from ..extraction.extract import extract as run
+    from ..extraction.preview import preview as draw
 
     if preview is not None and failed_only:
         raise ConfigError("--preview draws and stops, --failed-only extracts; give one of them")

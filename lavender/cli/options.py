@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
-    from ..data import Conversation, Sample
+    from ..data.samples import Conversation, Sample
 
 
 class Rows(str, Enum):
@@ -25,7 +25,7 @@ def integers(text: str, option: str) -> tuple[int, ...]:
 
 
 def samples_in(path: Path | None, images: Path | None) -> list[Sample | Conversation] | None:
-    from ..data import read_samples
+    from ..data.samples import read_samples
 
     return None if path is None else read_samples(path, split=None, images=images)
 

@@ -26,7 +26,7 @@ class Format(str, Enum):
 @app.command()
 def info(store: Annotated[Path, typer.Argument(help="Folder of the target store, finished or not.")]) -> None:
     """Say what a target store holds."""
-    from ..storekeeping import info as run
+    from ..targets.maintenance import info as run
 
     found = run(store)
     for topic, text in (
@@ -54,12 +54,12 @@ def verify(
     id_column: Annotated[str | None, typer.Option(help="As for extract.")] = None,
 ) -> None:
     """Check every byte and every row of a target store. Exit code 1, and a line for each problem, if there is any."""
-    from ..storekeeping import verify as run
-    from ..targets import TargetStore
+    from ..targets.maintenance import verify as run
+    from ..targets.store import TargetStore
 
     pairs = None
     if data is not None:
-        from ..sources import open_pairs
+        from ..data.sources import open_pairs
 
         pairs = open_pairs(
             data,
@@ -84,7 +84,7 @@ def merge(
     out: Annotated[Path, typer.Option(help="New folder; an interrupted merge into it is continued.")],
 ) -> None:
     """Make several target stores into one; a sample that is in several is taken once."""
-    from ..storekeeping import merge as run
+    from ..targets.maintenance import merge as run
 
     print(f"{out}: {run(stores, out)} samples")
 
@@ -99,7 +99,7 @@ def import_targets(
     images: Annotated[Path | None, typer.Option(help="Folder of the pictures.")] = None,
 ) -> None:
     """Make a target store of word maps in one of the published formats."""
-    from ..published import import_targets as run
+    from ..targets.lavender_format import import_targets as run
 
     summary = run(source, out, samples=samples_in(samples, images), images=images)
     print(
@@ -121,8 +121,8 @@ def export_targets(
     ] = None,
 ) -> None:
     """Write a target store in one of the published formats."""
-    from ..published import export_targets as run
-    from ..targets import TargetStore
+    from ..targets.lavender_format import export_targets as run
+    from ..targets.store import TargetStore
 
     summary = run(TargetStore(store), out, format=format.value, samples=samples_in(samples, images), images=images)
     for own_id, reason in summary.failed:

@@ -50,11 +50,11 @@ def train(
     ] = None,
 ) -> None:
     """Fine-tune a student, with the alignment loss if there are targets."""
-    from ..data import read_samples
-    from ..presets import Preset
-    from ..presets import preset as preset_of
-    from ..targets import TargetStore
-    from ..train import fine_tune
+    from ..data.samples import read_samples
+    from ..targets.store import TargetStore
+    from ..training.train import fine_tune
+    from .presets import Preset
+    from .presets import preset as preset_of
 
     if model is None and preset is None:
         raise ConfigError("no student: give --model, or a --preset that names one")

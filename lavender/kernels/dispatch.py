@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 from ..errors import ConfigError
-from . import cuda
+from .cuda import driver as cuda
 
 logger = logging.getLogger(__name__)
 

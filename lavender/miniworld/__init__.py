@@ -23,11 +23,11 @@ HELD_OUT_SEED = 200
 def write_dataset(scenes: Sequence[Scene], folder: Path) -> Path:
     """Writes pictures, `captions.jsonl` (lines of `image`, `caption`, `question`, `answer`) and `grounding.jsonl`.
 
-    The grounding has every object's exact mask and the words to measure; see `lavender.grounding`. Returns the captions' path.
+    The grounding has every object's exact mask and the words to measure(`evaluation.grounding`). Returns the captions' path.
     """
     # Here, because `evaluate` knows scenes and so loads this package.
-    from ..evaluate import MEASURED_KINDS
-    from ..grounding import run_lengths
+    from ..evaluation.grounding import run_lengths
+    from ..evaluation.localization import MEASURED_KINDS
 
     (folder / "images").mkdir(parents=True, exist_ok=True)
     captions, groundings = [], []

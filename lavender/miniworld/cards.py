@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from ..config import TeacherConfig
-from ..evaluate import compare_targets, evaluate_answers, evaluate_attention, teacher_maps
+from ..evaluation.localization import compare_targets, evaluate_answers, evaluate_attention, teacher_maps
 from ..patching import patch
-from ..teacher.model import Teacher, load_pipeline
-from ..train import load_student
+from ..teachers.model import Teacher, load_pipeline
+from ..training.train import load_student
 from .experiment import held_out_scenes
 from .scenes import Scene
 from .teacher import make_text_encoder, make_unet, to_float

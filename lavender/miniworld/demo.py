@@ -12,13 +12,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ..collator import Collator
+from ..batches.collator import Collator
 from ..config import Rows, to_dict
-from ..evaluate import compare_targets, student_maps
-from ..hooks.transformers import StudentPatch
+from ..evaluation.localization import compare_targets, student_maps
 from ..patching import patch
-from ..report import RESULTS, environment, save_examples, table_rows, write_report
-from ..train import load_student
+from ..students.patch import StudentPatch
+from ..training.train import load_student
 from . import STUDENT
 from .experiment import (
     ExperimentConfig,
@@ -29,6 +28,7 @@ from .experiment import (
     train_arm,
     training_scenes,
 )
+from .report import RESULTS, environment, save_examples, table_rows, write_report
 from .scenes import Scene
 
 NUM_EXAMPLES = 6

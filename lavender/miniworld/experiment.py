@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..collator import Collator
+from ..batches.collator import Collator
 from ..config import AlignmentConfig, Rows, TeacherConfig, TrainingConfig
-from ..data import read_pairs, read_samples
+from ..data.samples import read_pairs, read_samples
 from ..errors import ModelError
-from ..evaluate import (
+from ..evaluation.localization import (
     alignment_error,
     best_constant_error,
     compare_targets,
@@ -27,12 +27,12 @@ from ..evaluate import (
     student_maps,
     teacher_maps,
 )
-from ..hooks.transformers import StudentPatch
+from ..extraction.extract import extract
 from ..patching import patch
-from ..targets import Target, TargetStore, TargetWriter
-from ..teacher.extract import extract
-from ..teacher.model import Teacher
-from ..train import fine_tune, load_student
+from ..students.patch import StudentPatch
+from ..targets.store import Target, TargetStore, TargetWriter
+from ..teachers.model import Teacher
+from ..training.train import fine_tune, load_student
 from ..types import WordMaps
 from . import HELD_OUT_SEED, STUDENT, TEACHER, TRAINING_SEED, write_dataset
 from .scenes import Scene, make_scenes

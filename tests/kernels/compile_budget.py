@@ -56,7 +56,7 @@ class _Compiled:
             options["warmup"] = True
             kernel = run(function, *args, **options)
             self.kernels.setdefault(
-                id(kernel), (f"{function.fn.__module__.split('.')[-1]}.{function.fn.__name__} {self.label}", kernel)
+                id(kernel), (f"{function.fn.__module__.split('.')[-2]}.{function.fn.__name__} {self.label}", kernel)
             )
             return kernel
 
@@ -64,8 +64,8 @@ class _Compiled:
 
 
 def row_maps_cases(compiled: _Compiled) -> None:
-    from lavender.kernels.row_maps import _bias_of_rows
-    from lavender.kernels.row_maps_triton import row_maps_triton
+    from lavender.kernels.row_maps.api import _bias_of_rows
+    from lavender.kernels.row_maps.triton_kernels import row_maps_triton
 
     for dtype, width, weighted, masked, causal in [
         (torch.bfloat16, 128, True, False, False),
@@ -94,7 +94,7 @@ def row_maps_cases(compiled: _Compiled) -> None:
 
 
 def column_maps_cases(compiled: _Compiled) -> None:
-    from lavender.kernels.column_maps_triton import column_maps_triton
+    from lavender.kernels.column_maps.triton_kernels import column_maps_triton
 
     for dtype, width, keys, weighted, masked, has_value in [
         (torch.float16, 40, 77, True, False, True),
@@ -121,7 +121,7 @@ def column_maps_cases(compiled: _Compiled) -> None:
 
 
 def map_loss_cases(compiled: _Compiled) -> None:
-    from lavender.kernels.map_loss_triton import map_loss_triton
+    from lavender.kernels.map_loss.triton_kernels import map_loss_triton
 
     for normalization, distance, grid, target_grid in [
         ("zscore", "mse", (24, 24), (32, 32)),

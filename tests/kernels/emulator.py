@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lavender.kernels.cuda import Argument, Grid, Program, arguments_type, kernels, packed, source, sources
+from lavender.kernels.cuda.driver import Argument, Grid, Program, arguments_type, kernels, packed, source, sources
 
 HERE = Path(__file__).parent
 

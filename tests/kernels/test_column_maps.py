@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lavender.errors import ConfigError
-from lavender.kernels import column_maps as module
-from lavender.kernels.column_maps import column_attention, column_maps
+from lavender.kernels.column_maps import api as module
+from lavender.kernels.column_maps.api import column_attention, column_maps
 
 IMPLS = ["reference", "torch"]
 

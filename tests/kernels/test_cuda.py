@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from lavender.errors import ConfigError
-from lavender.kernels import cuda, grids
-from lavender.kernels.column_maps import column_attention, column_maps
+from lavender.kernels import grids
+from lavender.kernels.column_maps.api import column_attention, column_maps
+from lavender.kernels.cuda import driver as cuda
 from lavender.kernels.dispatch import HAS_TRITON, cuda_reasons
 from lavender.kernels.row_map_loss import row_map_loss
-from lavender.kernels.row_maps import row_maps
+from lavender.kernels.row_maps.api import row_maps
 
 from .budget import DEVICE, poison_fresh_memory, relative_error
 from .emulator import Emulator, EmulatorError, whole
@@ -312,7 +313,8 @@ def test_what_has_no_kernel_says_so(runner):
 
 
 def test_the_operations_are_registered_completely():
-    from lavender.kernels import column_maps_cuda, row_maps_cuda  # noqa: F401 - they register the operations
+    import lavender.kernels.column_maps.cuda_launch  # they register the operations
+    import lavender.kernels.row_maps.cuda_launch  # noqa: F401
 
     query, key, value, heads = draw(0, (2, 4, 9, 8), (2, 2, 13, 8), (2, 4, 13, 8), (4,), dtype=HALF)
     query, key, value, heads = (t.requires_grad_() for t in (query, key, value, heads.float()))

@@ -7,8 +7,8 @@ import struct
 
 import pytest
 
-from lavender.kernels.cuda import HEADERS, Program, source
-from lavender.kernels.nvrtc import find_nvrtc
+from lavender.kernels.cuda.driver import HEADERS, Program, source
+from lavender.kernels.cuda.nvrtc import find_nvrtc
 
 SHARED_BYTES = {70: 96 * 1024, 75: 64 * 1024, 80: 163 * 1024, 90: 227 * 1024}
 """The most shared memory that a block may opt in to."""

@@ -10,9 +10,9 @@ import types
 import pytest
 import torch
 
-from lavender.kernels import cuda
-from lavender.kernels.cuda import Driver, DriverError, Program, kernels
-from lavender.kernels.nvrtc import CompileError
+from lavender.kernels.cuda import driver as cuda
+from lavender.kernels.cuda.driver import Driver, DriverError, Program, kernels
+from lavender.kernels.cuda.nvrtc import CompileError
 
 FAKE = r"""
 #include <cstdio>

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lavender.kernels import column_maps as columns_module
-from lavender.kernels.column_maps import column_attention, column_maps
+from lavender.kernels.column_maps import api as columns_module
+from lavender.kernels.column_maps.api import column_attention, column_maps
 from lavender.kernels.dispatch import HAS_TRITON
-from lavender.kernels.map_loss import NORMALIZATIONS, map_loss
+from lavender.kernels.map_loss.api import NORMALIZATIONS, map_loss
 from lavender.kernels.row_map_loss import row_map_loss
-from lavender.kernels.row_maps import row_maps
+from lavender.kernels.row_maps.api import row_maps
 from lavender.words import collate_rows
 
 from .budget import DEVICE, assert_within_budget, poison_fresh_memory

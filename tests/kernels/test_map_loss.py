@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lavender.errors import ConfigError
-from lavender.kernels.map_loss import EPSILON, NORMALIZATIONS, map_loss, resample
+from lavender.kernels.map_loss.api import EPSILON, NORMALIZATIONS, map_loss, resample
 
 IMPLS = ["reference", "torch"]
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from lavender.errors import LavenderError
-from lavender.kernels import nvrtc as module
-from lavender.kernels.nvrtc import CompileError, Nvrtc, cache_folder, cached_cubin, find_nvrtc
+from lavender.kernels.cuda import nvrtc as module
+from lavender.kernels.cuda.nvrtc import CompileError, Nvrtc, cache_folder, cached_cubin, find_nvrtc
 
 SOURCE = """#include "factor.cuh"
 extern "C" __global__ void scale(float* values) {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lavender.kernels.column_maps import column_attention
-from lavender.kernels.map_loss import map_loss
-from lavender.kernels.row_maps import row_maps
+from lavender.kernels.column_maps.api import column_attention
+from lavender.kernels.map_loss.api import map_loss
+from lavender.kernels.row_maps.api import row_maps
 from lavender.words import collate_rows
 
 from .budget import DEVICE
@@ -29,7 +29,8 @@ def tensors():
 
 def test_the_triton_operations_are_registered_completely(tensors):
     pytest.importorskip("triton")
-    from lavender.kernels import column_maps_triton, row_maps_triton  # noqa: F401 - they register the operations
+    import lavender.kernels.column_maps.triton_kernels  # they register the operations
+    import lavender.kernels.row_maps.triton_kernels  # noqa: F401
 
     query, key, value, heads = tensors.values()
     lse = torch.full((2, 4, ROWS.rows.shape[1]), 3.0, device=DEVICE)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from lavender.errors import ConfigError
-from lavender.kernels import row_maps as module
-from lavender.kernels.row_maps import row_maps
+from lavender.kernels.row_maps import api as module
+from lavender.kernels.row_maps.api import row_maps
 from lavender.types import WordRows
 from lavender.words import collate_rows
 

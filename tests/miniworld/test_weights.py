@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from lavender.config import TeacherConfig
-from lavender.evaluate import compare_targets, evaluate_answers, teacher_maps
+from lavender.evaluation.localization import compare_targets, evaluate_answers, teacher_maps
 from lavender.miniworld import STUDENT, TEACHER, WEIGHTS
 from lavender.miniworld.cards import autoencoder_psnr
 from lavender.miniworld.experiment import held_out_scenes, training_scenes
-from lavender.teacher.model import Teacher
+from lavender.teachers.model import Teacher
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_so_it_does_by_the_published_inversion(held_out):
 
 def test_untrained_weights_do_not(held_out):
     from lavender.miniworld.teacher import make_text_encoder, make_unet
-    from lavender.teacher.model import load_pipeline
+    from lavender.teachers.model import load_pipeline
 
     pipe = load_pipeline(TEACHER)
     torch.manual_seed(0)
@@ -77,13 +77,13 @@ def test_untrained_weights_do_not(held_out):
 
 
 def test_the_autoencoder_keeps_the_picture(held_out):
-    from lavender.teacher.model import load_pipeline
+    from lavender.teachers.model import load_pipeline
 
     assert autoencoder_psnr(load_pipeline(TEACHER).vae, held_out) >= 28
 
 
 def test_the_student_answers(held_out):
-    from lavender.train import load_student
+    from lavender.training.train import load_student
 
     answers = evaluate_answers(*load_student(STUDENT), held_out)
     assert answers["color"]["accuracy"] >= 0.95

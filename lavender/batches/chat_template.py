@@ -1,0 +1,104 @@
+"""Conversations as the text that a processor's chat template makes of them, and where the assistant's turns stand in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..data.samples import PLACEHOLDER, Conversation, Message
+from ..errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of the assistant in a rendered conversation.
+
+    Attributes:
+        answer: the message.
+        pictures: how many pictures stand before it.
+        start, end: its characters `[start, end)` in the text, with all that the template closes it with.
+    """
+
+    answer: str
+    pictures: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as one text, in which each picture is a placeholder of the processor's, and the assistant's turns in it."""
+
+    text: str
+    turns: tuple[Turn, ...]
+
+
+def render(processor: Any, conversation: Conversation) -> Rendered:
+    """Renders a conversation of `lavender.data.as_conversation` by the processor's chat template.
+
+    A turn of the assistant begins where the template, asked for an answer, ends, and it ends where the template ends without the
+    messages that follow: no template needs marks for it, but each must render a message the same whatever follows it.
+
+    Raises:
+        ConfigError: the template changes what stands before a message.
+        DataError: a text holds the processor's own placeholder, or the template refuses the conversation.
+    """
+    name = f"sample {conversation.id!r}"
+    own = getattr(processor, "image_token", None)
+    for n, message in enumerate(conversation.messages, start=1):
+        if own is not None and str(own) in message.content.replace(PLACEHOLDER, ""):
+            raise DataError(
+                f"{name}: message {n} ({message.role}) holds {str(own)!r}, which stands for the picture; the collator adds it, "
+                f"write {PLACEHOLDER!r} where a picture stands in a conversation"
+            )
+    messages = [{"role": message.role, "content": _parts(message)} for message in conversation.messages]
+    turns, text, pictures = [], "", 0
+    for n, message in enumerate(conversation.messages):
+        pictures += message.content.count(PLACEHOLDER)
+        if message.role == "assistant":
+            prompt = _grown(processor, text, messages[:n], name, add_generation_prompt=True)
+            text = _grown(processor, prompt, messages[: n + 1], name)
+            turns.append(Turn(message.content, pictures, len(prompt), len(text)))
+    if conversation.messages[-1].role != "assistant":
+        text = _grown(processor, text, messages, name)
+    return Rendered(text, tuple(turns))
+
+
+def _parts(message: Message) -> list[dict[str, str]]:
+    """A message as chat templates take it. The line breaks beside a picture are the template's affair: LLaVA's files have them."""
+    parts: list[dict[str, str]] = []
+    texts = message.content.split(PLACEHOLDER)
+    for n, text in enumerate(texts):
+        if n:
+            parts.append({"type": "image"})
+            text = text.lstrip("\n")
+        if n < len(texts) - 1:
+            text = text.rstrip("\n")
+        if text:
+            parts.append({"type": "text", "text": text})
+    return parts or [{"type": "text", "text": ""}]
+
+
+def _grown(processor: Any, before: str, messages: list[dict[str, Any]], name: str, **options: Any) -> str:
+    """The messages' text, which has to begin with what was rendered of the first of them."""
+    from jinja2 import TemplateError
+
+    try:
+        text: str = processor.apply_chat_template(messages, tokenize=False, **options)
+    except (TemplateError, TypeError) as error:
+        raise DataError(
+            f"{name}: the chat template refuses the conversation ({error}); give the messages as it expects them"
+        ) from error
+    if not text.startswith(before):
+        raise ConfigError(
+            f"{name}: the chat template renders {_end_of(before, text)!r} otherwise when more follows, so that lavender cannot "
+            "find the answers. Some templates take the thinking out of earlier answers, or close the last one alone: set "
+            "processor.chat_template to one that renders a message the same whatever follows, or give samples of one answer"
+        )
+    return text
+
+
+def _end_of(before: str, text: str) -> str:
+    """The first characters of `before` that `text` does not have."""
+    same = next(n for n in range(len(before)) if before[n] != text[n : n + 1])
+    return before[same : same + 40]

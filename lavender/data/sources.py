@@ -1,0 +1,531 @@
+"""Every form of a data set that `lavender extract` reads, as a stream of pictures with captions.
+
+Nothing here loads a picture: a stream says where each one lies, or holds its encoded bytes where a table has them. Nothing is
+unpickled or written to disk, and no code of a data set is run.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import tarfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+
+from ..errors import ConfigError, DataError
+from ..images import ImageSource, StoredImage, filesystem_of, is_url, path_within
+from .samples import Pair, read_pairs, require_unicode
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "picture")
+CAPTION_COLUMNS = ("caption", "text", "captions", "sentence")
+ENDINGS = ("jpg", "jpeg", "png", "webp")
+"""What the names of pictures in a tar end with."""
+ROWS_AT_ONCE = 64
+"""Rows of a table that are read together, encoded pictures and all."""
+LONGEST_TEXT = 2**20
+"""Bytes of a text in a tar; a caption is shorter."""
+
+_HUB_ID = re.compile(r"(?:hf://datasets/)?(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^/]+))?/?")
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_FILE_ENDINGS = (".json", ".jsonl", ".csv", ".txt", ".parquet", ".tar", *_COMPRESSED)
+"""What shows that a missing `a/b` was meant as a file, not as a data set of the hub."""
+_SAMPLE_FILE = re.compile(r"(?:\./)*(?P<key>(?:.*/)?[^./][^./]*)\.(?P<ending>[^/]+)", re.DOTALL)
+"""`key.ending`, split at the first dot of the file's name, as WebDataset does."""
+
+_Answer = TypeVar("_Answer")
+
+
+@dataclass(frozen=True)
+class BadPair:
+    """An entry of a data set that cannot be used: what it is called, and why."""
+
+    id: str
+    reason: str
+
+
+class Pairs(ABC):
+    """Pictures with captions, read anew and in the same order whenever they are iterated over. They can be pickled.
+
+    Attributes:
+        count: how many entries there are, bad ones too; None where only reading all of them would tell.
+    """
+
+    count: int | None = None
+
+    def __iter__(self) -> Iterator[Pair | BadPair]:
+        seen: set[str] = set()
+        for entry in self._entries():
+            if isinstance(entry, Pair):
+                try:
+                    require_unicode(entry.id, "the id")
+                    require_unicode(entry.caption, "the caption")
+                    if entry.id in seen:
+                        raise DataError("the id occurs twice; name a column of ids that differ (--id-column)")
+                except DataError as error:
+                    entry = BadPair(entry.id, str(error))
+                else:
+                    seen.add(entry.id)
+            if isinstance(entry, BadPair):
+                entry = BadPair(_printable(entry.id), _printable(entry.reason))
+            yield entry
+
+    @abstractmethod
+    def _entries(self) -> Iterator[Pair | BadPair]:
+        """The entries as they are stored, each of which may still repeat an id."""
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The columns of a table that are read."""
+
+    image: str
+    caption: str
+    id: str | None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([self.image, self.caption] + ([] if self.id is None else [self.id]))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns that hold pictures, captions and ids, as the user names them; None stands for the usual ones."""
+
+    image: str | None = None
+    caption: str | None = None
+    id: str | None = None
+
+    def among(self, names: Sequence[str], place: str) -> _Chosen:
+        """Those of a table, which may do without an `id`. Raises `ConfigError` if they cannot be told."""
+
+        def chosen(own: str | None, usual: Sequence[str], what: str, option: str) -> str:
+            found = [name for name in (usual if own is None else [own]) if name in names]
+            if not found:
+                raise ConfigError(
+                    f"{place} has no column of {what} ({' or '.join(usual) if own is None else own}); it has "
+                    f"{', '.join(names) or 'none'}. Name the column ({option})"
+                )
+            return found[0]
+
+        return _Chosen(
+            chosen(self.image, IMAGE_COLUMNS, "pictures", "--image-column"),
+            chosen(self.caption, CAPTION_COLUMNS, "captions", "--caption-column"),
+            None if self.id is None and "id" not in names else chosen(self.id, ("id",), "ids", "--id-column"),
+        )
+
+
+def open_pairs(
+    data: str | Path,
+    *,
+    images: str | Path | None = None,
+    split: str | None = "train",
+    captions: str = "first",
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    id_column: str | None = None,
+) -> Pairs:
+    """Pictures with captions from a data set of any form; what it is shows in its name and content.
+
+    Files are local or at a URL that fsspec knows (`s3://...`, `hf://...`), and may be given as a pattern (`shards/*.tar`).
+
+    - A JSON file: see `lavender.data.read_pairs`. It is checked as a whole, and what is wrong with it is raised here.
+    - Parquet files, or a folder with some in it. A picture is encoded bytes, the struct that `datasets` makes of it, or a path.
+    - Tars in the WebDataset layout, or a folder with some in it: `key.jpg` (or jpeg, png, webp) beside `key.txt`, or beside
+      `key.json` with the caption in it. The id is `<name of the tar>/<key>`, the column of the pictures is their ending.
+    - Any other folder: the `imagefolder` layout of `datasets`.
+    - A data set of the hub, `hf://datasets/owner/name` or `owner/name`, with `@revision` behind it if need be. It is streamed.
+
+    Rows of tables are called by their `id`, else by the path of their picture, else `<file name>#<row>`.
+
+    Args:
+        data: path, URL, pattern or hub id.
+        images: the folder that relative paths are relative to, and that no path leads out of; by default the one that the file
+            with the paths is in. It may be a URL.
+        split: of a hub data set and of Karpathy's JSON; None takes all of the latter.
+        captions: where a picture has several, the `"first"`, or `"all"`, with the ids `id#0`, `id#1`...
+        image_column, caption_column, id_column: names of columns, where the usual ones are not there.
+
+    Raises:
+        ConfigError: an option is wrong, or columns are to be named.
+        DataError: the data is missing, or no data set of these forms.
+    """
+    if captions not in ("first", "all"):
+        raise ConfigError(f"captions is {captions!r}; choose first or all")
+    if images is not None and not is_url(images) and not os.path.isdir(images):
+        raise DataError(f"there is no folder {images}; give the one that the paths of pictures are relative to")
+    given = str(data)
+    columns = Columns(image_column, caption_column, id_column)
+    hub = _HUB_ID.fullmatch(given)
+    if hub and (is_url(given) or not (os.path.exists(given) or given.endswith(_FILE_ENDINGS))):
+        return _Hub.opened(hub["name"], hub["revision"], split, columns, images, captions)
+    files = _files(given)
+    if files and files[0].endswith(".parquet"):
+        return _Parquet.opened(files, columns, images, captions)
+    if files:
+        return _Shards.opened(files, columns, captions)
+    if columns != Columns():
+        raise ConfigError(f"{data} has no columns: --image-column, --caption-column and --id-column are for tables and tars")
+    pairs = tuple(read_pairs(data, split=split, images=images, captions=captions))
+    return _Listed(pairs, len(pairs))
+
+
+def _files(data: str) -> tuple[str, ...]:
+    """The parquet files or the tars that are meant, in the order of their names; none if `data` is something else."""
+    found = _asked(data, lambda: _found_at(data)) if is_url(data) else _found(data)
+    is_pattern = found is None
+    if found is None:
+        found = _asked(data, lambda: _matching(data)) if is_url(data) else glob.glob(data, recursive=True)
+    kinds = {kind: tuple(sorted(file for file in found if file.endswith(kind))) for kind in (".parquet", ".tar", *_COMPRESSED)}
+    files = next(filter(None, kinds.values()), ())
+    if is_pattern and len(files) < max(1, len(found)):
+        other = next((file for file in sorted(found) if file not in files), "nothing")
+        raise DataError(f"{data} stands for {other}; expected a pattern of parquet files alone, or of tars alone")
+    if files and files[0].endswith(_COMPRESSED):
+        raise DataError(f"{files[0]} is compressed, so that no picture in it can be read by itself; unpack it to a plain .tar")
+    return files
+
+
+def _found(path: str) -> list[str] | None:
+    """The file, or those in the folder, at a path; None if it is a pattern."""
+    if os.path.isdir(path):
+        return [os.path.join(path, name) for name in os.listdir(path)]
+    if os.path.exists(path):
+        return [path]
+    if glob.has_magic(path):
+        return None
+    raise DataError(f"there is no data at {path}; expected a file, a folder, or a pattern of files")
+
+
+def _found_at(url: str) -> list[str] | None:
+    """`_found` for a URL."""
+    system, path = filesystem_of(url)
+    if system.isdir(path):
+        return [f"{url.rstrip('/')}/{os.path.basename(own.rstrip('/'))}" for own in system.ls(path, detail=False)]
+    if system.exists(path):
+        return [url]
+    if glob.has_magic(url):
+        return None
+    raise DataError(f"there is no data at {url}; expected a file, a folder, or a pattern of files")
+
+
+def _matching(pattern: str) -> list[str]:
+    system, path = filesystem_of(pattern)
+    return [system.unstrip_protocol(own) for own in system.glob(path)]
+
+
+def _asked(url: str, question: Callable[[], _Answer]) -> _Answer:
+    try:
+        return question()
+    except (ConfigError, DataError):
+        raise
+    except Exception as error:  # each file system has errors of its own
+        raise DataError(f"cannot read {url}: {error or type(error).__name__}") from None
+
+
+def _open(file: str) -> BinaryIO:
+    if not is_url(file):
+        return open(file, "rb")
+    system, path = filesystem_of(file)
+    return _asked(file, lambda: cast(BinaryIO, system.open(path, "rb")))
+
+
+@dataclass(frozen=True)
+class _Listed(Pairs):
+    pairs: tuple[Pair, ...]
+    count: int | None
+
+    def _entries(self) -> Iterator[Pair | BadPair]:
+        return iter(self.pairs)
+
+
+@dataclass(frozen=True)
+class _Parquet(Pairs):
+    files: tuple[str, ...]
+    columns: Columns
+    images: str | Path | None
+    captions: str
+    count: int | None
+
+    @classmethod
+    def opened(cls, files: tuple[str, ...], columns: Columns, images: str | Path | None, captions: str) -> _Parquet:
+        """Looks at every file's footer: columns that are not there are told before anything runs."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        count, one_each = 0, True
+        for file in files:
+            try:
+                with _open(file) as raw:
+                    table = pq.ParquetFile(raw)
+                    schema, names, rows = table.schema_arrow, table.schema_arrow.names, table.metadata.num_rows
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                raise DataError(f"{file} is no sound parquet file: {error}") from None
+            caption = columns.among(names, file).caption
+            one_each &= captions == "first" or not isinstance(schema.field(caption).type, pa.ListType | pa.LargeListType)
+            count += rows
+        return cls(files, columns, images, captions, count if one_each else None)
+
+    def _entries(self) -> Iterator[Pair | BadPair]:
+        import pyarrow as pa
+
+        for file in self.files:
+            try:
+                yield from self._entries_of(file)
+            except (pa.ArrowException, OSError, UnicodeDecodeError, DataError) as error:
+                yield BadPair(file, f"the rest of this file cannot be read: {error}")
+
+    def _entries_of(self, file: str) -> Iterator[Pair | BadPair]:
+        import pyarrow.parquet as pq
+
+        folder = file.rpartition("/")[0] if is_url(file) else os.path.dirname(file) or "."
+        row = 0
+        with _open(file) as raw:
+            table = pq.ParquetFile(raw)
+            columns = self.columns.among(table.schema_arrow.names, file)
+            # Without threads of its own, a process that reads it may be forked.
+            for batch in table.iter_batches(ROWS_AT_ONCE, columns=list(columns), use_threads=False):
+                for cells in zip(*(batch.column(name) for name in columns), strict=True):
+                    name = f"{os.path.basename(file)}#{row}"
+                    yield from _pairs_of_row(
+                        dict(zip(columns, cells, strict=True)), columns, name, self.images or folder, self.captions
+                    )
+                    row += 1
+
+
+@dataclass(frozen=True)
+class _Hub(Pairs):
+    name: str
+    revision: str | None
+    split: str
+    columns: Columns
+    images: str | Path | None
+    captions: str
+    count: int | None = None
+
+    @classmethod
+    def opened(
+        cls, name: str, revision: str | None, split: str | None, columns: Columns, images: str | Path | None, captions: str
+    ) -> _Hub:
+        if split is None:
+            raise ConfigError(f"a data set of the hub is read by split; name one of those that {name} has (--split)")
+        opened = cls(name, revision, split, columns, images, captions)
+        dataset = opened._dataset()
+        names = dataset.column_names
+        if names is None:  # some files do not say before their first row
+            names = next((list(row) for row in opened._rows(dataset)), [])
+        columns.among(names, opened._place)
+        return opened
+
+    @property
+    def _place(self) -> str:
+        return f"hf://datasets/{self.name}" + (f"@{self.revision}" if self.revision else "")
+
+    def _dataset(self) -> Any:
+        from datasets import load_dataset
+
+        try:
+            return load_dataset(self.name, split=self.split, revision=self.revision, streaming=True)
+        except Exception as error:  # of datasets, of the hub's client and of the network
+            raise DataError(
+                f"there is no file or folder {self.name} here, and the data set {self._place} with the split {self.split!r} cannot "
+                f"be opened: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            ) from None
+
+    def _rows(self, dataset: Any) -> Iterator[Mapping[str, Any]]:
+        try:
+            yield from dataset
+        except Exception as error:  # of datasets, of the hub's client and of the network
+            raise DataError(
+                f"reading {self._place} broke off: {type(error).__name__}: {error}; run the same again to go on"
+            ) from None
+
+    def _entries(self) -> Iterator[Pair | BadPair]:
+        from datasets import Image
+
+        dataset = self._dataset()
+        columns = None
+        if dataset.column_names is not None:
+            columns = self.columns.among(dataset.column_names, self._place)
+            dataset = dataset.select_columns(list(columns))
+            if isinstance((dataset.features or {}).get(columns.image), Image):
+                dataset = dataset.cast_column(columns.image, Image(decode=False))
+        for n, row in enumerate(self._rows(dataset)):
+            columns = columns or self.columns.among(list(row), self._place)
+            root = self.images or self._root(row.get(columns.image))
+            yield from _pairs_of_row(row, columns, f"{self.split}#{n}", root, self.captions)
+
+    def _root(self, image: Any) -> str:
+        """Where the pictures are. `datasets` puts the commit that it reads into the paths that it makes."""
+        path = _path_of(image) or ""
+        return "/".join(path.split("/")[:5]) if path.startswith(f"hf://datasets/{self.name}@") else self._place
+
+
+def _pairs_of_row(row: Mapping[str, Any], columns: _Chosen, name: str, root: str | Path, captions: str) -> Iterator[Pair | BadPair]:
+    """The pairs of a row, whose cells are values of Python or of arrow; `name` is the id where the row has none."""
+    own_id = name
+    try:
+        picture = _value(row.get(columns.image))
+        given = None if columns.id is None else _value(row.get(columns.id))
+        if not isinstance(given, str | int | None):
+            raise DataError(f"the id is a {type(given).__name__}; expected a text or a whole number")
+        own_id = str(given) if given is not None else _path_of(picture) or name
+        image = _picture_of(picture, root, f"{name} ({own_id})")
+        texts = _captions_of(_value(row.get(columns.caption)), captions)
+    except (DataError, UnicodeDecodeError) as error:
+        yield BadPair(own_id, str(error))
+        return
+    yield from _pairs_of(own_id, image, texts)
+
+
+def _value(cell: Any) -> Any:
+    return cell.as_py() if hasattr(cell, "as_py") else cell
+
+
+def _path_of(picture: Any) -> str | None:
+    path = picture.get("path") if isinstance(picture, Mapping) else picture
+    return path if isinstance(path, str) and path else None
+
+
+def _picture_of(picture: Any, root: str | Path, place: str) -> ImageSource:
+    encoded = picture.get("bytes") if isinstance(picture, Mapping) else picture
+    if isinstance(encoded, bytes):
+        return encoded
+    path = _path_of(picture)
+    if path is None:
+        raise DataError(f"no picture; expected encoded bytes or a path, found {_kind(encoded)}")
+    require_unicode(path, "the path of the picture")
+    return path_within(root, path, place)
+
+
+def _captions_of(value: Any, captions: str) -> list[tuple[str, Any]]:
+    """What is put behind the id, and the text, of each caption that is wanted."""
+    if isinstance(value, str):
+        return [("", value)]
+    if not isinstance(value, list) or not value:
+        raise DataError(f"no caption; expected a text or a list of texts, found {_kind(value)}")
+    return [("", value[0])] if captions == "first" else [(f"#{k}", text) for k, text in enumerate(value)]
+
+
+def _kind(value: Any) -> str:
+    return "none" if value is None else "an empty list" if value == [] else f"a {type(value).__name__}"
+
+
+def _pairs_of(own_id: str, image: ImageSource, texts: Sequence[tuple[str, Any]]) -> Iterator[Pair | BadPair]:
+    for number, text in texts:
+        if isinstance(text, str):
+            yield Pair(own_id + number, image, text)
+        else:
+            yield BadPair(own_id + number, f"no caption; expected a text, found {_kind(text)}")
+
+
+@dataclass
+class _Sample:
+    """What a tar has under one key."""
+
+    pictures: list[StoredImage] = field(default_factory=list)
+    txt: Any = None
+    json: Any = None
+    id: Any = None
+    fault: str | None = None
+
+
+@dataclass(frozen=True)
+class _Shards(Pairs):
+    files: tuple[str, ...]
+    columns: Columns
+    captions: str
+    count: int | None = None
+
+    @classmethod
+    def opened(cls, files: tuple[str, ...], columns: Columns, captions: str) -> _Shards:
+        stems = [_stem(file) for file in files]
+        twice = next((stem for stem in stems if stems.count(stem) > 1), None)
+        if twice is not None:
+            raise DataError(f"several tars are called {twice}.tar, and ids begin with that name; give them different names")
+        return cls(files, columns, captions)
+
+    def _entries(self) -> Iterator[Pair | BadPair]:
+        for file in self.files:
+            samples: dict[str, _Sample] = {}
+            fault = None
+            try:
+                with _open(file) as raw:
+                    fault = self._index(file, raw, samples)
+            except (tarfile.TarError, OSError, ValueError, OverflowError, DataError) as error:
+                fault = str(error)
+            for key, sample in samples.items():
+                yield from self._pairs_of_sample(f"{_stem(file)}/{key}", sample)
+            if fault is not None:
+                yield BadPair(file, f"the rest of this tar cannot be read: {fault}")
+
+    def _index(self, file: str, raw: BinaryIO, samples: dict[str, _Sample]) -> str | None:
+        """Finds what a tar has under each key, in its order. Returns why it cannot be read to its end, if so."""
+        endings = ENDINGS if self.columns.image is None else (self.columns.image,)
+        end = raw.seek(0, os.SEEK_END)
+        raw.seek(0)
+        with tarfile.open(fileobj=raw, mode="r:") as tar:
+            for member in tar:
+                if member.size < 0:  # it would lead back, and round and round
+                    return f"{member.name} has a negative size"
+                found = _SAMPLE_FILE.fullmatch(member.name) if member.isreg() and not member.issparse() else None
+                ending = found["ending"].lower() if found else ""
+                if not found or ending not in (*endings, "txt", "json"):
+                    continue
+                sample = samples.setdefault(found["key"], _Sample())
+                if member.offset_data + member.size > end:
+                    sample.fault = f"{member.name} is truncated: the tar ends before it"
+                elif ending in endings:
+                    sample.pictures.append(StoredImage(file, member.offset_data, member.size))
+                elif member.size > LONGEST_TEXT:
+                    sample.fault = f"{member.name} has {member.size} bytes; a text has at most {LONGEST_TEXT}"
+                else:
+                    self._read_text(sample, ending, cast(BinaryIO, tar.extractfile(member)).read())
+            raw.seek(tar.offset)  # tarfile takes a damaged header for the end
+            return f"no file begins at byte {tar.offset}" if raw.read(tarfile.BLOCKSIZE).strip(b"\0") else None
+
+    def _read_text(self, sample: _Sample, ending: str, encoded: bytes) -> None:
+        try:
+            text = encoded.decode("utf-8-sig")
+            if ending == "txt":
+                sample.txt = text.strip()
+                return
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            sample.fault = f"its {ending} cannot be read: {error}"
+            return
+        if not isinstance(value, dict):
+            sample.fault = f"its json is {_kind(value)}; expected an object with a caption in it"
+            return
+        usual = CAPTION_COLUMNS if self.columns.caption is None else (self.columns.caption,)
+        sample.json = next((value[name] for name in usual if value.get(name) is not None), None)
+        sample.id = value.get(self.columns.id) if self.columns.id else None
+
+    def _pairs_of_sample(self, name: str, sample: _Sample) -> Iterator[Pair | BadPair]:
+        own_id = name if sample.id is None else str(sample.id)
+        caption = sample.txt if sample.txt is not None and self.columns.caption is None else sample.json
+        try:
+            if sample.fault is not None:
+                raise DataError(sample.fault)
+            if self.columns.id is not None and not isinstance(sample.id, str | int):
+                raise DataError(f"no id under {self.columns.id!r} in its json; expected a text or a whole number")
+            if len(sample.pictures) != 1:
+                raise DataError(
+                    f"{len(sample.pictures)} pictures; expected one whose name ends with {self.columns.image or ', '.join(ENDINGS)}"
+                )
+            texts = _captions_of(caption, self.captions)
+        except DataError as error:
+            yield BadPair(own_id, str(error))
+            return
+        yield from _pairs_of(own_id, sample.pictures[0], texts)
+
+
+def _stem(file: str) -> str:
+    return os.path.basename(file).removesuffix(".tar")

@@ -1,0 +1,1 @@
+"""Modules by the names that they had before they moved: `lavender.NAME` finds them here. Each warns once."""

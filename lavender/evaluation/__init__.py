@@ -1,0 +1,1 @@
+"""Measures of word maps and of answers."""

@@ -1,0 +1,464 @@
+"""Where the objects of a picture lie and which words of its caption name them, read from what data sets have.
+
+`read_groundings` takes, by what it finds:
+
+- JSON lines of our own, one a sample, with its id in the target store. The small world's `write_dataset` writes them.
+
+      {"id": "a.jpg", "objects": [{"boxes": [[top, left, bottom, right], ...]}, {"mask": "masks/a.png"}, {"rle": {...}}],
+       "words": [{"start": 2, "end": 5, "object": 0}, ...]}
+
+  Boxes are fractions of the picture. A mask is a picture beside the file, not black where the object is, and covers the whole
+  picture; `rle` is a mask in COCO's run-length form. `start` and `end` are characters of the caption.
+- COCO's instances, a JSON object with `images`, `annotations` and `categories`. An object is a category, all its instances
+  together, because a word does not say which one it means: pointing at any of them counts. A segmentation is preferred to a box.
+  Words name a category if they are its name or its simple plural (-s, -es, -ies; not "people"), whatever their case; all words
+  of "traffic light" count, side by side.
+- The folder of Flickr30k Entities, with `Sentences/<picture>.txt` and `Annotations/<picture>.xml`. An object is an entity with
+  boxes; entities with the same boxes are one. The words of a phrase name its entity, function words left out. Which line is a
+  sample's caption shows in its letters and digits, for the set's text has other spaces and its captions no order in a store.
+
+COCO and Entities know pictures: a sample's is the one that its id names, with or without folders and the number of a caption
+("images/a.jpg#3"), for Entities without the ending too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+from xml.etree import ElementTree
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import DataError
+from ..images import load_image
+from ..types import WHOLE_PICTURE, Box
+from ..words import FUNCTION_WORDS, words_of
+
+RASTER = 64
+"""Rows and columns of a region's raster: fine beside word maps, which have 8 to 64."""
+
+_SLACK = 1e-3
+"""How far a box in fractions may reach over the picture's border by rounding; pixels reach further."""
+_MOST_PIXELS = 2**28
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """A part of a picture: what lies in any of its boxes, polygons or masks.
+
+    Attributes:
+        boxes: as fractions of the picture.
+        polygons: corners float64 [n, 2], each (y, x) as fractions of the picture; inside by the even-odd rule.
+        masks: bool [y, x] over the whole picture.
+    """
+
+    boxes: tuple[Box, ...] = ()
+    polygons: tuple[NDArray[np.float64], ...] = ()
+    masks: tuple[NDArray[np.bool_], ...] = ()
+
+    def raster(self, crop: Box = WHOLE_PICTURE) -> NDArray[np.bool_]:
+        """Bool [RASTER, RASTER] over a box, which may reach over the picture's border: a cell is in if its center is."""
+        top, left, bottom, right = crop
+        centers = (np.arange(RASTER) + 0.5) / RASTER
+        y, x = top + centers * (bottom - top), left + centers * (right - left)
+        inside = np.zeros((RASTER, RASTER), bool)
+        for upper, first, lower, last in self.boxes:
+            inside |= ((upper <= y) & (y < lower))[:, None] & ((first <= x) & (x < last))
+        for corners in self.polygons:
+            inside |= _in_polygon(corners, y, x)
+        for mask in self.masks:
+            rows, columns = ((places * side).astype(int).clip(0, side - 1) for places, side in zip((y, x), mask.shape, strict=True))
+            inside |= mask[rows[:, None], columns]
+        return inside & ((y >= 0) & (y < 1))[:, None] & ((x >= 0) & (x < 1))
+
+
+@dataclass(frozen=True)
+class NamingWord:
+    """Characters `[start, end)` of a caption that name an object, and the object's index."""
+
+    start: int
+    end: int
+    object_index: int
+
+
+@dataclass(frozen=True, eq=False)
+class Grounding:
+    """The objects of a sample's picture, and the words of its caption that name one."""
+
+    objects: tuple[Region, ...]
+    words: tuple[NamingWord, ...]
+
+
+class Groundings(Protocol):
+    """What a data set knows; `ids` are its names for samples or pictures."""
+
+    @property
+    def ids(self) -> Collection[str]: ...
+
+    def of(self, sample_id: str, caption: str) -> Grounding | None:
+        """The grounding of a sample, None if there is none. Raises `DataError` where it is damaged."""
+
+
+def read_groundings(path: str | Path) -> Groundings:
+    """Opens the masks or boxes of a data set; the module's text says which. Regions are read when they are asked for.
+
+    Raises:
+        DataError: there is nothing, or nothing of a known form, at `path`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _Entities(path)
+    if not path.is_file():
+        raise DataError(f"there are no masks at {path}; expected JSON lines, COCO's instances or a folder of Flickr30k Entities")
+    text = _text(path)
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        whole = None
+    if isinstance(whole, dict) and "annotations" in whole:
+        return _Coco(path, whole)
+    return _Lines(path, text)
+
+
+class _Lines:
+    """Our own JSON lines."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self._folder = path.parent
+        self._entries: dict[str, tuple[str, dict[str, Any]]] = {}
+        for number, line in enumerate(text.split("\n"), start=1):
+            if not line.strip():
+                continue
+            place = f"{path}, line {number}"
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{place} is no JSON ({error.msg})") from None
+            if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
+                raise DataError(f'{place} is {_short(entry)}; expected an object with "id", "objects" and "words"')
+            if entry["id"] in self._entries:
+                raise DataError(f"{place}: the id {entry['id']!r} occurs twice; write one line a sample")
+            self._entries[entry["id"]] = place, entry
+        if not self._entries:
+            raise DataError(f'{path} is empty; expected JSON lines with "id", "objects" and "words"')
+
+    @property
+    def ids(self) -> Collection[str]:
+        return self._entries
+
+    def of(self, sample_id: str, caption: str) -> Grounding | None:
+        if sample_id not in self._entries:
+            return None
+        place, entry = self._entries[sample_id]
+        objects = [
+            self._region(given, f"{place}, object {n}") for n, given in enumerate(_list(entry.get("objects"), place, "objects"))
+        ]
+        words = []
+        for given in _list(entry.get("words"), place, "words"):
+            values: list[Any] = [given.get(key) for key in ("start", "end", "object")] if isinstance(given, dict) else []
+            if not values or not all(isinstance(v, int) for v in values) or not 0 <= values[0] < values[1]:
+                raise DataError(f'{place}: a word is {_short(given)}; expected whole numbers "start" < "end" and "object"')
+            if not 0 <= values[2] < len(objects):
+                raise DataError(f"{place}: a word names object {values[2]}; the line has {len(objects)} objects, counted from 0")
+            words.append(NamingWord(*values))
+        return Grounding(tuple(objects), tuple(words))
+
+    def _region(self, given: Any, place: str) -> Region:
+        if not isinstance(given, dict) or len(given.keys() & {"boxes", "mask", "rle"}) != 1:
+            raise DataError(f'{place} is {_short(given)}; expected an object with "boxes", "mask" or "rle"')
+        if "boxes" in given:
+            return Region(boxes=tuple(_box(own, place) for own in _list(given["boxes"], place, "boxes")))
+        if "rle" in given:
+            return Region(masks=(_mask_of_runs(given["rle"], place),))
+        name = given["mask"]
+        if not isinstance(name, str) or "\0" in name or not (self._folder / name).resolve().is_relative_to(self._folder.resolve()):
+            raise DataError(f"{place}: the mask is {_short(name)}; expected a path below {self._folder}")
+        return Region(masks=(np.asarray(load_image(self._folder / name)).max(axis=2) > 0,))
+
+
+class _Coco:
+    """COCO's instances."""
+
+    def __init__(self, path: Path, found: Mapping[str, Any]) -> None:
+        self._images: dict[str, dict[str, Any]] = {}
+        self._annotations: dict[Any, list[tuple[str, dict[str, Any]]]] = {}
+        self._categories: dict[tuple[str, ...], Any] = {}
+        for place, image in _records(path, found, "images", ("id", "file_name", "width", "height")):
+            _numbers([image["width"], image["height"]], f"{place}: its size", above=0)
+            self._images[str(image["file_name"])] = image
+            self._annotations[image["id"]] = []
+        categories = set()
+        for _, category in _records(path, found, "categories", ("id", "name")):
+            categories.add(category["id"])
+            for form in _forms(str(category["name"])):
+                self._categories.setdefault(form, category["id"])
+        for place, annotation in _records(path, found, "annotations", ("image_id", "category_id")):
+            if annotation["image_id"] not in self._annotations or annotation["category_id"] not in categories:
+                raise DataError(
+                    f"{place} belongs to image {annotation['image_id']!r} and category {annotation['category_id']!r}; "
+                    "the file does not have both"
+                )
+            self._annotations[annotation["image_id"]].append((place, annotation))
+        self._by_name = dict(self._images)
+        last_parts = Counter(PurePosixPath(name).name for name in self._images)
+        for name, image in self._images.items():
+            if last_parts[PurePosixPath(name).name] == 1:
+                self._by_name.setdefault(PurePosixPath(name).name, image)
+
+    @property
+    def ids(self) -> Collection[str]:
+        return self._images
+
+    def of(self, sample_id: str, caption: str) -> Grounding | None:
+        image = next((self._by_name[name] for name in _picture_names(sample_id) if name in self._by_name), None)
+        if image is None:
+            return None
+        instances = defaultdict(list)
+        for place, annotation in self._annotations[image["id"]]:
+            instances[annotation["category_id"]].append(_instance(place, annotation, image["height"], image["width"]))
+        index_of = {category: index for index, category in enumerate(instances)}
+        words = tuple(NamingWord(*span, index_of[c]) for span, c in self._categories_in(caption) if c in index_of)
+        return Grounding(tuple(_union(regions) for regions in instances.values()), words)
+
+    def _categories_in(self, caption: str) -> list[tuple[tuple[int, int], Any]]:
+        """Words that name a category, in the picture or not: the "dog" of a "hot dog" is none."""
+        words = words_of(caption)
+        folded = [word.text.casefold() for word in words]
+        beside = [not caption[a.end : b.start].strip() for a, b in pairwise(words)]
+        longest = max(map(len, self._categories), default=0)
+        found: list[tuple[tuple[int, int], Any]] = []
+        at = 0
+        while at < len(words):
+            for length in range(longest, 0, -1):
+                category = self._categories.get(tuple(folded[at : at + length]))
+                if category is not None and at + length <= len(words) and all(beside[at : at + length - 1]):
+                    found += [((word.start, word.end), category) for word in words[at : at + length]]
+                    break
+            else:
+                length = 1
+            at += length
+        return found
+
+
+def _records(path: Path, found: Mapping[str, Any], name: str, keys: tuple[str, ...]) -> Iterable[tuple[str, dict[str, Any]]]:
+    """The objects of one of COCO's lists, each with its place."""
+    for number, record in enumerate(_list(found.get(name), str(path), name), start=1):
+        place = f"{path}, {name} {number}"
+        if not isinstance(record, dict) or any(not isinstance(record.get(key), str | int | float) for key in keys):
+            raise DataError(f"{place} is {_short(record)}; expected an object with {', '.join(keys)}")
+        yield place, record
+
+
+def _forms(name: str) -> list[tuple[str, ...]]:
+    """A category's name and its simple plurals, as words."""
+    words = tuple(word.text.casefold() for word in words_of(name))
+    if not words:
+        return []
+    *first, last = words
+    plurals = [last + "s", last + "es"] + ([last[:-1] + "ies"] if last.endswith("y") else [])
+    return [words, *((*first, plural) for plural in plurals)]
+
+
+def _instance(place: str, annotation: Mapping[str, Any], height: float, width: float) -> Region:
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, dict):
+        return Region(masks=(_mask_of_runs(segmentation, place),))
+    if segmentation:
+        polygons = []
+        for given in _list(segmentation, place, "segmentation"):
+            numbers = _numbers(given, f"{place}: a polygon")
+            if len(numbers) < 6 or len(numbers) % 2:
+                raise DataError(f"{place}: a polygon has {len(numbers)} numbers; expected x and y of three or more corners")
+            polygons.append(np.reshape(numbers, (-1, 2))[:, ::-1] / [height, width])
+        return Region(polygons=tuple(polygons))
+    left, top, wide, tall = _numbers(annotation.get("bbox"), f"{place}: its bbox", length=4)
+    return Region(boxes=((top / height, left / width, (top + tall) / height, (left + wide) / width),))
+
+
+def _union(regions: Sequence[Region]) -> Region:
+    return Region(
+        tuple(box for region in regions for box in region.boxes),
+        tuple(polygon for region in regions for polygon in region.polygons),
+        tuple(mask for region in regions for mask in region.masks),
+    )
+
+
+class _Entities:
+    """The folder of Flickr30k Entities."""
+
+    _PHRASE = re.compile(r"\[/EN#(\d+)/\S+ ([^\[\]]*)\]")
+
+    def __init__(self, root: Path) -> None:
+        # By listing, for a sample's id is no path to open.
+        self._sentences, self._annotations = (
+            {file.stem: file for file in sorted((root / folder).glob(f"*.{ending}"))}
+            for folder, ending in (("Sentences", "txt"), ("Annotations", "xml"))
+        )
+        if not self._sentences or not self._annotations:
+            raise DataError(f"{root} is no folder of Flickr30k Entities; expected Sentences/*.txt and Annotations/*.xml in it")
+
+    @property
+    def ids(self) -> Collection[str]:
+        return self._sentences
+
+    def of(self, sample_id: str, caption: str) -> Grounding | None:
+        stems = (stem for name in _picture_names(sample_id) for stem in (name, PurePosixPath(name).stem))
+        stem = next((stem for stem in stems if stem in self._sentences and stem in self._annotations), None)
+        named = None if stem is None else self._entities_in(caption, self._sentences[stem])
+        if stem is None or named is None:
+            return None
+        boxes_of = _entity_boxes(self._annotations[stem])
+        regions = sorted(set(boxes_of.values()))
+        words = tuple(NamingWord(*span, regions.index(boxes_of[entity])) for span, entity in named if entity in boxes_of)
+        return Grounding(tuple(Region(boxes=boxes) for boxes in regions), words)
+
+    def _entities_in(self, caption: str, file: Path) -> list[tuple[tuple[int, int], str]] | None:
+        """Words of a caption and the entities that they name; None if it is no caption of the file."""
+        letters = _letters(caption)
+        for number, line in enumerate(_text(file).split("\n"), start=1):
+            owners: list[tuple[str, str | None]] = []  # letters of the line without markup, each with its entity
+            end = 0
+            for phrase in self._PHRASE.finditer(line):
+                owners += [(letter, None) for letter, _ in _letters(line[end : phrase.start()])]
+                owners += [(letter, phrase[1]) for letter, _ in _letters(phrase[2])]
+                end = phrase.end()
+            owners += [(letter, None) for letter, _ in _letters(line[end:])]
+            if "[/EN#" in self._PHRASE.sub("", line):
+                raise DataError(f"{file}, line {number} has a phrase that is not closed; expected [/EN#<number>/<kind> <words>]")
+            if owners and [letter for letter, _ in owners] == [letter for letter, _ in letters]:
+                entity_at = {place: entity for (_, place), (_, entity) in zip(letters, owners, strict=True)}
+                content = [word for word in words_of(caption) if word.text.casefold() not in FUNCTION_WORDS]
+                return [((w.start, w.end), entity) for w in content if (entity := entity_at[w.start]) is not None]
+        return None
+
+
+def _letters(text: str) -> list[tuple[str, int]]:
+    """Letters and digits of a text without case, each with its place."""
+    return [(character.lower(), place) for place, character in enumerate(text) if character.isalnum()]
+
+
+def _entity_boxes(path: Path) -> dict[str, tuple[Box, ...]]:
+    """Boxes of every entity of a picture that has some; pixels are counted from 1, and a box has both its ends."""
+    text = _text(path)
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:
+        raise DataError(f"{path} declares a document type or entities, which annotations do not need; remove the declaration")
+    try:
+        root = ElementTree.fromstring(text)
+    except ElementTree.ParseError as error:
+        raise DataError(f"{path} is no XML ({error})") from None
+
+    def numbers(element: ElementTree.Element | None, names: tuple[str, ...], place: str, above: float | None) -> list[float]:
+        texts = [None if element is None else element.findtext(name) for name in names]
+        try:
+            return _numbers([float(text or "") for text in texts], place, above=above)
+        except ValueError:
+            raise DataError(f"{place} is {texts}; expected numbers in {', '.join(names)}") from None
+
+    width, height = numbers(root.find("size"), ("width", "height"), f"{path}: the size", 0)
+    boxes: dict[str, list[Box]] = defaultdict(list)
+    for number, thing in enumerate(root.iter("object"), start=1):
+        box = thing.find("bndbox")
+        if box is None:  # <nobndbox>, or <scene>: the whole picture
+            continue
+        place = f"{path}, object {number}"
+        left, top, right, bottom = numbers(box, ("xmin", "ymin", "xmax", "ymax"), place, None)
+        if right < left or bottom < top:
+            raise DataError(f"{place} has a box from ({left:g}, {top:g}) to ({right:g}, {bottom:g}), which is turned around")
+        for name in thing.iter("name"):
+            boxes[(name.text or "").strip()].append(((top - 1) / height, (left - 1) / width, bottom / height, right / width))
+    return {entity: tuple(sorted(set(own))) for entity, own in boxes.items()}
+
+
+def run_lengths(mask: NDArray[np.bool_]) -> dict[str, list[int]]:
+    """A mask [y, x] as COCO writes it: lengths of runs down the columns, the first of pixels outside."""
+    flat = mask.T.ravel()
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    counts = np.diff([0, *changes, len(flat)]).tolist()
+    return {"size": list(mask.shape), "counts": [0, *counts] if flat[0] else counts}
+
+
+def _mask_of_runs(given: Any, place: str) -> NDArray[np.bool_]:
+    size = given.get("size") if isinstance(given, dict) else None
+    if not isinstance(size, list) or len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise DataError(f'{place}: a run-length mask is {_short(given)}; expected "size": [height, width] and "counts"')
+    counts = given.get("counts")
+    if isinstance(counts, str):
+        counts = _unpacked(counts)
+    pixels = size[0] * size[1]
+    sound = isinstance(counts, list) and all(isinstance(count, int) and count >= 0 for count in counts)
+    if not sound or sum(counts) != pixels or pixels > _MOST_PIXELS:
+        raise DataError(
+            f"{place}: the runs of a mask are {_short(counts)}; expected counts that sum to {size[0]} x {size[1]} pixels"
+        )
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size[1], size[0]).T
+
+
+def _unpacked(packed: str) -> list[int]:
+    """Runs from COCO's compressed text: five bits a character, the sixth says that more follow, from the fourth on differences."""
+    counts: list[int] = []
+    value = shift = 0
+    for character in packed:
+        bits = ord(character) - 48
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if not bits & 0x20:
+            value -= (bits & 0x10) << shift - 4  # the last character's highest bit is the sign
+            counts.append(value + counts[-2] if len(counts) > 2 else value)
+            value = shift = 0
+    return counts
+
+
+def _in_polygon(corners: NDArray[np.float64], y: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Bool [y, x]: whether a ray from the point to the right crosses the outline an odd number of times."""
+    inside = np.zeros((len(y), len(x)), bool)
+    for (y0, x0), (y1, x1) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
+        crossed = (y0 <= y) != (y1 <= y)
+        at = x0 + (y[crossed] - y0) / (y1 - y0) * (x1 - x0) if y0 != y1 else np.empty(0)
+        inside[crossed] ^= x < at[:, None]
+    return inside
+
+
+def _picture_names(sample_id: str) -> list[str]:
+    """What the picture of a sample may be called, the likeliest first."""
+    whole = re.sub(r"#\d+$", "", sample_id)
+    return [sample_id, whole, PurePosixPath(whole).name]
+
+
+def _box(given: Any, place: str) -> Box:
+    top, left, bottom, right = _numbers(given, f"{place}: a box", length=4)
+    if not (-_SLACK <= top <= bottom <= 1 + _SLACK and -_SLACK <= left <= right <= 1 + _SLACK):
+        raise DataError(f"{place}: a box is {given}; expected top, left, bottom, right as fractions of the picture, 0 to 1")
+    return top, left, bottom, right
+
+
+def _numbers(given: Any, name: str, length: int | None = None, above: float | None = None) -> list[float]:
+    sound = isinstance(given, list) and all(isinstance(v, int | float) and np.isfinite(v) for v in given)
+    if not sound or (length is not None and len(given) != length):
+        raise DataError(f"{name} is {_short(given)}; expected a list of {length or ''} numbers".replace("  ", " "))
+    if above is not None and min(given) <= above:
+        raise DataError(f"{name} is {_short(given)}; expected numbers above {above:g}")
+    return [float(v) for v in given]
+
+
+def _list(given: Any, place: str, name: str) -> list[Any]:
+    if not isinstance(given, list):
+        raise DataError(f"{place}: {name!r} is {_short(given)}; expected a list")
+    return given
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:80]

@@ -1,0 +1,1 @@
+"""The long run: photographs and captions in, a target store out."""

@@ -1,0 +1,144 @@
+"""`extract`: photographs and captions in, a target store out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..config import ExtractionConfig, TeacherConfig
+from ..data.samples import Pair
+from ..data.sources import BadPair
+from ..errors import DataError, TargetError
+from ..targets.store import TargetWriter, read_manifest
+from .engines import Batch, Finished, engine_of
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one run of `extract` did, in samples."""
+
+    written: int
+    present: int
+    failed: int
+
+
+def extract(
+    model: str | Path | Any,
+    pairs: Iterable[Pair | BadPair],
+    out: str | Path,
+    config: TeacherConfig | None = None,
+    work: ExtractionConfig | None = None,
+    *,
+    failed_only: bool = False,
+    progress: bool = True,
+) -> Summary:
+    """Writes a target store of word maps for pictures with captions.
+
+    A store that was begun with the same teacher and config is continued. A picture or caption that cannot be used is reported,
+    listed in the store's manifest and skipped; the next run tries it again. What the store holds in the end depends neither on the
+    engine nor on where earlier runs were cut off.
+
+    Args:
+        model: folder or hub id of a text-to-image pipeline, or a loaded pipeline (one device, `engine="local"`).
+        pairs: pictures with captions; see `lavender.open_pairs`.
+        out: folder of the store.
+        config: how the maps are read.
+        work: where, and how many pictures at a time.
+        failed_only: whether only what failed before is tried, without a look at the rest; the store must be complete.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ConfigError: the settings do not fit the model, or the engine is missing.
+        ModelError: `model` cannot be loaded or read, or its processes die.
+        TargetError: `out` holds something else, is not complete (`failed_only`), or another process writes it; the disk is full.
+    """
+    config, work, out = config or TeacherConfig(), work or ExtractionConfig(), Path(out)
+    if failed_only and not read_manifest(out)["complete"]:
+        raise TargetError(f"the extraction into {out} has not finished; finish it before you try what failed")
+    with engine_of(model, config, work) as engine, TargetWriter(out, config, engine.identity, work.shard_size) as writer:
+        entries = _Entries(pairs, writer, work.batch_size, failed_only)
+        count = getattr(pairs, "count", None) if not isinstance(pairs, Sequence) else len(pairs)
+        with tqdm(total=count, desc="word maps", unit="picture", disable=not progress, smoothing=0.05) as bar:
+            written = 0
+            with closing(engine.results(entries)) as results:
+                for finished in results:
+                    writer.add(*finished.targets, position=finished.positions)
+                    written += len(finished.targets)
+                    for own_id, reason in finished.failures:
+                        entries.fail(own_id, reason)
+                    writer.advance(entries.finish(finished))
+                    bar.update(entries.seen - bar.n)
+            bar.update(entries.seen - bar.n)
+        writer.close()
+    return Summary(written, entries.present, entries.failed)
+
+
+class _Entries:
+    """The input as batches of what the store lacks.
+
+    A batch is made of so many neighbors in the input, whatever is stored of them already, so that batches are the same in every
+    run: the numbers of a picture's maps may depend on its company, in their last bits.
+
+    Attributes:
+        present: samples that the store had.
+        failed: samples that could not be used.
+        seen: entries that are dealt with.
+    """
+
+    def __init__(self, pairs: Iterable[Pair | BadPair], writer: TargetWriter, batch_size: int, failed_only: bool) -> None:
+        self.present = self.failed = self.seen = 0
+        self._pairs, self._writer, self._size = pairs, writer, batch_size
+        self._tried = set(writer.failed) if failed_only else None
+        self._in_work: dict[int, int] = {}
+        self._next = 0
+        writer.begin_run()
+
+    def __iter__(self) -> Iterator[Batch]:
+        chosen: list[tuple[int, Pair]] = []
+        for position, entry in enumerate(self._pairs):
+            if position % self._size == 0 and chosen:
+                yield self._batch(chosen)
+                chosen = []
+            if self._is_wanted(entry):
+                chosen.append((position, entry))  # type: ignore[arg-type]  # a bad entry is not
+            else:
+                self.seen += 1
+            if not chosen:
+                self._next = position + 1
+        if chosen:
+            yield self._batch(chosen)
+
+    def _batch(self, chosen: list[tuple[int, Pair]]) -> Batch:
+        self._in_work[chosen[0][0]] = len(chosen)
+        self._next = chosen[-1][0] + 1
+        return Batch(tuple(position for position, _ in chosen), tuple(pair for _, pair in chosen))
+
+    def _is_wanted(self, entry: Pair | BadPair) -> bool:
+        if self._tried is not None and entry.id not in self._tried:
+            return False
+        if isinstance(entry, BadPair):
+            self.fail(entry.id, entry.reason)
+            return False
+        try:
+            is_present = self._writer.has(entry.id, entry.image, entry.caption)
+        except DataError as error:
+            self.fail(entry.id, str(error))
+            return False
+        self.present += is_present
+        return not is_present
+
+    def fail(self, own_id: str, reason: str) -> None:
+        """Lists a sample that cannot be used."""
+        self.failed += 1
+        self._writer.fail(own_id, reason)
+        tqdm.write(f"skipped {own_id}: {reason}")
+
+    def finish(self, finished: Finished) -> int:
+        """Notes that a batch is done; before the place that is returned, every entry is stored or has failed."""
+        self.seen += self._in_work.pop(finished.start)
+        return min(self._in_work, default=self._next)

@@ -1,1 +1,0 @@
-"""How attention is read from the two libraries without changing what their models compute."""

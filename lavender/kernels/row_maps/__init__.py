@@ -1,0 +1,5 @@
+"""Word maps where words own query rows."""
+
+from .api import row_maps, row_maps_reference
+
+__all__ = ["row_maps", "row_maps_reference"]

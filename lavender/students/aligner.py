@@ -1,0 +1,208 @@
+"""From the student's attention to one map per word: aggregation and aligner, trained with the student, thrown away at inference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..config import NORM_GROUPS, AlignmentConfig
+from ..kernels.map_loss.api import map_loss
+from ..kernels.row_maps.api import row_maps
+from ..types import WordRows
+
+NUM_CONVOLUTIONS = {"light": 2, "sim": 3, "deep": 5}
+_POSITIVE = ("sum", "max")
+"""Normalizations of maps that are not negative."""
+
+
+class Aligner(nn.Module):
+    """The published aligner G: 3x3 convolutions without bias, each followed by a norm and an activation, then a 1x1 with bias.
+
+    Its output is linear, for `map_loss` to normalize; positive where the normalization needs that.
+    """
+
+    def __init__(self, config: AlignmentConfig, channels: int) -> None:
+        super().__init__()
+        hidden = config.hidden_channels
+        norms: dict[str, Callable[[], nn.Module]] = {
+            "instance": lambda: nn.InstanceNorm2d(hidden),
+            "batch": lambda: nn.BatchNorm2d(hidden, affine=False),
+            "group": lambda: nn.GroupNorm(NORM_GROUPS, hidden, affine=False),
+            "identity": nn.Identity,
+        }
+        blocks: list[nn.Module] = []
+        for _ in range(NUM_CONVOLUTIONS[config.aligner]):
+            activation = nn.ReLU6(inplace=True) if config.activation == "relu6" else nn.LeakyReLU(0.1, inplace=True)
+            blocks += [nn.Conv2d(channels, hidden, 3, padding=1, bias=False), norms[config.norm](), activation]
+            channels = hidden
+        self.blocks = nn.Sequential(*blocks, nn.Conv2d(channels, 1, 1))
+        if config.normalization in _POSITIVE:
+            self.blocks.append(nn.Softplus())
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """[K, C, y, x] to [K, y, x]."""
+        return self.blocks(maps).squeeze(1)
+
+
+class Identity(nn.Module):
+    """The plain mean over channels: the alignment term then acts on the attention itself."""
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """[K, C, y, x] to [K, y, x]."""
+        return maps.mean(dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenStates:
+    """What the parallel attention reads: the captured layers' inputs at the words' tokens and at the image tokens.
+
+    Attributes:
+        queries: [B, L, R, D].
+        keys: [B, L, M, D].
+        rows: the rows of `queries`, and the words that they speak for.
+        columns: int64 [B, M], the rows of `keys`; -1 is padding.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    rows: WordRows
+    columns: torch.Tensor
+
+
+class ParallelAttention(nn.Module):
+    """An auxiliary cross-attention from words to image tokens: per layer its own projections of the normalized hidden states."""
+
+    def __init__(self, hidden_size: int, num_layers: int, num_heads: int, width: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.LayerNorm(hidden_size)
+        self.queries, self.keys = (
+            nn.ModuleList(nn.Linear(hidden_size, num_heads * width, bias=False) for _ in range(num_layers)) for _ in range(2)
+        )
+
+    def forward(self, states: HiddenStates) -> torch.Tensor:
+        """Maps [B, L, H, W, M]; each row's softmax runs over its sample's image tokens."""
+        dtype = self.norm.weight.dtype
+        maps = []
+        for layer, (to_query, to_key) in enumerate(zip(self.queries, self.keys, strict=True)):
+            query, key = (
+                project(self.norm(hidden[:, layer].to(dtype))).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+                for project, hidden in ((to_query, states.queries), (to_key, states.keys))
+            )
+            maps.append(row_maps(query, key, states.rows, states.columns, causal=False, renormalize=True))
+        return torch.stack(maps, dim=1)
+
+
+class Alignment(nn.Module):
+    """Aggregation, aligner and alignment loss of one patched student; it lives in the model as `model.lavender`.
+
+    Args:
+        config: what is compared.
+        num_layers: L, the number of captured layers.
+        num_heads: H of the student's attention.
+        hidden_size: width of its hidden states.
+    """
+
+    def __init__(self, config: AlignmentConfig, num_layers: int, num_heads: int, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        channels = {"mean": 1, "max": 1, "learned": 1, "parallel": config.parallel_heads}.get(config.aggregation, num_heads)
+        self.aligner: nn.Module = Identity() if config.aligner == "identity" else Aligner(config, channels)
+        if config.aggregation == "learned":
+            self.mixture = nn.Parameter(torch.zeros(num_layers, num_heads))
+        if config.aggregation == "parallel":
+            self.parallel = ParallelAttention(hidden_size, num_layers, config.parallel_heads, config.parallel_width)
+
+    def align(self, maps: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor:
+        """Raw maps [B, L, H, W, y, x] to one aligned map per word, [B, W, y, x], on the same grid.
+
+        Where words are not `present` (bool [B, W]), there are zeros, and they take no part in the norms' statistics.
+        """
+        batch, _, _, words, height, width = maps.shape
+        # Attention sums to at most one over the grid: times its size, values are of order one and no epsilon dominates them.
+        scaled = maps.permute(0, 3, 1, 2, 4, 5).flatten(0, 1) * (height * width)
+        if present is None:
+            return self._aligned(scaled).unflatten(0, (batch, words))
+        kept = present.flatten().nonzero().flatten()
+        if not len(kept):  # one map all the same: every process of a distributed run must use every weight
+            kept = torch.zeros(1, dtype=torch.long, device=maps.device)
+        aligned = self._aligned(scaled[kept])
+        return aligned.new_zeros(batch * words, height, width).index_copy(0, kept, aligned).unflatten(0, (batch, words))
+
+    def _aligned(self, maps: torch.Tensor) -> torch.Tensor:
+        """[K, L, H, y, x] to [K, y, x]: by layer, or of all layers at once, then the mean or maximum over what is left."""
+        aggregated = self._aggregated(maps)
+        words, layers = aggregated.shape[:2]
+        weight = next(self.aligner.parameters(), aggregated)
+        # Attention is small and its differences smaller: no half precision but the weights' own.
+        with torch.autocast(maps.device.type, enabled=False):
+            projected = self.aligner(aggregated.flatten(0, 1).to(weight.dtype)).unflatten(0, (words, layers))
+        return projected.amax(dim=1) if self.config.aggregation == "project_max" else projected.mean(dim=1)
+
+    def _aggregated(self, maps: torch.Tensor) -> torch.Tensor:
+        """[K, L, H, y, x] to what the aligner projects, [K, L or 1, C, y, x]."""
+        match self.config.aggregation:
+            case "mean_project":
+                return maps.mean(dim=1, keepdim=True)
+            case "max_project":
+                return maps.amax(dim=1, keepdim=True)
+            case "mean":
+                return maps.mean(dim=(1, 2), keepdim=True)
+            case "max":
+                return maps.amax(dim=(1, 2), keepdim=True)
+            case "flow":
+                return flow(maps)[:, None]
+            case "learned":
+                shares = self.mixture.flatten().softmax(dim=0).view_as(self.mixture).to(maps.dtype)
+                return (maps * shares[..., None, None]).sum(dim=(1, 2), keepdim=True)
+            case _:
+                return maps
+
+    def forward(
+        self,
+        source: torch.Tensor | HiddenStates,
+        place: Callable[[torch.Tensor], torch.Tensor],
+        targets: torch.Tensor | None = None,
+        present: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The alignment loss of every word, and the aligned maps.
+
+        Args:
+            source: the student's attention [B, L, H, W, M], or for `parallel` its hidden states. Where heads are not needed, H may
+                be 1: their mean.
+            place: from attention by image token, [..., M], to maps [..., y, x].
+            targets: [B, W, y', x'], the teacher's maps on their own grid, to which the aligned ones are resampled.
+            present: bool [B, W], which words have a target; with `targets`.
+
+        Returns:
+            [B, W], zero for absent words, or None without `targets`; and [B, W, y, x].
+        """
+        maps = place(self.parallel(source) if isinstance(source, HiddenStates) else source)
+        aligned = self.align(maps, present)
+        if targets is None or present is None:
+            return None, aligned
+        config = self.config
+        per_word = map_loss(
+            aligned, targets, present, normalization=config.normalization, distance=config.distance, reduction="none"
+        )
+        return per_word, aligned
+
+
+def keeps_heads(config: AlignmentConfig) -> bool:
+    """Whether the alignment needs attention per head, or the mean over heads will do."""
+    linear = config.aligner == "identity" and config.aggregation in ("project_mean", "project_max", "mean_project")
+    return not linear and config.aggregation != "mean"
+
+
+def flow(maps: torch.Tensor) -> torch.Tensor:
+    """The product over layers of [K, L, H, y, x], scaled to the mean 1: [K, H, y, x].
+
+    Eight layers of small attention underflow; their logarithms do not: y x softmax over places of the sum of logarithms.
+    """
+    logarithms = maps.clamp_min(torch.finfo(maps.dtype).tiny).log().sum(dim=1)
+    places = maps.shape[-2] * maps.shape[-1]
+    return places * F.softmax(logarithms.flatten(-2), dim=-1).unflatten(-1, maps.shape[-2:])

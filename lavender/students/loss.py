@@ -1,0 +1,169 @@
+"""What a captured forward adds to the loss, and what is told about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from ..errors import CaptureError, ConfigError
+from ..types import OUTCOMES
+
+if TYPE_CHECKING:
+    from .aligner import HiddenStates
+    from .patch import Forward, StudentPatch
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What the latest forward with targets compared. Sums run over all processes while the model trains.
+
+    Attributes:
+        loss: the unweighted alignment loss, the mean over matched words; a scalar, detached.
+        weight: lambda.
+        share: this micro-batch's share of its optimizer step, as the Trainer scales losses; 1 where it does not.
+        words: the number of matched words, a scalar.
+        outcomes: [4], samples by `lavender.types.OUTCOMES`.
+        aligned: [B, W, y, x], the aligned maps of this process's batch, detached.
+        targets: [B, W, y', x'].
+        present: bool [B, W].
+        input_ids: int64 [B, T], or None if the forward got embeddings.
+        tokens: int64 [B, R], positions of the words' tokens; -1 is padding.
+        token_words: int64 [B, R], the words that they belong to.
+    """
+
+    loss: torch.Tensor
+    weight: float
+    share: torch.Tensor | float
+    words: torch.Tensor
+    outcomes: torch.Tensor
+    aligned: torch.Tensor
+    targets: torch.Tensor
+    present: torch.Tensor
+    input_ids: torch.Tensor | None
+    tokens: torch.Tensor
+    token_words: torch.Tensor
+
+
+def compare(patch: StudentPatch, active: Forward, source: torch.Tensor | HiddenStates) -> tuple[Comparison, torch.Tensor]:
+    """The alignment loss of one forward: what there is to tell, and what is added to the language loss.
+
+    The mean runs over the words of all processes. Engines average gradients over processes, so each adds its own words' sum times
+    the number of processes. They are told how many label tokens an optimizer step has, if at all, over all processes or their own:
+    this micro-batch's share of them is taken from the mean over processes, which serves both. A micro-batch without matched words
+    keeps its share, for nobody here knows how many words the others have. TRL's `SFTTrainer` takes sums and
+    divides them itself: by the step's tokens where the model accepts their number, else by this forward's own.
+    """
+    model, trains = patch.model, patch.model.training and torch.is_grad_enabled()
+    assert active.targets is not None
+    per_word, aligned = model.lavender(source, active.place, active.targets, active.present)
+    total = per_word.sum()
+    labels, step_tokens = active.kwargs.get("labels"), active.kwargs.get("num_items_in_batch")
+    tokens = total.new_zeros(()) if labels is None else (labels[:, 1:] != -100).sum()
+    outcomes = torch.bincount(active.outcomes, minlength=len(OUTCOMES)).to(total.dtype)
+    sums = torch.cat([torch.stack([total.detach(), active.present.sum(), tokens]), outcomes])
+    processes = 1
+    if trains and dist.is_available() and dist.is_initialized():
+        processes = dist.get_world_size()
+        dist.all_reduce(sums)
+    all_words = sums[1].clamp_min(1)
+    # A step that was cut off entirely has no label token.
+    share = 1.0 if labels is None or step_tokens is None else sums[2] / processes / max(step_tokens, 1)
+    weight = _weight(patch, trains)
+    comparison = Comparison(
+        loss=sums[0] / all_words,
+        weight=weight,
+        share=share,
+        words=sums[1],
+        outcomes=sums[3:],
+        aligned=aligned.detach(),
+        targets=active.targets,
+        present=active.present,
+        input_ids=active.kwargs.get("input_ids"),
+        tokens=active.tokens,
+        token_words=active.token_words,
+    )
+    term = weight * processes * share * total / all_words
+    if active.kwargs.get("fused_lm_head"):
+        term = term * (sums[2] / processes if getattr(model, "accepts_loss_kwargs", True) else tokens)
+    return comparison, term
+
+
+def _weight(patch: StudentPatch, trains: bool) -> float:
+    if patch.progress is None and trains and patch.config.schedule != "constant":
+        raise ConfigError(
+            f"lambda falls by schedule={patch.config.schedule!r}, and nobody says how far the training is: call "
+            "lavender.watch(trainer) before trainer.train(), or set the patch's progress (0 to 1) before each step"
+        )
+    return patch.config.weight_at(patch.progress or 0.0)
+
+
+def add_to_loss(output: Any, term: torch.Tensor) -> Any:
+    """A model's output with `term` added to its loss.
+
+    TRL's `SFTTrainer` makes its loss of minus the sum of `log_probs`, perhaps after weighting each by its exponential (`dft`): two
+    positions more per row hold the term, one its gradient, at the value zero, the other its value, without gradient.
+    """
+    if isinstance(output, tuple):
+        return (output[0] + term, *output[1:])
+    if "log_probs" in output:
+        held = -term / len(output["log_probs"])
+        more = torch.stack([held - held.detach(), held.detach()]).expand(len(output["log_probs"]), 2)
+        output["log_probs"] = torch.cat([output["log_probs"], more], dim=1)
+        return output
+    output["loss"] = term if output.get("loss") is None else output["loss"] + term.to(output["loss"].dtype)
+    return output
+
+
+def require_whole_sequences(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raises `CaptureError` in a replica of `nn.DataParallel`, and where a sequence is split over processes."""
+    if getattr(module, "_is_replica", False):
+        raise CaptureError(
+            "the model runs under nn.DataParallel, whose copies lavender cannot follow; start one process per GPU (torchrun, "
+            "accelerate launch), or show the script one GPU only (CUDA_VISIBLE_DEVICES=0)"
+        )
+    if "shift_labels" in kwargs:
+        raise CaptureError(
+            "the sequence is split over processes (context or sequence parallelism); lavender reads rows of whole sequences: "
+            "switch it off"
+        )
+
+
+def require_image_tokens(patch: StudentPatch, active: Forward) -> None:
+    """Raises `CaptureError` if the batch's columns hold other tokens than the model's image tokens."""
+    token = getattr(patch.model.config, "image_token_id", None)
+    ids, columns = active.kwargs.get("input_ids"), active.columns
+    if token is None or ids is None or patch.crosses:
+        return
+    found = ids.gather(1, columns.clamp(0, ids.shape[1] - 1))
+    strange = found[(columns >= 0) & (found != token)]
+    if len(strange):
+        raise CaptureError(
+            f"the batch was made for another model: {len(strange)} of its image columns hold other tokens (such as "
+            f"{strange[0].item()}) than {type(patch.model).__name__}'s image token {token}. Make it with this model's own "
+            "processor: lavender.Collator(AutoProcessor.from_pretrained(...), model_config=model.config)"
+        )
+
+
+def require_gradient(patch: StudentPatch, source: torch.Tensor | HiddenStates) -> None:
+    """Raises `CaptureError` if a training forward's attention, or the aligner, cannot learn."""
+    model = patch.model
+    if not (torch.is_grad_enabled() and model.training):
+        return
+    aligner = [p for p in model.lavender.parameters() if p.is_floating_point()]
+    if aligner and not any(p.requires_grad for p in aligner):
+        raise CaptureError(
+            "every weight of the aligner is frozen; with PEFT, name it: LoraConfig(..., modules_to_save=['lavender'])"
+        )
+    decoder = patch.decoder
+    checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in decoder.modules())
+    trainable = any(p.requires_grad for p in decoder.parameters())
+    captured = source if isinstance(source, torch.Tensor) else source.queries
+    if checkpointed and trainable and not captured.requires_grad:
+        raise CaptureError(
+            "the captured attention carries no gradient: the model uses re-entrant gradient checkpointing. Enable it with "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}"
+        )

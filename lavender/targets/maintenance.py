@@ -1,0 +1,291 @@
+"""Looking after target stores: what one holds, whether it is sound, and several made into one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ..config import TeacherConfig, from_dict, to_dict
+from ..errors import TargetError
+from .shards import GROUP_SIZE, Target, opened, schema, sha256_of, targets_of
+from .store import TargetStore, TargetWriter, difference, read_manifest, unlisted_shards
+
+NAMED = 10
+"""Ids that one line names; a data set may lack thousands."""
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """What a store holds, finished or not.
+
+    Attributes:
+        teacher: what the maps came from.
+        changed: the config's settings that are not the defaults.
+        complete: whether the store is finished.
+        samples: how many are stored, pending ones too.
+        words: how many they have in all.
+        words_without_map: how many of these have none.
+        failed: how many samples could not be used.
+        shards: number of finished files.
+        num_bytes: size of shards, pending files and manifest.
+    """
+
+    teacher: dict[str, str]
+    changed: dict[str, Any]
+    complete: bool
+    samples: int
+    words: int
+    words_without_map: int
+    failed: int
+    shards: int
+    num_bytes: int
+
+    @property
+    def bytes_per_sample(self) -> float:
+        return self.num_bytes / self.samples if self.samples else 0.0
+
+
+def info(folder: str | Path) -> StoreInfo:
+    """Looks through a store, finished or not. Raises `TargetError` if it is none, or damaged."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    defaults = to_dict(TeacherConfig())
+    shards = sorted(folder.glob("data-*.parquet"))
+    files = [*shards, *sorted((folder / "pending").glob("*.parquet"))]
+    words = without_map = 0
+    ids: set[str] = set()
+    for path in files:
+        with opened(path) as file:
+            table = file.read(["id", "ranges" if "ranges" in file.schema_arrow.names else "maps"])
+        for sample_id, own, missing in zip(table["id"].to_pylist(), *_word_counts(table), strict=True):
+            if sample_id not in ids:  # a kill may leave samples that are pending although they are in a shard
+                ids.add(sample_id)
+                words += own
+                without_map += missing
+    return StoreInfo(
+        teacher=manifest["teacher"],
+        changed={name: value for name, value in manifest["config"].items() if value != defaults.get(name)},
+        complete=manifest["complete"],
+        samples=len(ids),
+        words=words,
+        words_without_map=without_map,
+        failed=len({entry["id"] for entry in manifest["failed"]} - ids),
+        shards=len(shards),
+        num_bytes=sum(path.stat().st_size for path in [*files, folder / "manifest.json"]),
+    )
+
+
+def _word_counts(table: pa.Table) -> tuple[list[int], list[int]]:
+    """Per row, how many words there are, and how many of them have no map. One value of each word tells."""
+    rows = table[1].combine_chunks()
+    words = rows.values
+    first = words.offsets.to_numpy()[:-1]
+    values = words.values
+    if pa.types.is_list(values.type):  # maps, whose words are lists of lines; ranges are lists of numbers
+        first, values = values.offsets.to_numpy()[first], values.values
+    missing = np.isnan(values.to_numpy(zero_copy_only=False)[first])
+    before = np.concatenate([[0], np.cumsum(missing)])
+    offsets = rows.offsets.to_numpy()
+    return np.diff(offsets).tolist(), np.diff(before[offsets]).tolist()
+
+
+def verify(folder: str | Path, pairs: Iterable[Any] | None = None) -> list[str]:
+    """Checks every byte and every row of a store.
+
+    Args:
+        folder: of the store.
+        pairs: the data set that it was made from, objects with `id` and `caption`; see `lavender.open_pairs`. Every one
+            must be stored with its caption, or listed as failed. One without `caption` could not be read, and must be listed.
+
+    Returns:
+        What is wrong, one line each; nothing if the store is sound.
+
+    Raises:
+        TargetError: the folder is no store of this version.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    config = from_dict(TeacherConfig, manifest["config"])
+    problems: list[str] = []
+    if not manifest["complete"]:
+        problems.append("the store is not finished: run the same command again to continue it")
+    elif (folder / "pending").exists():
+        problems.append("the store is marked as finished, but samples are pending: run the same command again")
+    problems += [f"{path.name} is not listed in the manifest: move it elsewhere" for path in unlisted_shards(folder, manifest)]
+    captions: dict[str, str] = {}
+    whole = True
+    for name, listed in manifest["shards"].items():
+        path = folder / name
+        if not path.is_file():
+            found, readable = ["it is missing: put it back, or extract into a new folder"], False
+        elif sha256_of(path) != listed["sha256"]:
+            found, readable = ["it is damaged, its sha256 is not that of the manifest: restore it, or extract anew"], False
+        else:
+            found, readable = _shard_problems(path, listed["samples"], config, captions)
+        problems += [f"{name}: {problem}" for problem in found]
+        whole = whole and readable
+    if pairs is not None and whole:
+        problems += _input_problems(pairs, captions, {entry["id"] for entry in manifest["failed"]})
+    elif pairs is not None:
+        problems.append("the data set was not compared with the store, which is not whole")
+    return problems
+
+
+def _shard_problems(path: Path, samples: int, config: TeacherConfig, captions: dict[str, str]) -> tuple[list[str], bool]:
+    """What is wrong with a shard's rows, and whether they could be read. Adds their captions to `captions`, by id."""
+    problems: list[str] = []
+    try:
+        with opened(path) as file:
+            if not file.schema_arrow.equals(schema(config.storage)):
+                return [f"it has other columns or types than the storage {config.storage!r}: extract anew"], False
+            if file.metadata.num_rows != samples:
+                problems.append(f"it has {file.metadata.num_rows} samples, the manifest says {samples}")
+            for number in range(file.num_row_groups):
+                table = file.read_row_group(number)
+                if table.num_rows != GROUP_SIZE and number < file.num_row_groups - 1:
+                    problems.append(f"its row group {number} has {table.num_rows} rows, expected {GROUP_SIZE}")
+                if any(column.null_count for column in table.columns):
+                    return [*problems, f"its row group {number} has empty cells"], False
+                for n, row in enumerate(table.drop_columns(["maps"]).to_pylist()):
+                    if row["id"] in captions:
+                        problems.append(f"sample {row['id']!r} is there twice")
+                    captions[row["id"]] = row["caption"]
+                    found = _row_problems(row, table["maps"].slice(n, 1).combine_chunks(), config)
+                    problems += [f"sample {row['id']!r}: {problem}" for problem in found]
+    except TargetError as error:
+        return [*problems, str(error)], False
+    return problems, True
+
+
+def _row_problems(row: dict[str, Any], maps: pa.ListArray, config: TeacherConfig) -> list[str]:
+    problems = [
+        f"the word {word['text']!r} is not at {word['start']} to {word['end']} of its caption"
+        for word in row["words"]
+        if not 0 <= word["start"] < word["end"] or row["caption"][word["start"] : word["end"]] != word["text"]
+    ]
+    crop = np.array(row["crop"], np.float64)
+    # The fractions of a crop are rounded to float32.
+    if not (crop.shape == (4,) and (crop >= -1e-6).all() and (crop <= 1 + 1e-6).all() and (crop[:2] < crop[2:]).all()):
+        problems.append(f"the crop {row['crop']} is no [top, left, bottom, right] in fractions of the picture")
+    words = maps.flatten()
+    lines = words.flatten()
+    if len(words) != len(row["words"]):
+        return [*problems, f"it has {len(words)} maps for {len(row['words'])} words"]
+    heights, widths = set(words.value_lengths().to_pylist()), set(lines.value_lengths().to_pylist())
+    if len(row["grid"]) != 2 or not (heights <= {row["grid"][0]} and widths <= {row["grid"][1]}):
+        return [*problems, f"its maps are not of its grid {row['grid']}"]
+    if config.storage == "uint8":
+        if [len(ends or []) for ends in row["ranges"]] != [2] * len(words):
+            return [*problems, f"its ranges are no [low, high] for each of {len(words)} words"]
+        values = np.array(row["ranges"], np.float64).reshape(-1, 2)
+        ordered = ~(values[:, 0] > values[:, 1])
+    else:
+        values = lines.flatten().to_numpy(zero_copy_only=False).reshape(len(words), -1)
+        ordered = np.ones(len(words), bool)
+    usable = ordered & (np.isfinite(values).all(axis=1) | np.isnan(values).all(axis=1))
+    usable_and_negative = usable & (values < 0).any(axis=1) & (config.normalization == "none")
+    for wrong, what in (
+        (~usable, "values that are not finite"),
+        (usable_and_negative, "negative values, though it is raw attention"),
+    ):
+        problems += [f"the map of {row['words'][w]['text']!r} has {what}" for w in np.flatnonzero(wrong)]
+    return problems
+
+
+def _input_problems(pairs: Iterable[Any], captions: Mapping[str, str], failed: set[str]) -> list[str]:
+    ids: set[str] = set()
+    missing, changed = [], []
+    for pair in pairs:
+        ids.add(pair.id)
+        if pair.id not in captions:
+            if pair.id not in failed:
+                missing.append(pair.id)
+        elif getattr(pair, "caption", captions[pair.id]) != captions[pair.id]:
+            changed.append(pair.id)
+    kinds = (
+        ("of the data set are neither stored nor listed as failed", missing),
+        ("have another caption in the data set", changed),
+        ("are stored, but not in the data set", [sample_id for sample_id in captions if sample_id not in ids]),
+    )
+    return [f"{len(found)} samples {what}: {_some(found)}" for what, found in kinds if found]
+
+
+def _some(ids: Sequence[str]) -> str:
+    more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
+    return ", ".join(map(repr, ids[:NAMED])) + more
+
+
+def merge(sources: Sequence[str | Path], out: str | Path) -> int:
+    """Makes several finished stores of one teacher and config into a new one, in their order.
+
+    A sample that several of them have is taken once. The new store appears under its name when it is whole; until then it lies
+    beside it, in `<out>.merging`, from where the same merge continues after a kill.
+
+    Args:
+        sources: folders of stores.
+        out: new folder.
+
+    Returns:
+        The number of samples.
+
+    Raises:
+        TargetError: a source is damaged, not finished, or of another teacher or config; a sample differs between two of them; or
+            `out` exists.
+    """
+    if not sources:
+        raise TargetError("there is nothing to merge; give the folders of one or more target stores")
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise TargetError(f"{out} exists; give a new folder")
+    stores = [TargetStore(source) for source in sources]
+    manifests = [read_manifest(store.folder) for store in stores]
+    for store, manifest in zip(stores, manifests, strict=True):
+        if store.fingerprint != stores[0].fingerprint:
+            how = difference(manifests[0], manifest, (f"in {stores[0].folder}", f"in {store.folder}"))
+            raise TargetError(f"{store.folder} holds targets of another teacher or config ({how}); merge stores of the same ones")
+    unfinished = out.with_name(out.name + ".merging")
+    taken: dict[str, TargetStore] = {}
+    with TargetWriter(unfinished, stores[0].config, stores[0].teacher) as writer:
+        writer.begin_run()
+        for store, manifest in zip(stores, manifests, strict=True):
+            for path in store.shards:
+                if sha256_of(path) != manifest["shards"][path.name]["sha256"]:
+                    raise TargetError(f"{path} is damaged, its sha256 is not that of the manifest; restore it, or extract anew")
+                writer.add(*[target for target in _new_ones(path, store, taken) if target.id not in writer.done])
+        if writer.done.keys() != taken.keys():
+            raise TargetError(f"{unfinished} is left from a merge of other stores; remove it, or give another --out")
+        for sample_id, reason in {key: reason for store in stores for key, reason in store.failed.items()}.items():
+            if sample_id not in taken:
+                writer.fail(sample_id, reason)
+        writer.close()
+    unfinished.rename(out)
+    return len(taken)
+
+
+def _new_ones(path: Path, store: TargetStore, taken: dict[str, TargetStore]) -> Iterator[Target]:
+    """The samples of a shard that no shard before it had."""
+    with opened(path) as file:
+        table = file.read()
+    for target in targets_of(table):
+        if target.id not in taken:
+            taken[target.id] = store
+            yield target
+        elif not _are_equal(target, taken[target.id][target.id]):
+            raise TargetError(
+                f"sample {target.id!r} is not the same in {taken[target.id].folder} and {store.folder}: they differ in picture, "
+                "caption or maps. Leave one of the stores out, or give the samples different ids"
+            )
+
+
+def _are_equal(one: Target, other: Target) -> bool:
+    ours, theirs = one.word_maps, other.word_maps
+    return (
+        (one.image_sha256, ours.caption, ours.words, ours.crop) == (other.image_sha256, theirs.caption, theirs.words, theirs.crop)
+        and ours.maps.shape == theirs.maps.shape
+        and np.array_equal(ours.maps, theirs.maps, equal_nan=True)
+    )

@@ -1,0 +1,511 @@
+"""The target store: word maps as parquet shards with a manifest, written so that a kill loses at most the samples in hand.
+
+    manifest.json            format, version, the teacher, its config and their fingerprint, whether the store is complete, the
+                             shards with their sha256 and numbers of samples, and what could not be used, with the reason
+    data-00000.parquet ...   finished shards, with the columns of `lavender.targets.shards`;
+                             `datasets.load_dataset("parquet", data_files="targets/*.parquet")` reads them
+    pending/*.parquet        finished samples that are in no shard yet; gone when the store is complete
+    .lock, .lock.json        held while a process writes the store, and which process that is
+
+Only `TargetWriter` writes here. A shard is there whole before the manifest lists it, and the manifest lists it before its pending
+files go, so a kill at any moment leaves a store that the next writer continues.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import chain
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+from filelock import FileLock, Timeout
+from PIL import Image
+
+from ..config import Storage, TeacherConfig, fingerprint, from_dict, to_dict
+from ..errors import TargetError
+from ..images import ImageSource, load_image
+from .shards import (
+    GROUP_SIZE,
+    Target,
+    encoded,
+    file_sha256,
+    group_of,
+    image_sha256,
+    read,
+    schema,
+    sha256_of,
+    targets_of,
+    to_table,
+)
+
+FORMAT = "lavender-targets"
+VERSION = 2
+SHARD_SIZE = 256
+
+_IDENTITY = ["id", "image_sha256", "file_sha256", "caption"]
+_OWN_FILES = {".lock", ".lock.json", "manifest.json.partial", "pending", "preview.png"}
+"""What a folder may hold before it is a store: left by a writer that was killed at once, or by `lavender extract --preview`."""
+
+
+@contextmanager
+def _full_disk_named(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise TargetError(
+            f"cannot write to {folder}: {error.strerror}. What is stored there is safe; free some space and run the same command "
+            "again to continue"
+        ) from None
+
+
+def _write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
+    """After this the file is there whole, even if the machine stops; before, it is not there at all."""
+    partial = path.with_name(path.name + ".partial")
+    with _full_disk_named(path.parent):
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # has no such thing
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Identity(NamedTuple):
+    """What tells whether a stored sample was made from a given picture and caption."""
+
+    image_sha256: str
+    file_sha256: str
+    caption: str
+
+
+class _Lock:
+    """Keeps a second writer out of a store, across processes; the system frees it when its holder dies."""
+
+    def __init__(self, folder: Path) -> None:
+        # A store may be written by another thread than the one that opened it.
+        self._lock = FileLock(folder / ".lock", thread_local=False)
+        self._holder = folder / ".lock.json"
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise TargetError(
+                f"another process{self._named()} is writing {folder}; wait until it has finished, or give another folder"
+            ) from None
+        with suppress(OSError):
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            self._holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
+
+    def _named(self) -> str:
+        try:
+            holder = json.loads(self._holder.read_text())
+            return f" (process {holder['pid']} on {holder['host']}, since {holder['since']})"
+        except (OSError, ValueError, KeyError, TypeError):  # it has only just begun
+            return ""
+
+    def is_held(self) -> bool:
+        return self._lock.is_locked
+
+    def release(self) -> None:
+        if self._lock.is_locked:
+            self._holder.unlink(missing_ok=True)
+            self._lock.release()
+
+
+class _Waiting(NamedTuple):
+    """A stored sample that is in no shard yet; sorts by its place in the input."""
+
+    position: int
+    id: str
+    file: Path
+    row: int
+
+
+class TargetWriter:
+    """Fills a store; one that was begun before is continued. As a context manager it lets go of the store at the end.
+
+    Only `close` makes a store complete. One writer at a time: a second one is refused until `close` or `release`.
+
+    Attributes:
+        folder: where the store lies.
+        done: what is stored, by id.
+        failed: why samples could not be used, by id.
+
+    Raises:
+        TargetError: the folder holds something else, or targets of another teacher or config; or another process writes it.
+    """
+
+    def __init__(self, folder: Path, config: TeacherConfig, teacher: Mapping[str, str], shard_size: int = SHARD_SIZE) -> None:
+        self.folder = folder
+        self.shard_size = shard_size
+        self._storage: Storage = config.storage
+        self._pending = folder / "pending"
+        _require_own(folder)
+        with _full_disk_named(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _Lock(folder)
+            try:
+                self._open(config, dict(teacher))
+            except BaseException:
+                self._lock.release()
+                raise
+
+    def _open(self, config: TeacherConfig, teacher: dict[str, str]) -> None:
+        self._manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "teacher": teacher,
+            "config": to_dict(config),
+            "fingerprint": fingerprint([teacher["weights"], to_dict(config)]),
+            "complete": False,
+            "shards": {},
+            "failed": [],
+        }
+        # A store that nothing was written to yet may be begun anew with other settings.
+        if any(self.folder.glob("data-*.parquet")) or any(self._pending.glob("*.parquet")):
+            found = read_manifest(self.folder)
+            if found["fingerprint"] != self._manifest["fingerprint"]:
+                raise TargetError(
+                    f"{self.folder} holds targets of another teacher or config ({difference(found, self._manifest)}); "
+                    "give --out a new folder, or the settings that the store was begun with"
+                )
+            self._manifest |= {name: found[name] for name in ("shards", "failed", "complete")}
+        elif (self.folder / "manifest.json").exists() and read_manifest(self.folder)["shards"]:
+            raise TargetError(f"{self.folder} has lost all its shards; put them back, or give --out a new folder")
+        self.failed: dict[str, str] = {entry["id"]: entry["reason"] for entry in self._manifest["failed"]}
+        self.done: dict[str, Identity] = {}
+        for path in shard_paths(self.folder, self._manifest):
+            self.done |= _identities(path)
+        self._adopt()
+        for path in chain(self.folder.glob("*.partial"), self._pending.glob("*.partial")):
+            path.unlink()
+        self._waiting: list[_Waiting] = []
+        if not self._manifest["complete"]:
+            self._write_manifest()
+            self._pending.mkdir(exist_ok=True)
+        for path in sorted(self._pending.glob("*.parquet")):
+            self._take_up(path)
+        self._next = 1 + max((sample.position for sample in self._waiting), default=-1)
+
+    def _adopt(self) -> None:
+        """Lists a shard that was finished just before a kill."""
+        for path in unlisted_shards(self.folder, self._manifest):
+            own = _identities(path)
+            if path.name != self._next_shard() or own.keys() & self.done.keys():
+                raise TargetError(f"{path} is no shard of this store, by its name or its samples; move it elsewhere")
+            self._manifest["shards"][path.name] = {"sha256": sha256_of(path), "samples": len(own)}
+            self._manifest["complete"] = False
+            self.done |= own
+
+    def _take_up(self, path: Path) -> None:
+        """Finds the samples of a pending file. Those that are in a shard already were written just before a kill."""
+        positions = read(path, ["position"])["position"].to_pylist()
+        own = _identities(path)
+        new = [
+            _Waiting(position, sample_id, path, row)
+            for row, (position, sample_id) in enumerate(zip(positions, own, strict=True))
+            if sample_id not in self.done
+        ]
+        if not new:
+            path.unlink()
+        self._waiting += new
+        self.done |= own
+
+    def add(self, *targets: Target, position: int | Sequence[int] | None = None) -> None:
+        """Stores samples, all of them or none; they survive a kill from here on.
+
+        Args:
+            targets: the samples.
+            position: their places in the input, which are their order in the store whatever order they come in; or the place of
+                the first one, if the others follow it there. They stay out of the shards until `advance` has passed them. None
+                puts them behind everything so far, and passes them at once.
+
+        Raises:
+            TargetError: the store has one of them already, is closed, or the disk is full.
+            DataError: a word's values are neither finite nor all NaN.
+        """
+        if not targets:
+            return
+        self._require_open()
+        start = self._next if position is None else position
+        positions = list(range(start, start + len(targets))) if isinstance(start, int) else list(start)
+        seen: set[str] = set()
+        for target in targets:
+            if target.id in self.done or target.id in seen:
+                raise TargetError(f"the store has a sample {target.id!r} already")
+            seen.add(target.id)
+        table = to_table(targets, self._storage).append_column("position", pa.array(positions, pa.int64()))
+        if self._manifest["complete"]:  # until here a run may end, and the store is what it was
+            self._manifest["complete"] = False
+            self._write_manifest()
+            self._pending.mkdir(exist_ok=True)
+        # The id makes the name unique where an earlier run counted the input's places in another way.
+        name = hashlib.sha256(targets[0].id.encode()).hexdigest()[:16]
+        path = self._pending / f"{positions[0]:012d}-{name}.parquet"
+        _write_atomically(path, encoded(table, "none"))
+        for row, (place, target) in enumerate(zip(positions, targets, strict=True)):
+            self._waiting.append(_Waiting(place, target.id, path, row))
+            self.done[target.id] = Identity(target.image_sha256, target.file_sha256, target.word_maps.caption)
+        self._next = max(self._next, 1 + max(positions))
+        if position is None:
+            self.advance(self._next)
+
+    def advance(self, position: int) -> None:
+        """Says that every sample of the input before `position` is stored or failed: those that fill a shard go into one.
+
+        So the shards do not depend on the order in which the samples were added.
+        """
+        self._require_open()
+        passed = sorted(sample for sample in self._waiting if sample.position < position)
+        while len(passed) >= self.shard_size:
+            self._write_shard(passed[: self.shard_size])
+            del passed[: self.shard_size]
+
+    def has(self, sample_id: str, image: ImageSource, caption: str) -> bool:
+        """Whether a sample is stored already. The picture is decoded only if its encoded bytes are not those of then.
+
+        Raises:
+            TargetError: the sample is stored, but for another picture or caption.
+            DataError: the sample is stored, but the picture cannot be read.
+        """
+        stored = self.done.get(sample_id)
+        if stored is None:
+            return False
+        if stored.caption != caption:
+            what = "caption"
+        elif _is_picture(image, stored):
+            return True
+        else:
+            what = "picture"
+        raise TargetError(
+            f"{self.folder} holds maps of another {what} for sample {sample_id!r}; "
+            "give the sample another id, or --out a new folder"
+        )
+
+    def fail(self, sample_id: str, reason: str) -> None:
+        """Notes that a sample, or a part of it, could not be used, and why: a line for each reason.
+
+        The manifest has it from the next shard or the end on; a run that is killed before tries the sample again anyway.
+        """
+        before = self.failed.get(sample_id)
+        self.failed[sample_id] = reason if before is None else f"{before}\n{reason}"
+
+    def begin_run(self) -> None:
+        """Forgets earlier failures: this run tries those samples again."""
+        self.failed.clear()
+
+    def close(self) -> None:
+        """Writes the last shard, leaves nothing pending, marks the store as complete and lets go of it."""
+        if not self._lock.is_held():
+            return
+        waiting = sorted(self._waiting)
+        for start in range(0, len(waiting), self.shard_size):
+            self._write_shard(waiting[start : start + self.shard_size])
+        shutil.rmtree(self._pending, ignore_errors=True)
+        # Last, so that a complete store never has anything pending.
+        self._manifest["complete"] = True
+        self._write_manifest()
+        self._lock.release()
+
+    def release(self) -> None:
+        """Lets go of a store that is not complete; another writer may continue it."""
+        if not self._lock.is_held():
+            return
+        try:
+            if not self._manifest["complete"]:
+                self._write_manifest()
+        finally:
+            self._lock.release()
+
+    def __enter__(self) -> TargetWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if error is None:
+            self.release()
+        else:
+            with suppress(OSError, TargetError):  # the error that led here says more
+                self.release()
+
+    def _require_open(self) -> None:
+        if not self._lock.is_held():
+            raise TargetError(f"the writer of {self.folder} is closed; open another one to continue the store")
+
+    def _next_shard(self) -> str:
+        return f"data-{len(self._manifest['shards']):05d}.parquet"
+
+    def _write_manifest(self) -> None:
+        self._manifest["failed"] = [{"id": sample_id, "reason": reason} for sample_id, reason in self.failed.items()]
+        _write_atomically(self.folder / "manifest.json", (json.dumps(self._manifest, indent=2) + "\n").encode())
+
+    def _write_shard(self, samples: Sequence[_Waiting]) -> None:
+        """A kill after the first step leaves a shard to adopt, one after the second pending files to ignore."""
+        columns = schema(self._storage).names
+        tables = {path: read(path, columns) for path in {sample.file for sample in samples}}
+        table = pa.concat_tables([tables[sample.file].slice(sample.row, 1) for sample in samples])
+        data = encoded(table, "zstd")
+        name = self._next_shard()
+        _write_atomically(self.folder / name, data)
+        self._manifest["shards"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "samples": len(samples)}
+        self._write_manifest()
+        written = {sample.id for sample in samples}
+        self._waiting = [sample for sample in self._waiting if sample.id not in written]
+        for path in tables.keys() - {sample.file for sample in self._waiting}:
+            path.unlink()
+
+
+def _require_own(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise TargetError(f"{folder} is a file; give --out a folder")
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if "manifest.json" not in names and names - _OWN_FILES:
+        raise TargetError(f"{folder} exists and is no target store; give --out a new or empty folder")
+
+
+def _is_picture(image: ImageSource, stored: Identity) -> bool:
+    own = file_sha256(image)
+    return (own != "" and own == stored.file_sha256) or image_sha256(load_image(image)) == stored.image_sha256
+
+
+class TargetStore:
+    """Read access to a store by sample id. Maps are read when they are asked for.
+
+    Attributes:
+        folder: where it lies.
+        config: the teacher's config.
+        teacher: what the maps came from.
+        fingerprint: changes with the teacher's weights and with every setting.
+        failed: why samples could not be used, by id.
+        shards: its files, in the order of the samples.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Raises `TargetError` when the folder is no finished store."""
+        self.folder = Path(folder)
+        manifest = read_manifest(self.folder)
+        self.config = from_dict(TeacherConfig, manifest["config"])
+        self.teacher: dict[str, str] = manifest["teacher"]
+        self.fingerprint: str = manifest["fingerprint"]
+        self.failed: dict[str, str] = {entry["id"]: entry["reason"] for entry in manifest["failed"]}
+        if not manifest["complete"]:
+            raise TargetError(f"the extraction into {self.folder} has not finished; run it again to continue it")
+        self.shards = shard_paths(self.folder, manifest)
+        if not self.shards:
+            raise TargetError(
+                f'{self.folder} holds no targets; was every picture refused? See "failed" in {self.folder / "manifest.json"}'
+            )
+        self._place_of: dict[str, tuple[Path, str, int]] = {}
+        for path in self.shards:
+            ids, listed = read(path, ["id"])["id"].to_pylist(), manifest["shards"][path.name]
+            if len(ids) != listed["samples"]:
+                raise TargetError(f"{path} is damaged (it has {len(ids)} samples, the manifest says {listed['samples']})")
+            self._place_of |= {sample_id: (path, listed["sha256"], row) for row, sample_id in enumerate(ids)}
+
+    def __len__(self) -> int:
+        return len(self._place_of)
+
+    def __contains__(self, sample_id: object) -> bool:
+        return sample_id in self._place_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._place_of)
+
+    def __getitem__(self, sample_id: str) -> Target:
+        """Raises `TargetError` naming the sample that is missing."""
+        if sample_id not in self._place_of:
+            raise TargetError(f"{self.folder} has no targets for sample {sample_id!r}; extract them, or drop the sample")
+        path, sha256, row = self._place_of[sample_id]
+        return next(targets_of(group_of(path, sha256, row // GROUP_SIZE).slice(row % GROUP_SIZE, 1)))
+
+    def contents(self) -> str:
+        """Sixteen hexadecimal digits that change with the samples: their ids, pictures and captions."""
+        names = ["id", "image_sha256", "caption"]
+        table = pa.concat_tables([read(path, names) for path in self.shards])
+        return fingerprint([table[name].to_pylist() for name in names])
+
+    def checked(self, sample_id: str, image: Image.Image) -> Target:
+        """The targets of a sample after a look at its picture. Raises `TargetError` if they were made from another one."""
+        target = self[sample_id]
+        if target.image_sha256 != image_sha256(image):
+            raise TargetError(
+                f"the targets of sample {sample_id!r} in {self.folder} were made from another picture; "
+                "extract them into a new folder"
+            )
+        return target
+
+
+def _identities(path: Path) -> dict[str, Identity]:
+    """The picture and caption of every sample in a file, by id, in their order."""
+    ids, *rest = (column.to_pylist() for column in read(path, _IDENTITY).columns)
+    return dict(zip(ids, map(Identity, *rest), strict=True))
+
+
+def shard_paths(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
+    """The shards that a manifest lists, in their order. Raises `TargetError` if one is not there."""
+    paths = [folder / name for name in manifest["shards"]]
+    for path in paths:
+        if not path.is_file():
+            raise TargetError(f"{path} is missing, though the manifest lists it; put it back, or extract into a new folder")
+    return paths
+
+
+def unlisted_shards(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
+    return sorted(path for path in folder.glob("data-*.parquet") if path.name not in manifest["shards"])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A store's manifest. Raises `TargetError` if there is none, or if it is damaged or of another version."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        raise TargetError(f"{folder} is no target store: it has no manifest.json. `lavender extract --out {folder}` makes one")
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise TargetError(f"{path} is damaged ({error}); extract into a new folder") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else manifest
+        raise TargetError(f"{path} says the format {found!r}; expected {FORMAT!r}. Give the folder of a target store")
+    if manifest.get("version") != VERSION:
+        raise TargetError(
+            f"{path} says version {manifest.get('version')!r}; this lavender reads and writes version {VERSION}: "
+            "extract anew, into a new folder"
+        )
+    missing = [key for key in ("teacher", "config", "fingerprint", "complete", "shards", "failed") if key not in manifest]
+    if missing:
+        raise TargetError(f"{path} is damaged: it lacks {', '.join(missing)}; extract into a new folder")
+    return manifest
+
+
+def difference(found: Mapping[str, Any], wanted: Mapping[str, Any], places: tuple[str, str] = ("there", "now")) -> str:
+    """How two manifests of different fingerprints differ, in words; `places` says where each of them is."""
+    changed = [
+        f"{key}: {found['config'].get(key)} {places[0]}, {value} {places[1]}"
+        for key, value in wanted["config"].items()
+        if found["config"].get(key) != value
+    ]
+    return "; ".join(changed) or "other weights"

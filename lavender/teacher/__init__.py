@@ -1,1 +1,0 @@
-"""The teacher's side: photographs and captions in, one map per word out."""

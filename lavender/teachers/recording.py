@@ -1,0 +1,377 @@
+"""Reading word columns from a diffusers denoiser: hooks around attention modules, and a scoped look at the one call inside.
+
+No attention processor is replaced, so LoRA, IP-Adapter, ControlNet, offloading and fused projections keep working and outputs
+are bit-identical. While a module runs, a `TorchFunctionMode` sees its first `scaled_dot_product_attention` call and computes word
+maps beside it; outside a recording the hooks do nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ..errors import CaptureError, ModelError
+from ..kernels.checks import as_attended
+from ..kernels.column_maps.api import column_attention, column_maps
+from ..kernels.map_loss.api import resample
+from ..maps import LayerMaps, chosen_names
+from .denoisers import Layout, Places, layout_of, level_grid, places_of
+
+Samples = slice | list[int]
+"""Samples of a denoiser's batch."""
+
+
+@dataclass(eq=False)
+class Recording:
+    """What the denoiser's forwards recorded while it was open, in the order in which the layers ran.
+
+    Attributes:
+        word_weights: [B, W, N], each text token's share of each word.
+        heads: whether heads are kept apart; else their mean is, or that of the heads with these numbers.
+        steps: whether forwards are kept apart; else their mean is.
+        fused: whether one pass gives the attention's output together with the map.
+        resolutions: the longer sides of the grids, in places, whose layers are recorded; empty for all.
+        grids: the longer sides that were met.
+    """
+
+    word_weights: torch.Tensor
+    heads: bool | tuple[int, ...] = True
+    steps: bool = True
+    fused: bool = False
+    resolutions: tuple[int, ...] = ()
+    num_forwards: int = 0
+    grids: set[int] = field(default_factory=set)
+    _passed: set[str] = field(default_factory=set)
+    _sums: dict[tuple[str, int | None], tuple[torch.Tensor, int]] = field(default_factory=dict)
+
+    @property
+    def entries(self) -> list[LayerMaps]:
+        """Maps [B, H or 1, W, y, x] (with F before y for videos) per layer, and per forward if steps are kept."""
+        return [LayerMaps(layer, total / count, step) for (layer, step), (total, count) in self._sums.items()]
+
+    def add(self, layer: str, maps: torch.Tensor) -> None:
+        """Adds one layer's maps of the current forward."""
+        key = (layer, self.num_forwards - 1 if self.steps else None)
+        total, count = self._sums.get(key, (None, 0))
+        self._sums[key] = (maps if total is None else total + maps, count + 1)
+
+    def passes(self, layer: str, grid: tuple[int, int, int]) -> bool:
+        """Whether a layer with this grid is left out."""
+        side = max(grid[1:])
+        self.grids.add(side)
+        if not self.resolutions or side in self.resolutions:
+            return False
+        self._passed.add(layer)
+        return True
+
+    def head_weights(self, layer: str, count: int, like: torch.Tensor) -> torch.Tensor | None:
+        """Weights [H] of a layer's heads, or None where they are kept apart."""
+        if self.heads is True:
+            return None
+        chosen = list(self.heads or range(count))
+        if max(chosen) >= count:
+            raise CaptureError(f"{layer} has {count} heads, counted from 0; there is no head {max(chosen)}")
+        weights = like.new_zeros(count, dtype=torch.float32)
+        weights[chosen] = 1 / len(chosen)
+        return weights
+
+    def mean(self, size: int) -> torch.Tensor:
+        """Mean over heads, layers and forwards, each layer resampled to `size` x `size` first: [B, W, size, size]."""
+        if not self._sums:
+            raise CaptureError("nothing was recorded: run the denoiser inside `with patch.capture(...)`")
+        resized = [resample(entry.maps.mean(dim=1), (size, size)) for entry in self.entries]
+        return torch.stack(resized).mean(dim=0)
+
+    def require_layers(self, denoiser: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        """Raises `CaptureError` naming what kept layers of a denoiser from recording."""
+        missing = sorted(set(layers) - {layer for layer, _ in self._sums} - self._passed)
+        if not self.num_forwards:
+            raise CaptureError("the attention layers recorded nothing: the denoiser did not run")
+        if not self._sums and self._passed == set(layers):
+            raise CaptureError(
+                f"no layer's grid has a longer side of {', '.join(map(str, self.resolutions))} places; this picture's have "
+                f"{', '.join(map(str, sorted(self.grids)))}"
+            )
+        if missing:
+            compiled = getattr(denoiser, "_compiled_call_impl", None) is not None
+            remedy = "the denoiser ran compiled before it was patched: patch it first, or call torch.compiler.reset()"
+            raise CaptureError(
+                f"{len(missing)} of {len(layers)} attention layers recorded nothing ({', '.join(missing[:3])}); "
+                f"{remedy if compiled else remedy_of(layers[missing[0]])}"
+            )
+
+
+def hides_attention(module: Any) -> bool:
+    """Whether an attention module is known, without running it, not to call `scaled_dot_product_attention`."""
+    processor = getattr(module, "processor", None)
+    backend = getattr(processor, "_attention_backend", None)
+    name = type(processor).__name__
+    known = "XFormers" in name or "Sliced" in name or name == "AttnProcessor"
+    return known or (backend is not None and "native" not in str(getattr(backend, "value", backend)))
+
+
+def remedy_of(module: Any) -> str:
+    """What keeps an attention module from calling `scaled_dot_product_attention`, and how to switch it off."""
+    processor = getattr(module, "processor", None)
+    name = type(processor).__name__
+    backend = getattr(processor, "_attention_backend", None)
+    if "XFormers" in name:
+        return f"its processor is {name}: call pipe.disable_xformers_memory_efficient_attention()"
+    if "Sliced" in name:
+        return f"its processor is {name}: call pipe.disable_attention_slicing()"
+    if backend is not None:
+        value = getattr(backend, "value", backend)
+        return f"its attention backend is {value!r}: call reset_attention_backend() on the denoiser, or set it to 'native'"
+    return (
+        f"its processor is {name}, which does not call torch's scaled_dot_product_attention: give the denoiser one that does, "
+        "set_attn_processor(AttnProcessor2_0()) for a U-Net"
+    )
+
+
+class _Spy(TorchFunctionMode):
+    """Sees the attention call of one module; lives while that module runs."""
+
+    def __init__(self, record: Callable[[str, _Attention], torch.Tensor | None], name: str) -> None:
+        super().__init__()
+        self.record, self.name, self.seen = record, name, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # An IP-Adapter makes a second call with its picture's keys: the first one has the text's.
+        if func is F.scaled_dot_product_attention and not self.seen:
+            self.seen = True
+            output = self.record(self.name, _Attention(*args, **kwargs))
+            if output is not None:
+                return output
+        return func(*args, **kwargs)
+
+
+@dataclass(frozen=True, eq=False)
+class _Attention:
+    """The arguments of one `scaled_dot_product_attention` call."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attn_mask: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    def of_samples(self, branch: Samples) -> _Attention:
+        """The same call for some samples of the batch, every query head with a key head of its own."""
+        mask = self.attn_mask
+        if mask is not None and mask.ndim == 4 and mask.shape[0] > 1:
+            mask = mask[branch]
+        key, value = self.key[branch], self.value[branch]
+        if self.enable_gqa:
+            share = self.query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(share, dim=1), value.repeat_interleave(share, dim=1)
+        return _Attention(self.query[branch], key, value, mask, scale=self.scale)
+
+
+class DenoiserHooks:
+    """Hooks on one denoiser that record its forwards inside `capture`; outside of it those that `opened` asks for.
+
+    Attributes:
+        denoiser: the model.
+        modules: the attention modules that are read, by name.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        layers: tuple[str, ...] = (),
+        opened: Callable[[Mapping[str, Any]], tuple[Recording, Samples] | None] | None = None,
+    ) -> None:
+        """`opened` gets the arguments of a forward and gives a recording and the samples to record, or None."""
+        self.denoiser = denoiser
+        self.layout: Layout = layout_of(denoiser)
+        self.modules = _chosen(_attention_modules(denoiser, self.layout), layers)
+        self._opened = opened
+        self._manual: tuple[Recording, Samples] | None = None
+        self._signature = inspect.signature(type(denoiser).forward)
+        self._current: tuple[Recording, Samples, Places] | None = None
+        self._spies: list[_Spy] = []
+        self._handles: list[Any] = [
+            denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
+            denoiser.register_forward_hook(self._after, always_call=True),
+        ]
+        for name, module in self.modules.items():
+            self._handles.append(module.register_forward_pre_hook(self._enter(name)))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are in place."""
+        return bool(self._handles)
+
+    def remove(self) -> None:
+        """Removes every hook. A second call does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def capture(
+        self,
+        word_weights: torch.Tensor,
+        branch: Samples = slice(None),
+        fused: bool = False,
+        heads: bool | tuple[int, ...] = True,
+        resolutions: tuple[int, ...] = (),
+    ) -> Iterator[Recording]:
+        """Records every forward of the denoiser inside the `with` block, with weights of the caller's own.
+
+        Args:
+            word_weights: [B, W, N], each text token's share of each word (1 / tokens at a word's tokens for their mean).
+            branch: the samples of the denoiser's batch that carry the caption; with classifier-free guidance the conditional
+                ones.
+            fused: whether one pass gives the attention's output together with the map, in place of the model's own call. It is
+                faster; the denoiser's output is then equal up to rounding instead of bit-identical. Cross-attention only.
+            heads: True keeps heads apart; False takes their mean, a tuple the mean of the heads with these numbers.
+            resolutions: the longer sides, in places, of the grids whose layers are recorded; empty for all.
+
+        Yields:
+            The recording: forwards are kept apart.
+
+        Raises:
+            CaptureError: on leaving the block, when a layer recorded nothing in it.
+        """
+        if not self.attached:
+            raise CaptureError("the patch was undone; call lavender.patch again")
+        recording = Recording(word_weights, heads, fused=fused, resolutions=resolutions)
+        before, self._manual = self._manual, (recording, branch)
+        try:
+            yield recording
+        finally:
+            self._manual = before
+        recording.require_layers(self.denoiser, self.modules)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DenoiserHooks:
+        """A copied denoiser keeps these hooks, which do nothing for it, and not a copy of all that they know."""
+        return self
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if module is not self.denoiser:
+            return
+        inputs = self._signature.bind(module, *args, **kwargs).arguments
+        opened = self._manual
+        if opened is None and self._opened is not None:
+            opened = self._opened(inputs)
+        if opened is None:
+            self._current = None
+            return
+        recording, branch = opened
+        if torch.is_grad_enabled() and module.training and getattr(module, "is_gradient_checkpointing", False):
+            raise CaptureError(
+                "the denoiser checkpoints its gradient, whose second pass records nothing; call disable_gradient_checkpointing() "
+                "on it, or record under torch.no_grad()"
+            )
+        for attention in () if recording.num_forwards else self.modules.values():
+            if hides_attention(attention):  # better now than when a whole picture is drawn
+                raise CaptureError(f"the attention cannot be read: {remedy_of(attention)}")
+        recording.num_forwards += 1
+        self._current = (recording, branch, places_of(self.layout, module, inputs))
+
+    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._current = None
+
+    def _enter(self, name: str) -> Any:
+        def enter(module: nn.Module, args: tuple) -> None:
+            if self._current is not None:
+                spy = _Spy(self._record, name)
+                spy.__enter__()
+                self._spies.append(spy)
+
+        return enter
+
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._spies:
+            self._spies.pop().__exit__(None, None, None)
+
+    def _record(self, name: str, call: _Attention) -> torch.Tensor | None:
+        """Records one layer's maps; the attention's output if it came with them."""
+        assert self._current is not None
+        recording, branch, places = self._current
+        cross = self.layout.order == "cross"
+        grid = level_grid(places.grid, call.query.shape[2]) if cross else places.grid
+        if recording.passes(name, grid):
+            return None
+        weights = recording.word_weights = recording.word_weights.to(call.query.device)
+        heads = recording.head_weights(name, call.query.shape[1], call.query)
+        output = None
+        if recording.fused:
+            if call.dropout_p or call.is_causal or call.enable_gqa or not cross:
+                raise CaptureError(
+                    f"{name} attends with dropout, causally, with grouped heads or to text and picture at once; capture it with "
+                    "fused=False"
+                )
+            _require_columns(name, weights, call.key.shape[2])
+            everywhere = weights.new_zeros(call.query.shape[0], *weights.shape[1:])
+            everywhere[branch] = weights
+            query, key, value = (as_attended(tensor) for tensor in (call.query, call.key, call.value))
+            output, maps = column_attention(
+                query, key, value, everywhere, mask=call.attn_mask, scale=call.scale, head_weights=heads
+            )
+            maps = maps[branch]
+        else:
+            call = call.of_samples(branch)
+            query, mask, weights = self._image_rows(name, call, weights, places, branch)
+            query, key = as_attended(query), as_attended(call.key)
+            maps = column_maps(query, key, weights, mask=mask, scale=call.scale, head_weights=heads)
+        frames, rows, columns = grid
+        recording.add(name, maps.unflatten(-1, (frames, rows, columns) if frames > 1 else (rows, columns)))
+        return output
+
+    def _image_rows(
+        self, name: str, call: _Attention, weights: torch.Tensor, places: Places, branch: Samples
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Of a joint attention, the queries that are image tokens, their mask, and the words' weights over all keys."""
+        query, mask = call.query, call.attn_mask
+        num_keys = call.key.shape[2]
+        if self.layout.order == "cross":
+            _require_columns(name, weights, num_keys)
+            return query, mask, weights
+        num_tokens = places.grid[0] * places.grid[1] * places.grid[2]
+        starts = places.image_start[branch].to(query.device)
+        after = num_keys - places.text_start - weights.shape[2]
+        if query.shape[2] != num_keys or (self.layout.order == "image first" and after < 0):
+            raise CaptureError(
+                f"{name} has {query.shape[2]} queries and {num_keys} keys; expected a joint sequence of {num_tokens} image tokens "
+                f"and {weights.shape[2]} text tokens"
+            )
+        # Text that a ragged sequence has no room for is padding, whose weights are zero.
+        weights = F.pad(weights, (places.text_start, after))
+        rows = starts[:, None] + torch.arange(num_tokens, device=query.device)
+        query = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+        if mask is not None and mask.shape[-2] > 1:
+            mask = mask[(None,) * (4 - mask.ndim)].expand(len(rows), -1, -1, -1)
+            mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+        return query, mask, weights
+
+
+def _require_columns(name: str, weights: torch.Tensor, num_keys: int) -> None:
+    if weights.shape[2] != num_keys:
+        raise CaptureError(f"{name} attends to {num_keys} text tokens, but the words' weights are for {weights.shape[2]}")
+
+
+def _attention_modules(denoiser: nn.Module, layout: Layout) -> dict[str, nn.Module]:
+    pattern = re.compile(layout.modules)
+    return {name: module for name, module in denoiser.named_modules() if pattern.fullmatch(name)}
+
+
+def _chosen(modules: dict[str, nn.Module], layers: tuple[str, ...]) -> dict[str, nn.Module]:
+    if not modules:
+        raise ModelError("the denoiser has no attention module that reads the text")
+    return {name: modules[name] for name in chosen_names(list(modules), layers)} if layers else modules

@@ -1,0 +1,1 @@
+"""Fine-tuning a student with the alignment loss."""

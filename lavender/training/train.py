@@ -1,0 +1,500 @@
+"""Fine-tuning a student by `transformers.Trainer`, with the alignment loss or without: one run folder, resumable after a kill.
+
+run.json          every setting, the data and the targets' fingerprint, written before step one
+first_stage/      the run folder of a first stage that trains the aligner alone, if there is one
+checkpoints/      the Trainer's own; a run that was killed continues from the last one; maps/ has pictures of the alignment
+adapter/          the LoRA adapter (`PeftModel.from_pretrained`), or `model/` after full fine-tuning
+aligner.safetensors   the aligner, for looking at aligned maps later
+history.json      losses, matched words, lambda and learning rate by step; written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+from ..batches.collator import Collator
+from ..config import AlignmentConfig, Dtype, TrainingConfig, WordsConfig, to_dict
+from ..data.samples import Conversation, Sample
+from ..errors import ConfigError, DataError, ModelError, TargetError
+from ..patching import patch
+from ..students.patch import StudentPatch
+from ..targets.store import TargetStore
+from .callback import watch
+
+logger = logging.getLogger("lavender")
+
+LOG_EVERY = 10
+
+
+def load_student(model: str | Path, dtype: Dtype = "float32") -> tuple[PreTrainedModel, Any]:
+    """Loads an image-text-to-text model and its processor. Raises `ModelError` when there is none."""
+    try:
+        processor = AutoProcessor.from_pretrained(str(model))
+        return AutoModelForImageTextToText.from_pretrained(str(model), dtype=getattr(torch, dtype)), processor
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"cannot load an image-text-to-text model from {str(model)!r} ({first_line}); give a folder that transformers saved, "
+            "or a hub id"
+        ) from error
+
+
+def fine_tune(
+    model: str | Path,
+    samples: Sequence[Sample | Conversation],
+    out: str | Path,
+    training: TrainingConfig | None = None,
+    *,
+    targets: TargetStore | None = None,
+    alignment: AlignmentConfig | None = None,
+    words: WordsConfig | None = None,
+    adapter: str | Path | None = None,
+    aligner: str | Path | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Fine-tunes a student and writes the run folder `out`; continues a run that was killed, and loads one that is finished.
+
+    Under `torchrun`, `accelerate launch` or `deepspeed` every process calls it.
+
+    Args:
+        model: folder or hub id of the student.
+        samples: pictures with questions and answers, or conversations.
+        out: run folder.
+        training: optimizer, LoRA, schedule, precision and engine.
+        targets: the teacher's maps by sample id; without them the run is plain fine-tuning. Samples without a target train the
+            language loss alone.
+        alignment: what is compared, with `targets`.
+        words: which words are compared, with `targets`.
+        adapter: folder of a LoRA adapter that the training starts from, in place of a new one; it says the rank and the modules.
+        aligner: run folder whose aligner this one starts from.
+        progress: whether to show the Trainer's progress bar.
+
+    Returns:
+        The trained model (a `PeftModel` with LoRA), still patched if it was aligned.
+
+    Raises:
+        ModelError: the student or the adapter cannot be loaded, or the student not patched.
+        TargetError: `targets` have none of the samples, or `out` holds a run with other settings.
+        ConfigError: `training.arguments` holds what `transformers.TrainingArguments` does not take, or settings do not go together.
+    """
+    training = training or TrainingConfig()
+    out = Path(out)
+    _require_pictures(samples)
+    if adapter is not None and not training.lora_rank:
+        raise ConfigError(
+            "an adapter was given, and lora_rank is 0; leave lora_rank as it is to train the adapter, or the adapter out"
+        )
+    if targets is not None:
+        alignment, words = alignment or AlignmentConfig(), words or WordsConfig()
+        _require_targets(samples, targets)
+        weightless = alignment.aligner == "identity" and alignment.aggregation not in ("learned", "parallel")
+        if training.aligner_steps and training.freeze_student and weightless:
+            raise ConfigError(
+                "aligner='identity' has no weights that a first stage could train; choose another, or aligner_steps=0"
+            )
+    elif training.aligner_steps or aligner is not None:
+        raise ConfigError("an aligner is trained with targets only; give targets, or leave out aligner_steps and aligner")
+    else:
+        alignment = words = None
+    run = _Run(model, samples, out, training, targets, alignment, words, adapter, aligner, progress)
+    if training.aligner_steps:
+        rate = training.aligner_learning_rate or training.learning_rate
+        first = replace(
+            run,
+            out=out / "first_stage",
+            training=replace(training, steps=training.aligner_steps, aligner_steps=0, aligner_learning_rate=rate),
+            frozen=training.freeze_student,
+        )
+        first.execute()
+        run = replace(run, aligner=first.out)
+        if not training.freeze_student:
+            run = replace(run, adapter=first.out / "adapter") if training.lora_rank else replace(run, model=first.out / "model")
+    return run.execute()
+
+
+def load_aligner(patch_handle: StudentPatch, run: str | Path) -> None:
+    """Puts the aligner of a finished run into a model that was patched with the same `AlignmentConfig`.
+
+    Raises `ModelError` if there is none, or one of another config.
+    """
+    path = Path(run) / "aligner.safetensors"
+    if not path.exists():
+        raise ModelError(f"there is no aligner at {path}; give the folder of a finished run that had targets")
+    try:
+        patch_handle.model.lavender.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise ModelError(f"the aligner of {run} belongs to another AlignmentConfig or model ({_first_line(error)})") from error
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """One stage of training, in one run folder."""
+
+    model: str | Path
+    samples: Sequence[Sample | Conversation]
+    out: Path
+    training: TrainingConfig
+    targets: TargetStore | None
+    alignment: AlignmentConfig | None
+    words: WordsConfig | None
+    adapter: str | Path | None
+    aligner: str | Path | None
+    progress: bool
+    frozen: bool = False
+
+    def execute(self) -> nn.Module:
+        out = self.out
+        # First of all: they start the process group, and from_pretrained asks whether ZeRO-3 shards what it loads.
+        arguments = _arguments(out / "checkpoints", self.training, self.progress)
+        with arguments.main_process_first():
+            finished = _begin(out, self.record(), writes=False)
+        if finished:
+            return replace(self, **_saved(out)).build()[0]
+        trained, student, processor = self.build()
+        _begin(out, self.record(), writes=arguments.process_index == 0)
+        trainer = _Trainer(
+            model=trained,
+            args=arguments,
+            train_dataset=list(self.samples),
+            data_collator=self.collator(processor, student.config),
+            aligner_learning_rate=self.training.aligner_learning_rate,
+        )
+        if self.targets is not None:
+            watch(trainer, processor=processor)
+        with arguments.main_process_first():
+            checkpoint = _last_checkpoint(out / "checkpoints")
+        _train(trainer, checkpoint)
+        _write_results(out, trainer, processor, self.frozen)
+        return trained
+
+    def build(self) -> tuple[nn.Module, PreTrainedModel, Any]:
+        """The model to train, the student in it, and its processor."""
+        student, processor = load_student(self.model, self.training.dtype)
+        set_seed(self.training.seed)
+        handle = patch(student, self.alignment) if self.alignment is not None else None
+        if handle is not None and self.aligner is not None:
+            load_aligner(handle, self.aligner)
+        if handle is not None and not self.training.lora_rank:
+            # What ZeRO-3 loads in half precision, it trains in half precision: all of it.
+            student.lavender.to(student.dtype)
+        trained: nn.Module = student
+        if self.training.lora_rank:
+            trained = _with_lora(student, self.training, self.adapter, aligned=handle is not None)
+        if self.frozen:
+            for name, parameter in trained.named_parameters():
+                parameter.requires_grad_("lavender." in name and parameter.requires_grad)
+        return trained, student, processor
+
+    def collator(self, processor: Any, model_config: Any) -> Any:
+        collator = Collator(processor, self.targets, self.words, model_config=model_config, max_length=self.training.max_length)
+        return collator if self.targets is not None else _Plain(collator)
+
+    def record(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            digest.update(json.dumps(_texts(sample)).encode())
+        return {
+            "model": str(self.model),
+            "adapter": None if self.adapter is None else str(self.adapter),
+            "aligner": None if self.aligner is None else str(self.aligner),
+            "frozen_student": self.frozen,
+            "samples": len(self.samples),
+            "samples_sha256": digest.hexdigest(),
+            "training": to_dict(self.training),
+            "alignment": None if self.alignment is None else to_dict(self.alignment),
+            "words": None if self.words is None else to_dict(self.words),
+            "targets_fingerprint": None if self.targets is None else [self.targets.fingerprint, self.targets.contents()],
+        }
+
+
+class _Plain:
+    """A collator's batches without lavender's keys."""
+
+    def __init__(self, collator: Collator) -> None:
+        self.collator = collator
+
+    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
+        return {key: value for key, value in self.collator(samples).items() if not key.startswith("lavender_")}
+
+
+class _Trainer(Trainer):
+    """A Trainer whose aligner may have a learning rate of its own."""
+
+    def __init__(self, *args: Any, aligner_learning_rate: float | None, **kwargs: Any) -> None:
+        self.aligner_learning_rate = aligner_learning_rate
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with the aligner's weights in groups of their own."""
+        made_before = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if made_before or self.aligner_learning_rate is None:
+            return optimizer
+        trained: Any = self.model if model is None else model
+        own = {id(p) for name, p in trained.named_parameters() if "lavender." in name}
+        groups = list(optimizer.param_groups)
+        for group in groups:
+            aligner = [p for p in group["params"] if id(p) in own]
+            group["params"] = [p for p in group["params"] if id(p) not in own]
+            if aligner:
+                optimizer.add_param_group({**group, "params": aligner, "lr": self.aligner_learning_rate})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The Trainer's. FSDP2 resumes an optimizer only if it has a state of every weight, unused ones too."""
+        loss, model = super().training_step(*args, **kwargs), self.model
+        if self.is_fsdp_enabled and model is not None:
+            for parameter in model.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """The Trainer's, with the weights' own names in checkpoints, which it loads without renaming (transformers issue 43701),
+        and under ZeRO-3, where nobody knows the names that they were loaded by."""
+        model: Any = self.model
+        if is_deepspeed_zero3_enabled() or Path(output_dir or "").name.startswith(PREFIX_CHECKPOINT_DIR):
+            model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            vars(model).pop("save_pretrained", None)
+
+
+def _texts(sample: Sample | Conversation) -> list[Any]:
+    """What a run's record knows of a sample; of pictures their paths and sizes."""
+    pictures = [[str(path), path.stat().st_size] for path in _paths(sample)]
+    if isinstance(sample, Sample):
+        return [sample.id, pictures, sample.question, sample.answer]
+    return [sample.id, pictures, *([message.role, message.content] for message in sample.messages)]
+
+
+def _paths(sample: Sample | Conversation) -> list[Path]:
+    images = (sample.image,) if isinstance(sample, Sample) else sample.images
+    return [Path(image) for image in images if isinstance(image, str | Path)]
+
+
+def _require_pictures(samples: Sequence[Sample | Conversation]) -> None:
+    if not samples:
+        raise DataError("there are no samples to train on")
+    missing = [(sample.id, path) for sample in samples for path in _paths(sample) if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} pictures are missing, first that of sample {missing[0][0]!r}: there is no file {missing[0][1]}"
+        )
+
+
+def _with_lora(student: Any, training: TrainingConfig, adapter: str | Path | None, aligned: bool) -> nn.Module:
+    """The student with a new LoRA adapter, or with one that a folder or hub id holds; the aligner is trained beside it."""
+    from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.utils.save_and_load import load_peft_weights
+
+    beside = ["lavender"] if aligned and any(True for _ in student.lavender.parameters()) else None
+    if adapter is None:
+        targets = training.lora_targets
+        config = LoraConfig(
+            r=training.lora_rank,
+            lora_alpha=training.lora_alpha,
+            lora_dropout=training.lora_dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            modules_to_save=beside,
+        )
+        try:
+            return get_peft_model(student, config)
+        except ValueError as error:
+            raise ModelError(f"LoRA cannot be added to the student's {targets} ({_first_line(error)})") from error
+    try:
+        found = PeftConfig.from_pretrained(str(adapter))
+        found.inference_mode, found.modules_to_save = False, beside
+        trained = get_peft_model(student, found)
+        # PEFT wants the weights of everything that it saves, the aligner's too.
+        own = {name: value for name, value in get_peft_model_state_dict(trained).items() if "lavender." in name}
+        loaded = load_peft_weights(str(adapter), device="cpu")
+        lacking = sorted(name for name in get_peft_model_state_dict(trained) if "lora_" in name and name not in loaded)
+        report: Any = set_peft_model_state_dict(trained, own | loaded)
+    except (KeyError, ValueError, RuntimeError, OSError) as error:
+        raise ModelError(f"cannot load a LoRA adapter for this student from {adapter} ({_first_line(error)})") from error
+    if lacking:
+        raise ModelError(f"the adapter at {adapter} is damaged: it lacks {len(lacking)} weights, such as {lacking[0]}")
+    if report.unexpected_keys:
+        raise ModelError(
+            f"the adapter at {adapter} has weights for modules that the student lacks, such as {report.unexpected_keys[0]}"
+        )
+    return trained
+
+
+def _arguments(folder: Path, training: TrainingConfig, progress: bool) -> TrainingArguments:
+    own: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": training.steps,
+        "per_device_train_batch_size": training.batch_size,
+        "learning_rate": training.learning_rate,
+        "warmup_steps": training.warmup_steps,
+        "save_steps": training.save_steps,
+        "seed": training.seed,
+        "data_seed": training.seed,
+        "remove_unused_columns": False,
+    }
+    if training.gradient_checkpointing:
+        own |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    preset: dict[str, Any] = {
+        "lr_scheduler_type": "linear",
+        "weight_decay": 0.0,
+        "save_total_limit": 2,
+        # What was summed up since the last log is not in a checkpoint: log whenever one is written.
+        "logging_steps": math.gcd(LOG_EVERY, training.save_steps),
+        "report_to": [],
+        "disable_tqdm": not progress,
+        # Not every weight need be used: the last layer of Llava's vision tower is not.
+        "ddp_find_unused_parameters": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision in ("bf16", "fp16"):  # `accelerate launch` says it to DeepSpeed, which wants the Trainer to say the same
+        preset[precision] = True
+    try:
+        return TrainingArguments(**preset | dict(training.arguments) | own)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f"transformers.TrainingArguments refuses the training's arguments ({_first_line(error)})") from error
+
+
+def _require_targets(samples: Sequence[Sample | Conversation], targets: TargetStore) -> None:
+    missing = [sample.id for sample in samples if sample.id not in targets]
+    if not missing:
+        return
+    told = f"{targets.folder} has no targets for {len(missing)} of {len(samples)} samples (first: {missing[0]!r})"
+    if len(missing) == len(samples):
+        raise TargetError(f"{told}; extract them, or give the samples the ids that they were extracted by")
+    logger.warning("%s; these train the language loss alone", told)
+
+
+def _begin(out: Path, record: dict[str, Any], writes: bool) -> bool:
+    """Writes `run.json`, or compares it with the run that `out` holds already; whether that one is finished."""
+    path = out / "run.json"
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; give --out a folder")
+    finished = (out / "history.json").exists()
+    # A run that wrote no checkpoint may be begun anew with other settings.
+    if path.exists() and (finished or any((out / "checkpoints").glob("checkpoint-*"))):
+        try:
+            found = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path} is damaged ({error}); give --out a new folder") from None
+        changed = [key for key in record if found.get(key) != record[key]]
+        if changed:
+            raise TargetError(
+                f"{out} holds a run with another {', '.join(changed)}; give a new folder, or the settings of that run (see {path})"
+            )
+        return finished
+    if writes:
+        out.mkdir(parents=True, exist_ok=True)
+        _write(path, json.dumps(record, indent=2) + "\n")
+    return False
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _saved(out: Path) -> dict[str, Any]:
+    """What a finished run is loaded from, as settings of a run."""
+    places = {"model": out / "model", "adapter": out / "adapter"}
+    found = {name: path for name, path in places.items() if path.exists()}
+    return found | ({"aligner": out} if (out / "aligner.safetensors").exists() else {})
+
+
+def _train(trainer: Trainer, checkpoint: str | None) -> None:
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if state.global_step >= trainer.args.max_steps:
+            # Asked to continue a finished run in the middle of an epoch, the Trainer would take one step more.
+            trainer._load_from_checkpoint(checkpoint)
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint; unfinished ones, left by a kill while they were written, are removed."""
+    while folder.exists() and (newest := get_last_checkpoint(str(folder))) is not None:
+        try:
+            json.loads((Path(newest) / "trainer_state.json").read_text())  # the Trainer writes it last
+            return newest
+        except (FileNotFoundError, json.JSONDecodeError):
+            shutil.rmtree(newest)
+    return None
+
+
+def _write_results(out: Path, trainer: Trainer, processor: Any, frozen: bool) -> None:
+    """Every process calls it: a sharded model is gathered by all. A frozen student is not written."""
+    folder = out / ("adapter" if hasattr(trainer.model, "peft_config") else "model")
+    if trainer.is_fsdp_enabled:  # checkpoints may be sharded; a model that is saved is whole
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        _part(folder, out / "aligner.safetensors")
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        if folder.name == "model":
+            processor.save_pretrained(folder)
+        if frozen:
+            shutil.rmtree(folder)
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        _write(out / "history.json", json.dumps(history, indent=2) + "\n")
+    trainer.accelerator.wait_for_everyone()
+
+
+def _part(folder: Path, aligner_file: Path) -> None:
+    """Moves the aligner from what the Trainer saved to a file of its own: the rest is what plain PEFT or transformers expect."""
+    aligner: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        weights = load_file(path)
+        own = {name: value for name, value in weights.items() if "lavender." in name}
+        if own:
+            aligner |= {name.split("lavender.", 1)[1]: value for name, value in own.items()}
+            save_file({name: value for name, value in weights.items() if name not in own}, path, metadata={"format": "pt"})
+    if aligner:
+        save_file(aligner, aligner_file)
+    _edit(folder / "model.safetensors.index.json", _without_aligner)
+    _edit(folder / "adapter_config.json", lambda config: config | {"modules_to_save": None})
+
+
+def _without_aligner(index: dict[str, Any]) -> dict[str, Any]:
+    return index | {"weight_map": {name: file for name, file in index["weight_map"].items() if "lavender." not in name}}
+
+
+def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    if path.exists():
+        path.write_text(json.dumps(change(json.loads(path.read_text())), indent=2))
+
+
+def _first_line(error: Exception) -> str:
+    first, *more = str(error).strip().split("\n")
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first

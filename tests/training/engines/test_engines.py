@@ -1,0 +1,166 @@
+"""Every engine with two processes on the CPU, by its shipped config file: the losses of one process with the same batches, and a
+run that is killed continues exactly. `worker.py` sees that it is the engine's doing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration
+
+from lavender.data.samples import read_samples
+from lavender.miniworld import write_dataset
+from lavender.miniworld.student import make_model
+from lavender.training.train import load_student
+
+from ..test_train import write_targets
+
+CONFIGS = Path(__file__).parents[3] / "examples/engines"
+WORKER = Path(__file__).with_name("worker.py")
+GLOBAL_BATCH = 8
+SAVE_STEPS = 7
+"""Not the end of an epoch, which has two steps."""
+# By name: settings of TrainingConfig beside the common ones.
+RUNS = {
+    "full": {"steps": 20},
+    "lora": {"steps": 6, "lora_rank": 4, "aligner_steps": 3, "aligner_learning_rate": 1e-3},
+    "accumulated": {"steps": 6, "arguments": {"gradient_accumulation_steps": 2}},
+    "checkpointed": {"steps": 4, "gradient_checkpointing": True},
+    "sparse": {"steps": 6},
+    "half": {"steps": 6},
+}
+ENGINES = {
+    "ddp": ("full", "lora", "accumulated", "checkpointed", "sparse", "half"),
+    "zero2": ("full", "sparse"),
+    "zero3": ("full", "lora", "sparse"),
+    "fsdp2": ("full", "lora", "sparse"),
+}
+HISTORY = ("loss", "language_loss", "alignment_loss", "matched_words")
+
+
+@pytest.fixture(scope="module")
+def world(scenes, processor, tmp_path_factory):
+    """A folder with a student of two layers, sixteen samples, targets for all of them and for a few."""
+    folder = tmp_path_factory.mktemp("engines")
+    config = make_model(processor).config
+    for part, layers in ((config.vision_config, 1), (config.text_config, 2)):
+        part.num_hidden_layers, part.hidden_size, part.intermediate_size = layers, 64, 128
+    config.text_config.head_dim = 16
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(config).save_pretrained(folder / "student")
+    processor.save_pretrained(folder / "student")
+    ids = [sample.id for sample in read_samples(write_dataset(scenes[:16], folder / "data"))]
+    write_targets(folder / "targets", scenes[:16], ids)
+    write_targets(folder / "few_targets", scenes[:5], ids[:5])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(world):
+    """The folder of one process's runs."""
+    launch([sys.executable], world, "one", [run("one", name) for name in RUNS])
+    return world / "one"
+
+
+def run(engine, name, **settings):
+    """A run of the worker's: `name` is one of RUNS, maybe with a suffix."""
+    training = RUNS[name.split("-")[0]]
+    processes = 1 if engine == "one" else 2
+    micro_batches = training.get("arguments", {}).get("gradient_accumulation_steps", 1)
+    batch = 2 if name == "sparse" else GLOBAL_BATCH
+    common = {"learning_rate": 5e-4, "warmup_steps": 2, "save_steps": SAVE_STEPS, "lora_rank": 0, "lora_dropout": 0.0}
+    own = {"batch_size": batch // processes // micro_batches}
+    if name == "half" and engine != "one":
+        own["arguments"] = {"bf16": True}
+    return {"name": name, "training": common | own | training | settings}
+
+
+def launch(command, world, engine, runs, expect_death=False):
+    for one_run in runs:
+        targets = "few_targets" if one_run["name"] == "sparse" else "targets"
+        one_run |= {"out": str(world / engine / one_run["name"]), "targets": str(world / targets)}
+    settings = world / f"{engine}.json"
+    data = str(world / "data/captions.jsonl")
+    settings.write_text(json.dumps({"engine": engine, "model": str(world / "student"), "data": data, "runs": runs}))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run(
+        [*command, str(WORKER), str(settings)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert (done.returncode != 0) == expect_death, done.stdout[-8000:]
+
+
+def accelerate(engine):
+    return [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{engine}.yaml")),
+        *("--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no"),
+        *(("--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer,CLIPEncoderLayer") if engine == "fsdp2" else ()),
+    ]
+
+
+def history(folder):
+    return json.loads((folder / "history.json").read_text())
+
+
+def differences(folder, reference):
+    ours, theirs = history(folder), history(reference)
+    assert len(ours) == len(theirs)
+    return torch.tensor([[abs(a[key] - b[key]) for key in HISTORY] for a, b in zip(ours, theirs, strict=True)])
+
+
+def assert_same_weights(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        # Softmax and z-score do not see these: their gradient is rounding, which AdamW blows up to whole steps.
+        if not name.endswith(("k_proj.bias", "aligner.blocks.9.bias")):
+            torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_train_as_one_and_a_killed_run_continues_exactly(engine, world, one):
+    names = ENGINES[engine]
+    killed = run(engine, "full-killed")
+    launch(accelerate(engine), world, engine, [*(run(engine, n) for n in names), killed | {"kill_after": 10}], expect_death=True)
+    own = world / engine
+    for name in names:
+        difference = differences(own / name, one / name)
+        if name == "half":
+            assert 1e-4 < difference.max() < 0.05
+            continue
+        assert difference.max() < 1e-5, (name, difference)
+        assert_same_weights(load_file(own / name / "aligner.safetensors"), load_file(one / name / "aligner.safetensors"))
+    if "lora" in names:
+        assert differences(own / "lora/first_stage", one / "lora/first_stage").max() < 1e-5
+        assert_same_weights(*(load_file(f / "lora/adapter/adapter_model.safetensors") for f in (own, one)))
+    assert_same_weights(*(load_student(f / "full/model")[0].state_dict() for f in (own, one)))
+    # Means over each process's own words would have been others; and some batches had none.
+    ours, theirs = (json.loads((own / f"full/words.{rank}.json").read_text()) for rank in (0, 1))
+    assert all(a != b for a, b in zip(ours[:2], theirs[:2], strict=True))
+    sparse = [json.loads((own / f"sparse/words.{rank}.json").read_text()) for rank in (0, 1)]
+    assert any(min(pair) == 0 < max(pair) for pair in zip(*sparse, strict=True))
+
+    assert not (own / "full-killed/history.json").exists()
+    assert [path.name for path in (own / "full-killed/checkpoints").glob("checkpoint-*")] == [f"checkpoint-{SAVE_STEPS}"]
+    launch(accelerate(engine), world, engine, [run(engine, "full-killed")])
+    assert history(own / "full-killed") == history(own / "full")
+    for file in ("model/model.safetensors", "aligner.safetensors"):
+        undisturbed, resumed = (load_file(own / name / file) for name in ("full", "full-killed"))
+        assert undisturbed.keys() == resumed.keys()
+        assert all(torch.equal(value, resumed[name]) for name, value in undisturbed.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "name"), [(2, "accumulated"), (3, "half")])
+def test_deepspeed_by_its_own_config_file(stage, name, world, one):
+    engine = f"zero{stage}"
+    arguments = run(engine, name)["training"]["arguments"] | {"deepspeed": str(CONFIGS / f"{engine}.json")}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch(command, world, engine, [run(engine, f"{name}-json", arguments=arguments)])
+    difference = differences(world / engine / f"{name}-json", one / name)
+    assert difference.max() < (0.05 if name == "half" else 1e-5)

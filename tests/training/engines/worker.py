@@ -1,0 +1,114 @@
+"""One process of a training on the CPU: `fine_tune` for every run that the settings name, one after another.
+
+    accelerate launch --config_file examples/engines/zero3.yaml ... worker.py settings.json
+
+It fails unless the engine really does what its name says. `words.RANK.json` in a run's folder has the process's own matched words.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+os.environ.update(DS_ACCELERATOR="cpu", ACCELERATE_TORCH_DEVICE="cpu")
+
+from accelerate import DistributedType, PartialState
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback, training_args
+
+from lavender.config import AlignmentConfig, TrainingConfig
+from lavender.data.samples import read_samples
+from lavender.students.discovery import base_model_of
+from lavender.targets.store import TargetStore
+from lavender.training import train
+
+
+class Witness(TrainerCallback):
+    """Sees that the engine is at work, counts words, and kills the process when it is told to."""
+
+    def __init__(self, engine, trainer, out, kill_after):
+        self.engine, self.trainer, self.out, self.kill_after = engine, trainer, out, kill_after
+        self.patch = base_model_of(trainer.model)._lavender_patch
+        self.words = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        accelerator, wrapped = self.trainer.accelerator, self.trainer.model_wrapped
+        processes = 1 if self.engine == "one" else 2
+        assert (accelerator.num_processes, accelerator.process_index) == (processes, int(os.environ.get("RANK", "0")))
+        parameters = dict(wrapped.named_parameters())
+        aligner = [p for name, p in parameters.items() if "lavender." in name and p.requires_grad]
+        assert aligner
+        match self.engine:
+            case "one":
+                assert accelerator.distributed_type == DistributedType.NO
+            case "ddp":
+                assert accelerator.distributed_type == DistributedType.MULTI_CPU
+                assert isinstance(wrapped, DistributedDataParallel)
+            case "zero2":
+                assert accelerator.distributed_type == DistributedType.DEEPSPEED
+                assert wrapped.zero_optimization_stage() == 2
+                trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
+                own = sum(p.numel() for group in self.trainer.optimizer.param_groups for p in group["params"])
+                assert own < 0.6 * trained
+            case "zero3":
+                assert accelerator.distributed_type == DistributedType.DEEPSPEED
+                assert wrapped.zero_optimization_stage() == 3
+                assert all(p.ds_tensor.ds_numel < p.ds_numel or p.ds_numel == 1 for p in parameters.values())
+            case "fsdp2":
+                assert accelerator.is_fsdp2
+                assert all(isinstance(p, DTensor) for p in parameters.values())
+                assert sum(p.to_local().numel() for p in aligner) < sum(p.numel() for p in aligner)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.words.append(int(self.patch.last.present.sum()))
+        if state.global_step == self.kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        (self.out / f"words.{args.process_index}.json").write_text(json.dumps(self.words))
+
+
+def go_without_gpus(engine):
+    """What the CPU needs beyond the engine's config file; returns arguments for the Trainer."""
+    if engine in ("one", "ddp"):
+        return {"use_cpu": True} | ({"ddp_backend": "gloo"} if engine == "ddp" else {})
+    if engine != "fsdp2":
+        import deepspeed
+
+        # In place of gloo it would take an extension for shared memory, which is compiled for minutes.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Both libraries offer these engines for GPUs alone; on a CPU accelerate would silently train something else.
+    PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
+    training_args.is_torch_bf16_gpu_available = lambda: True
+    return {}
+
+
+def main(settings):
+    engine = settings["engine"]
+    arguments = {"logging_steps": 1} | go_without_gpus(engine)
+    fit = train._train
+    for run in settings["runs"]:
+
+        def witnessed(trainer, checkpoint, run=run):
+            out = Path(trainer.args.output_dir).parent
+            trainer.add_callback(Witness(engine, trainer, out, run.get("kill_after")))
+            fit(trainer, checkpoint)
+
+        train._train = witnessed
+        train.fine_tune(
+            settings["model"],
+            read_samples(settings["data"]),
+            run["out"],
+            TrainingConfig(**run["training"] | {"arguments": arguments | run["training"].get("arguments", {})}),
+            targets=TargetStore(run["targets"]),
+            alignment=AlignmentConfig(weight=2.0, hidden_channels=8),
+            progress=False,
+        )
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
