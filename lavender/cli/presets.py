@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ..config import AlignmentConfig, TrainingConfig, WordsConfig, override
+from ..config import AlignmentConfig, TrainingConfig, WordsConfig
 from ..errors import ConfigError
 from ..miniworld import STUDENT
+from .settings import override
 
 Precision = Literal["bf16", "fp16"]
 
