@@ -22,7 +22,7 @@ app = typer.Typer(
 
 @app.command()
 def info(store: Annotated[Path, typer.Argument(help="Folder of the target store, finished or not.")]) -> None:
-    """Say what a target store holds."""
+    """Print what a target store holds."""
     from ..targets.maintenance import info as run
 
     facts = run(store)
