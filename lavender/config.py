@@ -156,8 +156,7 @@ class TeacherConfig:
     inner_steps: int = 10
     """At most this many Adam steps per timestep, for `null_text`."""
     timesteps: tuple[int, ...] = (51, 151, 301)
-    """Training timesteps, from 0 to 999, for `noise`. Of a flow-matching
-    model, thousandths of its sigma."""
+    """Training timesteps, from 0 to 999, for `noise`. Of a flow-matching model, thousandths of sigma."""
     first_timestep: int = 0
     """Maps are read at this timestep and above; `noise` has `timesteps` instead."""
     last_timestep: int = 1000
@@ -176,8 +175,7 @@ class TeacherConfig:
     heads: tuple[int, ...] = ()
     """Heads to read, counted from 0; empty for all."""
     head_reduction: HeadReduction = "mean"
-    """How the heads of a layer become one map: by their `mean`, or by their `max` at every
-    place."""
+    """How the heads of a layer become one map: by their `mean`, or their `max` at every place."""
     renormalize: bool = False
     """Whether a word's attention is divided by that of the whole text. It matters where one softmax
     runs over text and picture (Stable Diffusion 3, Flux)."""
@@ -201,15 +199,13 @@ class TeacherConfig:
     """How pictures become square: padded, cropped to their middle, or stretched. `pad` adds gray,
     which is cut from the maps; `crop` stores its place with the maps."""
     vae_tiling: bool = False
-    """Whether the autoencoder works in tiles: less memory for large pictures, at slightly different
-    latents."""
+    """Whether the autoencoder works in tiles: less memory, at slightly different latents."""
     dtype: Dtype = "float32"
     """Dtype in which the teacher's weights are loaded and run."""
     map_size: int = 32
     """Height and width of the stored maps."""
     seed: int = 0
-    """Seed of the noise. A picture's noise depends on the seed and the picture, not on the
-    order."""
+    """Seed of the noise. A picture's noise depends on the seed and the picture, not the order."""
 
     def __post_init__(self) -> None:
         _require_choices(self)
@@ -297,8 +293,7 @@ class AlignmentConfig:
     """
 
     weight: float = 10.0
-    """Lambda at the start: the weight of the alignment loss beside the language-model loss; 0
-    switches it off."""
+    """Lambda at the start, the alignment loss's weight beside the language loss; 0 switches it off."""
     schedule: Schedule = "constant"
     """How lambda falls with training's progress p from 0 to 1. `constant` does not; `linear` is
     weight (1 - p); `exponential`, weight exp(-decay p); `inverse`, weight / (1 + decay p). Lambda is
@@ -311,8 +306,7 @@ class AlignmentConfig:
     layers: tuple[int, ...] = ()
     """Decoder layers to align, counted from 0 among the attention layers; empty for all."""
     renormalize: bool = False
-    """Whether the softmax runs over the image tokens alone, not over every key that the row
-    sees."""
+    """Whether the softmax runs over the image tokens alone, not over all keys that the row sees."""
     aggregation: Aggregation = "project_mean"
     """How the maps A of L layers and H heads become one. G is the aligner; heads are its channels where
     they are kept apart:
@@ -342,8 +336,7 @@ class AlignmentConfig:
     """The norm after each of the aligner's 3x3 convolutions, without weights (`instance` as
     published). `group` has 8 groups. The statistics of `batch` are each process's own."""
     activation: Activation = "relu6"
-    """The activation after the norm: `relu6` (as published), or `leaky_relu` with a slope of
-    0.1."""
+    """The activation after the norm: `relu6` (as published), or `leaky_relu` of slope 0.1."""
     parallel_heads: int = 8
     """Heads of `parallel`'s projections."""
     parallel_width: int = 64
@@ -390,15 +383,12 @@ class WordsConfig:
 
     match: Match = "casefold"
     """When a word of the answer is a word of the caption. `exact`: letter by letter; `casefold`:
-    whatever its case; `root`: when `tagger` gives both the same lemma ("dogs" and "dog"), whatever its
-    case."""
+    whatever its case; `root`: when both have one lemma by `tagger` ("dogs", "Dog")."""
     parts_of_speech: tuple[PartOfSpeech, ...] = ()
-    """Parts of speech to keep, by `tagger`, which reads the whole answer; empty keeps every word that is
-    no function word. `noun` includes proper ones; `subject` and `object` are those of a verb or
-    preposition."""
+    """Parts of speech to keep, by `tagger`, which reads the whole answer; empty keeps all but function
+    words. `noun` includes proper ones; `subject` and `object` are of a verb or preposition."""
     tagger: str = ""
-    """A spaCy pipeline, by name or folder, such as `en_core_web_sm`; `root` and `parts_of_speech`
-    need it."""
+    """A spaCy pipeline, by name or folder: `en_core_web_sm`. `root` and `parts_of_speech` need it."""
     exclude: tuple[str, ...] = ()
     """More words that are never aligned, whatever their case."""
     min_coverage: float = 0.0
@@ -431,8 +421,7 @@ class TrainingConfig:
     aligner_learning_rate: float | None = None
     """Peak learning rate of the aligner's weights; None takes the student's."""
     aligner_steps: int = 0
-    """Optimizer steps of a first stage that trains the aligner alone, with its own schedule; 0
-    skips it."""
+    """Optimizer steps of a first stage, of the aligner alone, with its own schedule; 0 skips it."""
     freeze_student: bool = True
     """Whether the student is frozen in the first stage."""
     warmup_steps: int = 10
@@ -444,9 +433,8 @@ class TrainingConfig:
     lora_dropout: float = 0.05
     """Dropout before LoRA's first matrix."""
     lora_targets: tuple[str, ...] | str = ("q_proj", "v_proj")
-    """Modules that receive LoRA, as PEFT takes them. Ends of names, in the text and in the vision tower
-    (as published); or one regular expression for whole names, such as
-    `.*language_model.*\\.(q|v)_proj`."""
+    """Modules that receive LoRA, as PEFT takes them. Ends of names, in the text and the vision tower
+    (as published), or a regular expression for whole names: `.*language_model.*\\.(q|v)_proj`."""
     dtype: Dtype = "float32"
     """Dtype in which the student's weights are loaded. Half precision is for LoRA, whose weights
     stay in float32; a full fine-tuning by mixed precision keeps its weights in float32."""
@@ -459,9 +447,9 @@ class TrainingConfig:
     seed: int = 0
     """Seed of the batch order, the dropout and the new weights."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of `transformers.TrainingArguments`, such as `{"bf16": True}`. They set precision,
-    engine (`"deepspeed": "zero3.json"`), gradient accumulation, trackers (`"report_to":
-    "tensorboard"`) and the number of checkpoints kept."""
+    """Further arguments of `transformers.TrainingArguments`, such as `{"bf16": True}`. They set
+    precision, engine (`{"deepspeed": "zero3.json"}`), gradient accumulation, trackers
+    (`{"report_to": "tensorboard"}`) and the number of checkpoints kept."""
 
     def __post_init__(self) -> None:
         _require_choices(self)

@@ -86,7 +86,8 @@ def extract(
 
 
 def _split_settings(assignments: list[str]) -> tuple[list[str], list[str]]:
-    """The teacher's settings and the extraction's. Raises `ConfigError` on those that have an option, and on unknown ones."""
+    """The teacher's settings and the extraction's. Raises `ConfigError` on an unknown one, and on one
+    that has an option."""
     settings: dict[type, list[str]] = {TeacherConfig: [], ExtractionConfig: []}
     owners = {field.name: cls for cls in settings for field in fields(cls)}
     for assignment in assignments:

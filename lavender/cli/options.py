@@ -1,4 +1,5 @@
-"""Options made from the fields of a dataclass: its types are their choices, its docstrings their help."""
+"""Options made from the fields of a dataclass: their choices from its types, their help from its
+docstrings."""
 
 from __future__ import annotations
 
@@ -17,12 +18,12 @@ from ..config import Captions
 from ..errors import ConfigError
 
 _FLAGS = {"devices": "--device"}
-"""Options that are not named like their setting."""
+"""Options whose name differs from their setting's."""
 
 
 @dataclass(frozen=True)
 class PairOptions:
-    """Options of every command that reads pictures with captions: arguments of `open_pairs` by the same names."""
+    """Options of every command that reads pictures with captions; `open_pairs` has them as arguments."""
 
     images: str | None = None
     """Folder that image paths are relative to; the data's own by default."""
@@ -39,14 +40,16 @@ class PairOptions:
 
 
 PAIR_OPTIONS = (PairOptions, tuple(field.name for field in fields(PairOptions)))
-"""What `with_options` takes for all of them."""
+"""All of them, as an argument of `with_options`."""
 
 
 def with_options(**groups: tuple[type, tuple[str, ...]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorates a command: replaces some of its parameters by options, one per field of a dataclass.
 
-    Each keyword names a parameter and gives the dataclass with the names of its fields. The command then receives the values of
-    the options that the user gave, by field: those left out keep the default of the dataclass, or of a preset.
+    Args:
+        groups: per parameter of the command, a dataclass and the names of the fields to make options
+            of. The command receives a dictionary, by field, of the options that the user gave: an
+            option left out keeps the default of the dataclass, or of a preset.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -73,7 +76,7 @@ def with_options(**groups: tuple[type, tuple[str, ...]]) -> Callable[[Callable[.
 
 
 def make_option(cls: type, name: str) -> inspect.Parameter:
-    """The option for a field of a dataclass. It defaults to None, so that a value that the user gave can be told from a default."""
+    """The option for a field of a dataclass. Its own default is None, which no user can give."""
     hint, default = get_type_hints(cls)[name], getattr(cls, name)
     is_list = get_origin(hint) is tuple
     text = ",".join(map(str, default)) if is_list else "" if default is None else str(default).lower()

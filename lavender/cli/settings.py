@@ -12,8 +12,8 @@ from ..errors import ConfigError
 def override(config: ConfigT, assignments: Iterable[str]) -> ConfigT:
     """A config with some settings changed by texts like `weight=5`, `layers=[1, 2]` or `arguments.bf16=true`.
 
-    Values are parsed as JSON; anything that does not parse is kept as a string. Raises `ConfigError` on an unknown setting, or
-    a text without `=`.
+    Values are parsed as JSON; anything that does not parse is kept as a string. Raises `ConfigError` on
+    an unknown setting, or a text without `=`.
     """
     values = to_dict(config)
     for assignment in assignments:
