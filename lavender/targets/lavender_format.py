@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from ..config import DEFAULT_QUESTION, TeacherConfig
+from ..config import DEFAULT_QUESTION, Format, TeacherConfig
 from ..data.samples import PLACEHOLDER, Conversation, Sample, require_unicode
 from ..errors import ConfigError, DataError, TargetError
 from ..images import ImageSource, load_image, read_bytes
@@ -35,7 +35,6 @@ from ..types import WHOLE_PICTURE, Box, WordMaps
 from ..words import match_words, words_and
 from .store import Target, TargetStore, TargetWriter, file_sha256, image_sha256
 
-Format = Literal["folder", "parquet"]
 ROWS_AT_ONCE = 256
 """Rows of a parquet table that are read or written together."""
 
@@ -446,8 +445,8 @@ def export_targets(
         TargetError: `out` exists, or no word has a map.
     """
     path = Path(out)
-    if format not in ("folder", "parquet"):
-        raise ConfigError(f"format is {format!r}; choose folder or parquet")
+    if format not in get_args(Format):
+        raise ConfigError(f"format is {format!r}; choose {' or '.join(get_args(Format))}")
     if format == "parquet" and path.suffix != ".parquet":
         raise ConfigError(f"the table is to be {path}; give a file name that ends in .parquet")
     if format == "parquet" and samples is None and images is None:
