@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
 from lavender.config import TeacherConfig, to_dict
@@ -24,7 +25,6 @@ from lavender.evaluation.localization import MEASURED_KINDS, compare, measured_w
 from lavender.miniworld import TEACHER
 from lavender.miniworld.experiment import held_out_scenes
 from lavender.miniworld.report import environment
-from lavender.miniworld.teacher import make_unet
 from lavender.teachers.model import Teacher, load_pipeline
 
 SCENE_SEED = 6060
@@ -150,7 +150,7 @@ def main() -> None:
         run(group, name, pipe, config)
     untrained = copy.copy(pipe)
     torch.manual_seed(0)
-    untrained.unet = make_unet()
+    untrained.unet = UNet2DConditionModel.from_config(pipe.unet.config).to(memory_format=torch.channels_last)
     run("control", "untrained U-Net, noise 51, 151, 301", untrained, TeacherConfig(inversion="noise"))
     record = {"environment": environment(), "scenes": args.scenes, "scene_seed": SCENE_SEED, "results": results}
     args.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")

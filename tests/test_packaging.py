@@ -23,7 +23,7 @@ def checkout(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    for name in ("lavender", "csrc"):
+    for name in ("lavender", "csrc", "recipes"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
@@ -61,7 +61,7 @@ def names_in(wheel: Path) -> set[str]:
     return {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
 
 
-def test_a_wheel_has_every_file_and_nothing_compiled(checkout, wheel):
+def test_a_wheel_has_every_file_of_the_package_alone_and_nothing_compiled(checkout, wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
     package = {path.relative_to(checkout).as_posix() for path in (checkout / "lavender").rglob("*") if path.is_file()}
     kernels = {f"lavender/csrc/{path.name}" for path in (checkout / "csrc").glob("*.cuh")}
