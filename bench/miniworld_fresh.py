@@ -15,9 +15,9 @@ from miniworld_study import mean_and_interval
 from peft import PeftModel
 
 import lavender
-from lavender.evaluation.localization import evaluate_answers, evaluate_attention
 from lavender.miniworld import STUDENT
 from lavender.miniworld.experiment import held_out_scenes
+from lavender.miniworld.measures import evaluate_answers, evaluate_attention
 from lavender.miniworld.report import environment
 from lavender.training.train import load_student
 

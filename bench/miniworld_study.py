@@ -81,7 +81,7 @@ def run_arm(folder: Path, arm: str, config: ExperimentConfig, measured_seed: int
     teacher = None
     if measured_seed is None:
         store = TargetStore(folder.parent / "held_out" / "targets")
-        teacher = target_maps(store, store)
+        teacher = target_maps(store)
     result = {"arm": arm, "seed": config.seed, **measure(handle, processor, held_out, config.alignment.rows, teacher)}
     handle.unpatch()
     partial = result_path.with_suffix(".partial")

@@ -21,9 +21,10 @@ from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
 from lavender.config import TeacherConfig, to_dict
-from lavender.evaluation.localization import MEASURED_KINDS, compare, measured_words, teacher_maps
+from lavender.evaluation.localization import compare
 from lavender.miniworld import TEACHER
 from lavender.miniworld.experiment import held_out_scenes
+from lavender.miniworld.measures import scene_words, teacher_maps
 from lavender.miniworld.report import environment
 from lavender.teachers.model import Teacher, load_pipeline
 
@@ -73,12 +74,7 @@ def measure(teacher: Teacher, scenes: list[Any]) -> dict[str, Any]:
     maps = teacher_maps(teacher, scenes)
     seconds = time.perf_counter() - started
     handle.remove()
-    per_scene = [
-        measured_words(
-            scene.masks, [(own.get((r.start, r.end)), r.object_index) for r in scene.referents if r.kind in MEASURED_KINDS]
-        )
-        for scene, own in zip(scenes, maps, strict=True)
-    ]
+    per_scene = [scene_words(scene, maps_of_scene) for scene, maps_of_scene in zip(scenes, maps, strict=True)]
     found: dict[str, Any] = compare(per_scene)
     found["intervals"] = _intervals(per_scene)
     return found | {"forwards": round(forwards / len(scenes), 1), "seconds": round(seconds / len(scenes), 4)}

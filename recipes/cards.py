@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from lavender.config import TeacherConfig
-from lavender.evaluation.localization import compare_targets, evaluate_answers, evaluate_attention, teacher_maps
 from lavender.miniworld.experiment import held_out_scenes
+from lavender.miniworld.measures import compare_targets, evaluate_answers, evaluate_attention, teacher_maps
 from lavender.miniworld.scenes import Scene
 from lavender.patching import patch
 from lavender.teachers.model import Teacher, load_pipeline

@@ -14,7 +14,6 @@ from rich.table import Table
 
 from ..batches.collator import Collator
 from ..config import Rows, to_dict
-from ..evaluation.localization import compare_targets, student_maps
 from ..patching import patch
 from ..students.patch import StudentPatch
 from ..training.train import load_student
@@ -28,6 +27,7 @@ from .experiment import (
     train_arm,
     training_scenes,
 )
+from .measures import compare_targets, student_maps
 from .report import RESULTS, environment, save_examples, table_rows, write_report
 from .scenes import Scene
 
@@ -48,7 +48,7 @@ def run_demo(out: Path, config: ExperimentConfig) -> Path:
     console.rule("1/4  Teacher: where does each word lie?")
     targets = extract_targets(out, training, config.teacher)
     held_out_store = extract_targets(out / "held_out", held_out, config.teacher)
-    teacher_maps = target_maps(held_out_store, held_out_store)
+    teacher_maps = target_maps(held_out_store)
 
     console.rule("2/4  Student before")
     student, processor = load_student(STUDENT)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lavender.config import TeacherConfig
-from lavender.evaluation.localization import compare_targets, evaluate_answers, teacher_maps
 from lavender.miniworld import STUDENT, TEACHER, WEIGHTS
 from lavender.miniworld.experiment import held_out_scenes, training_scenes
+from lavender.miniworld.measures import compare_targets, evaluate_answers, teacher_maps
 from lavender.teachers.model import Teacher
 from recipes.cards import autoencoder_psnr
 
