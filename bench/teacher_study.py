@@ -1,8 +1,8 @@
 """How a teacher should be asked: inversions, timesteps, layers and heads compared on the small world, with what each costs.
 
-Every way reads the same held-out scenes, whose masks are exact. Written are the four measures of `lavender.evaluation` with the
-word-agnostic control, 95 % intervals by resampling scenes, forwards and seconds a picture (one thread), and a plot. Controls: a
-U-Net of random weights, and chance.
+Every way reads the same held-out scenes, whose masks are exact. The results are the four measures of `lavender.evaluation` with
+the word-agnostic control, 95 % intervals by resampling scenes, forwards and seconds per picture (one thread), and a plot.
+Controls: a U-Net of random weights, and chance.
 """
 
 from __future__ import annotations
@@ -75,26 +75,26 @@ def measure(teacher: Teacher, scenes: list[Any]) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     handle.remove()
     per_scene = [scene_words(scene, maps_of_scene) for scene, maps_of_scene in zip(scenes, maps, strict=True)]
-    found: dict[str, Any] = compare(per_scene)
-    found["intervals"] = _intervals(per_scene)
-    return found | {"forwards": round(forwards / len(scenes), 1), "seconds": round(seconds / len(scenes), 4)}
+    figures: dict[str, Any] = compare(per_scene)
+    figures["intervals"] = _intervals(per_scene)
+    return figures | {"forwards": round(forwards / len(scenes), 1), "seconds": round(seconds / len(scenes), 4)}
 
 
 def _intervals(per_scene: list[Any]) -> dict[str, list[float]]:
     """95 % intervals of pointing and own object, by resampling scenes."""
     scores = {"pointing": [], "own_object": []}  # type: dict[str, list[tuple[float, int]]]
     for words in per_scene:
-        own = compare([words])["maps"] if words else None
+        figures = compare([words])["maps"] if words else None
         for name, values in scores.items():
-            known = own is not None and not np.isnan(own[name])
-            values.append((own[name] * own["words"], own["words"]) if known else (0.0, 0))  # type: ignore[index]
+            measured = figures is not None and not np.isnan(figures[name])
+            values.append((figures[name] * figures["words"], figures["words"]) if measured else (0.0, 0))  # type: ignore[index]
     chosen = np.random.default_rng(0).integers(len(per_scene), size=(RESAMPLES, len(per_scene)))
-    found = {}
+    intervals = {}
     for name, values in scores.items():
         hits, counts = np.array(values).T
         shares = hits[chosen].sum(axis=1) / counts[chosen].sum(axis=1)
-        found[name] = [round(float(edge), 4) for edge in np.percentile(shares, [2.5, 97.5])]
-    return found
+        intervals[name] = [round(float(edge), 4) for edge in np.percentile(shares, [2.5, 97.5])]
+    return intervals
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
@@ -106,15 +106,17 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(11, 0.26 * sum(heights) + 1), layout="constrained")
     axes = figure.subplots(len(groups), 2, gridspec_kw={"height_ratios": heights}, sharex=True, squeeze=False)
     for row, group in zip(axes, groups, strict=True):
-        own = [r for r in results if r["group"] == group] + [r for r in results if r["group"] == "control"]
-        places = np.arange(len(own))
+        shown = [r for r in results if r["group"] == group] + [r for r in results if r["group"] == "control"]
+        places = np.arange(len(shown))
         for ax, name in zip(row, ("pointing", "own_object"), strict=True):
-            values = np.array([r["maps"][name] for r in own])
-            edges = np.array([r["intervals"][name] for r in own])
+            values = np.array([r["maps"][name] for r in shown])
+            edges = np.array([r["intervals"][name] for r in shown])
             ax.errorbar(values, places, xerr=abs(edges.T - values), fmt="o", color="#b33", label="word maps", capsize=2)
-            ax.plot([r["control"][name] for r in own], places, "x", color="#888", label="word-agnostic control")
-            ax.axvline(own[0]["chance"][name], color="#bbb", linestyle=":", label="chance")
-            ax.set_yticks(places, [f"{r['name']}  ({r['forwards']:g} fwd, {1000 * r['seconds']:.0f} ms)" for r in own], fontsize=7)
+            ax.plot([r["control"][name] for r in shown], places, "x", color="#888", label="word-agnostic control")
+            ax.axvline(shown[0]["chance"][name], color="#bbb", linestyle=":", label="chance")
+            ax.set_yticks(
+                places, [f"{r['name']}  ({r['forwards']:g} fwd, {1000 * r['seconds']:.0f} ms)" for r in shown], fontsize=7
+            )
             ax.invert_yaxis()
             ax.set_xlim(0, 1.02)
             ax.grid(axis="x", alpha=0.3)
@@ -137,8 +139,8 @@ def main() -> None:
     first.close()
     results: list[dict[str, Any]] = []
 
-    def run(group: str, name: str, own: Any, config: TeacherConfig) -> None:
-        teacher = Teacher(own, config)
+    def run(group: str, name: str, model: Any, config: TeacherConfig) -> None:
+        teacher = Teacher(model, config)
         results.append({"group": group, "name": name, "config": to_dict(config), **measure(teacher, scenes)})
         teacher.close()
 
