@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..config import AlignmentConfig
-from ..kernels.map_loss.api import map_loss, normalize
+from ..kernels.map_loss import map_loss, normalize
 from .localization import SpanMaps
 
 
