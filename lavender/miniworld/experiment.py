@@ -18,7 +18,7 @@ from ..batches.collator import Collator
 from ..config import AlignmentConfig, Rows, TeacherConfig, TrainingConfig
 from ..data.samples import read_pairs, read_samples
 from ..errors import ModelError
-from ..evaluation.alignment import alignment_error, best_constant_error
+from ..evaluation.alignment_error import alignment_error, best_constant_error
 from ..evaluation.localization import SpanMaps, maps_by_span
 from ..extraction.extract import extract
 from ..patching import patch

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lavender.config import AlignmentConfig
-from lavender.evaluation.alignment import alignment_error, best_constant_error
+from lavender.evaluation.alignment_error import alignment_error, best_constant_error
 
 
 def test_best_constant_is_the_mean_of_the_targets():
