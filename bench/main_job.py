@@ -24,7 +24,7 @@ import lavender
 from lavender.batches.collator import Collator
 from lavender.config import AlignmentConfig, TeacherConfig
 from lavender.data.samples import Sample
-from lavender.miniworld.experiment import STUDENT, TEACHER
+from lavender.miniworld import STUDENT, TEACHER
 from lavender.miniworld.report import environment
 from lavender.miniworld.scenes import DESCRIBE, make_scenes
 from lavender.teachers.model import Teacher
@@ -49,19 +49,19 @@ def compare(job: str, ways: dict[str, Callable[[], object]], repeats: int) -> li
         {
             "job": job,
             "way": name,
-            "median_ms": round(statistics.median(found), 2),
-            "x_plain": round(statistics.median(a / b for a, b in zip(found, plain, strict=True)), 3),
+            "median_ms": round(statistics.median(milliseconds), 2),
+            "x_plain": round(statistics.median(a / b for a, b in zip(milliseconds, plain, strict=True)), 3),
             "share_of_capture": round(share_of_capture(ways[name]), 4),
         }
-        for name, found in times.items()
+        for name, milliseconds in times.items()
     ]
 
 
 def share_of_capture(way: Callable[[], object]) -> float:
     """The part of the processor's time spent inside lavender's operations, forward and backward."""
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         way()
-    averages = found.key_averages()
+    averages = profiler.key_averages()
     total = sum(event.self_cpu_time_total for event in averages)
     return sum(event.cpu_time_total for event in averages if event.key.startswith("lavender::")) / total
 

@@ -26,7 +26,7 @@ def scenes() -> list[Scene]:
 
 @pytest.fixture(scope="session")
 def processor(scenes):
-    from lavender.miniworld.student import make_processor
+    from recipes.student import make_processor
 
     return make_processor(scenes)
 
@@ -34,7 +34,7 @@ def processor(scenes):
 @pytest.fixture
 def student(processor):
     """A small Llava with random weights, in training mode off."""
-    from lavender.miniworld.student import make_model
+    from recipes.student import make_model
 
     torch.manual_seed(0)
     return make_model(processor).eval()
@@ -42,7 +42,7 @@ def student(processor):
 
 @pytest.fixture(scope="session")
 def student_folder(processor, tmp_path_factory):
-    from lavender.miniworld.student import make_model
+    from recipes.student import make_model
 
     folder = tmp_path_factory.mktemp("student")
     torch.manual_seed(0)
@@ -54,7 +54,7 @@ def student_folder(processor, tmp_path_factory):
 @pytest.fixture(scope="session")
 def teacher_folder(scenes, tmp_path_factory):
     """A Stable-Diffusion-like pipeline with random weights, as a diffusers folder."""
-    from lavender.miniworld.teacher import make_pipeline, train_tokenizer
+    from recipes.teacher import make_pipeline, train_tokenizer
 
     folder = tmp_path_factory.mktemp("teacher")
     torch.manual_seed(0)

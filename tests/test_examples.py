@@ -182,7 +182,6 @@ def _queries(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.slow
 def test_scripts_run_without_arguments(tmp_path, monkeypatch):
     """They make data of the small world for themselves, once."""
     monkeypatch.chdir(tmp_path)

@@ -164,7 +164,7 @@ def test_a_deepcopy_of_a_patched_model_is_independent(student, batch):
 
 
 def test_a_dropped_model_lets_go_of_the_registry(processor):
-    from lavender.miniworld.student import make_model
+    from recipes.student import make_model
 
     lavender.patch(make_model(processor))
     gc.collect()

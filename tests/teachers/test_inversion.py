@@ -12,12 +12,12 @@ import torch
 from lavender.config import TeacherConfig
 from lavender.images import load_image
 from lavender.miniworld import TEACHER
-from lavender.miniworld.teacher import make_scheduler
 from lavender.targets.shards import image_sha256
 from lavender.teachers.framing import frame
 from lavender.teachers.inversion import read_maps
 from lavender.teachers.model import Teacher, _Asked, _frozen
 from lavender.words import words_of
+from recipes.teacher import make_scheduler
 
 from .explicit import NAMES, SIDE, built, forwards_of, picture
 

@@ -26,7 +26,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from lavender.miniworld.teacher import make_scheduler
+from recipes.teacher import make_scheduler
 
 BATCH = 2
 FRAMES, ROWS, COLUMNS = 2, 4, 6

@@ -10,8 +10,8 @@ import lavender
 from lavender import AlignmentConfig
 from lavender.batches.collator import Collator
 from lavender.errors import ConfigError, ModelError
-from lavender.miniworld.student import make_model
 from lavender.training.callback import draw
+from recipes.student import make_model
 
 
 @pytest.fixture

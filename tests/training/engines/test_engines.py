@@ -16,8 +16,8 @@ from transformers import LlavaForConditionalGeneration
 
 from lavender.data.samples import read_samples
 from lavender.miniworld import write_dataset
-from lavender.miniworld.student import make_model
 from lavender.training.train import load_student
+from recipes.student import make_model
 
 from ..test_train import write_targets
 
