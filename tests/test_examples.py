@@ -31,8 +31,9 @@ from trl import SFTConfig, SFTTrainer
 import lavender
 from lavender.config import AlignmentConfig, TeacherConfig
 from lavender.data.samples import read_samples
+from lavender.images import image_sha256
 from lavender.miniworld import STUDENT, write_dataset
-from lavender.targets.store import Target, TargetStore, TargetWriter, image_sha256
+from lavender.targets.store import Target, TargetStore, TargetWriter
 from lavender.types import WordMaps
 from lavender.words import words_of
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
+from ..files import write_atomically
 from .options import Rows
 
 app = typer.Typer(rich_markup_mode=None)
@@ -48,7 +49,7 @@ def evaluate(
     text = json.dumps(figures, indent=2)
     print(text)
     if out is not None:
-        out.write_text(text + "\n")
+        write_atomically(out, text + "\n")
 
 
 @app.command()
@@ -80,7 +81,7 @@ def maps(
     if out is not None:
         # JSON knows no NaN, which `own_object` is where every picture has one object.
         sound = {name: {k: None if math.isnan(v) else v for k, v in own.items()} for name, own in figures.items()}
-        out.write_text(json.dumps(sound, indent=2) + "\n")
+        write_atomically(out, json.dumps(sound, indent=2) + "\n")
 
 
 def _require_folder(out: Path | None) -> None:

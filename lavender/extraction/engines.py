@@ -28,8 +28,8 @@ from tqdm import tqdm
 from ..config import ExtractionConfig, TeacherConfig
 from ..data.samples import Pair
 from ..errors import ConfigError, DataError, LavenderError, ModelError
-from ..images import ImageSource, load_image
-from ..targets.shards import Target, file_sha256, image_sha256
+from ..images import ImageSource, file_sha256, image_sha256, load_image
+from ..targets.shards import Target
 from ..teachers.model import Teacher
 
 _LOADERS = 4

@@ -120,7 +120,7 @@ def preview(
     shown = targets[:PICTURES_SHOWN]
     _draw([(target, np.asarray(load_image(image_of[target.id]))) for target in shown], path)
     total = len(pairs) if isinstance(pairs, Sequence) else getattr(pairs, "count", None)
-    size = encoded(to_table(targets, config.storage), "zstd").size / len(targets)
+    size = len(encoded(to_table(targets, config.storage), "zstd")) / len(targets)
     return Preview(path, tuple(failures), float(np.median(seconds[1:] or seconds)), size, total, len(work.devices))
 
 

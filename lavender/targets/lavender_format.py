@@ -30,10 +30,10 @@ from tqdm import tqdm
 from ..config import DEFAULT_QUESTION, TeacherConfig
 from ..data.samples import PLACEHOLDER, Conversation, Sample, require_unicode
 from ..errors import ConfigError, DataError, TargetError
-from ..images import ImageSource, load_image, read_bytes
+from ..images import ImageSource, file_sha256, image_sha256, load_image, read_bytes
 from ..types import WHOLE_PICTURE, Box, WordMaps
 from ..words import match_words, words_and
-from .store import Target, TargetStore, TargetWriter, file_sha256, image_sha256
+from .store import Target, TargetStore, TargetWriter
 
 Format = Literal["folder", "parquet"]
 ROWS_AT_ONCE = 256

@@ -33,14 +33,13 @@ from PIL import Image
 
 from ..config import Storage, TeacherConfig, fingerprint, from_dict, to_dict
 from ..errors import TargetError
-from ..images import ImageSource, load_image
+from ..files import write_atomically
+from ..images import ImageSource, file_sha256, image_sha256, load_image
 from .shards import (
     GROUP_SIZE,
     Target,
     encoded,
-    file_sha256,
     group_of,
-    image_sha256,
     read,
     schema,
     sha256_of,
@@ -70,30 +69,9 @@ def _full_disk_named(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
-    """After this the file is there whole, even if the machine stops; before, it is not there at all."""
-    partial = path.with_name(path.name + ".partial")
+def _write(path: Path, data: str | memoryview) -> None:
     with _full_disk_named(path.parent):
-        try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # has no such thing
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        write_atomically(path, data)
 
 
 class Identity(NamedTuple):
@@ -267,7 +245,7 @@ class TargetWriter:
         # The id makes the name unique where an earlier run counted the input's places in another way.
         name = hashlib.sha256(targets[0].id.encode()).hexdigest()[:16]
         path = self._pending / f"{positions[0]:012d}-{name}.parquet"
-        _write_atomically(path, encoded(table, "none"))
+        _write(path, encoded(table, "none"))
         for row, (place, target) in enumerate(zip(positions, targets, strict=True)):
             self._waiting.append(_Waiting(place, target.id, path, row))
             self.done[target.id] = Identity(target.image_sha256, target.file_sha256, target.word_maps.caption)
@@ -361,7 +339,7 @@ class TargetWriter:
 
     def _write_manifest(self) -> None:
         self._manifest["failed"] = [{"id": sample_id, "reason": reason} for sample_id, reason in self.failed.items()]
-        _write_atomically(self.folder / "manifest.json", (json.dumps(self._manifest, indent=2) + "\n").encode())
+        _write(self.folder / "manifest.json", json.dumps(self._manifest, indent=2) + "\n")
 
     def _write_shard(self, samples: Sequence[_Waiting]) -> None:
         """A kill after the first step leaves a shard to adopt, one after the second pending files to ignore."""
@@ -370,7 +348,7 @@ class TargetWriter:
         table = pa.concat_tables([tables[sample.file].slice(sample.row, 1) for sample in samples])
         data = encoded(table, "zstd")
         name = self._next_shard()
-        _write_atomically(self.folder / name, data)
+        _write(self.folder / name, data)
         self._manifest["shards"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "samples": len(samples)}
         self._write_manifest()
         written = {sample.id for sample in samples}

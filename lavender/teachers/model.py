@@ -18,9 +18,8 @@ from PIL import Image
 from ..config import Offload, TeacherConfig
 from ..data.samples import require_unicode
 from ..errors import ConfigError, DataError, ModelError
-from ..images import load_image
+from ..images import image_sha256, load_image
 from ..kernels.map_loss.api import normalize
-from ..targets.shards import image_sha256
 from ..types import Box, Word, WordMaps
 from ..words import words_of
 from .families import TEACHERS, TeacherFamily, Text, teacher_family_of

@@ -17,7 +17,8 @@ from lavender.batches.collator import Collator
 from lavender.config import AlignmentConfig, TeacherConfig, WordsConfig
 from lavender.data.samples import Conversation, Message, Sample, as_conversation
 from lavender.errors import ConfigError, DataError, TargetError
-from lavender.targets.store import Target, TargetStore, TargetWriter, image_sha256
+from lavender.images import image_sha256
+from lavender.targets.store import Target, TargetStore, TargetWriter
 from lavender.types import OUTCOMES, WordMaps
 from lavender.words import words_of
 

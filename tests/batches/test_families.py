@@ -16,10 +16,11 @@ from lavender.batches.collator import Collator
 from lavender.config import AlignmentConfig, TeacherConfig
 from lavender.data.samples import Conversation, Message, Sample
 from lavender.errors import ConfigError, DataError
+from lavender.images import image_sha256
 from lavender.students.discovery import attention_modules, text_tower
 from lavender.students.families import STUDENTS, known_family
 from lavender.students.image_tokens import require_pair
-from lavender.targets.store import Target, TargetStore, TargetWriter, image_sha256
+from lavender.targets.store import Target, TargetStore, TargetWriter
 from lavender.types import WordMaps
 from lavender.words import words_of
 

@@ -29,9 +29,10 @@ from lavender.evaluation.localization import (
     localization,
     word_agnostic,
 )
+from lavender.images import image_sha256
 from lavender.miniworld import write_dataset
 from lavender.miniworld.scenes import make_scene
-from lavender.targets.store import Target, TargetStore, TargetWriter, image_sha256
+from lavender.targets.store import Target, TargetStore, TargetWriter
 from lavender.types import WHOLE_PICTURE, WordMaps
 from lavender.words import words_of
 

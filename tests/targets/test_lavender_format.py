@@ -16,9 +16,9 @@ from PIL import Image
 from lavender.config import DEFAULT_QUESTION, TeacherConfig
 from lavender.data.samples import Conversation, Message, Sample, read_pairs, read_samples
 from lavender.errors import ConfigError, DataError, TargetError
-from lavender.images import load_image
+from lavender.images import image_sha256, load_image
 from lavender.targets.lavender_format import export_targets, import_targets
-from lavender.targets.store import Target, TargetStore, TargetWriter, image_sha256
+from lavender.targets.store import Target, TargetStore, TargetWriter
 from lavender.types import Word, WordMaps
 from lavender.words import words_of
 

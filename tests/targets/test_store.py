@@ -22,7 +22,8 @@ from PIL import Image
 
 from lavender.config import TeacherConfig
 from lavender.errors import DataError, TargetError
-from lavender.targets.store import Target, TargetStore, TargetWriter, image_sha256
+from lavender.images import image_sha256
+from lavender.targets.store import Target, TargetStore, TargetWriter
 from lavender.types import WordMaps
 from lavender.words import words_of
 
@@ -440,8 +441,8 @@ KILLED = """
 import sys
 import numpy as np
 from pathlib import Path
-from lavender.shards import encoded, to_table
-from lavender.targets import TargetWriter
+from lavender.targets.shards import encoded, to_table
+from lavender.targets.store import TargetWriter
 from tests.targets.test_store import CONFIG, TEACHER, make_target
 encoded(to_table([make_target(0)], "float16"), "zstd")  # what is imported late is imported now
 folder, count, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])

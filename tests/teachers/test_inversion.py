@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from lavender.config import TeacherConfig
-from lavender.images import load_image
+from lavender.images import image_sha256, load_image
 from lavender.miniworld import TEACHER
 from lavender.miniworld.teacher import make_scheduler
-from lavender.targets.shards import image_sha256
 from lavender.teachers.framing import frame
 from lavender.teachers.inversion import read_maps
 from lavender.teachers.model import Teacher, _Asked, _frozen

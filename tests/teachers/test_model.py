@@ -51,7 +51,7 @@ def test_maps_equal_an_explicit_computation(teacher_folder, scenes):
     """Noise at one timestep, written out: encode, noise, one forward, attention by diffusers' own scores, mean."""
     from diffusers import DDPMScheduler
 
-    from lavender.targets.store import image_sha256
+    from lavender.images import image_sha256
 
     from .test_patch import explicit_maps
 

@@ -16,8 +16,9 @@ from lavender.batches.collator import Collator
 from lavender.config import AlignmentConfig, TeacherConfig, TrainingConfig
 from lavender.data.samples import Sample, read_samples
 from lavender.errors import DataError, ModelError, TargetError
+from lavender.images import image_sha256
 from lavender.miniworld import write_dataset
-from lavender.targets.store import Target, TargetStore, TargetWriter, image_sha256
+from lavender.targets.store import Target, TargetStore, TargetWriter
 from lavender.training.train import fine_tune, load_aligner, load_student
 from lavender.types import WordMaps
 from lavender.words import words_of
