@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import stat
 import subprocess
 import sys
 from urllib.parse import unquote
@@ -82,10 +83,15 @@ def test_everything_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     """The file's bytes before its name, the folder's entry last: a power cut shows the old file or the new one."""
     steps = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda number: (steps.append(os.readlink(f"/proc/self/fd/{number}")), fsync(number)))
+
+    def noted(number):
+        steps.append("folder" if stat.S_ISDIR(os.fstat(number).st_mode) else "file")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", noted)
     monkeypatch.setattr(os, "replace", lambda *paths: (steps.append("replace"), replace(*paths)))
     write_atomically(tmp_path / "a", "text")
-    assert steps == [str(tmp_path / "a.partial"), "replace", str(tmp_path)]
+    assert steps == ["file", "replace", "folder"]
 
 
 def test_a_device_or_a_pipe_is_written_to_and_not_replaced(tmp_path):

@@ -32,7 +32,9 @@ from ..batches.collator import Collator
 from ..config import AlignmentConfig, Rows
 from ..data.samples import Sample
 from ..errors import DataError
+from ..images import Picture
 from ..miniworld.scenes import DESCRIBE, QUESTION_TYPES, Scene
+from ..words import Caption
 
 if TYPE_CHECKING:
     from ..targets.store import TargetStore
@@ -199,7 +201,8 @@ def teacher_maps(teacher: Teacher, scenes: Iterable[Scene]) -> list[dict[tuple[i
     """A teacher's maps of its captions' words, by span, per scene."""
     found = []
     for chunk in _batches(scenes):
-        for known in teacher.word_maps_of([scene.image for scene in chunk], [scene.caption for scene in chunk]):
+        pictures, captions = zip(*((Picture.open(scene.image), Caption.of(scene.caption)) for scene in chunk), strict=True)
+        for known in teacher.word_maps_of(pictures, captions):
             found.append({(w.start, w.end): m for w, m in zip(known.words, known.maps, strict=True)})
     return found
 
