@@ -26,12 +26,16 @@ class Format(str, Enum):
 @app.command()
 def info(store: Annotated[Path, typer.Argument(help="Folder of the target store, finished or not.")]) -> None:
     """Say what a target store holds."""
+    from ..config import TeacherConfig, to_dict
     from ..targets.maintenance import info as run
 
     found = run(store)
+    defaults = to_dict(TeacherConfig())
+    entries = {**found.source, **to_dict(found.config)}
+    changed = {name: value for name, value in entries.items() if name in defaults and value != defaults[name]}
     for topic, text in (
-        ("teacher", ", ".join(f"{name} {value}" for name, value in found.teacher.items())),
-        ("settings", ", ".join(f"{name}={value}" for name, value in found.changed.items()) or "the defaults"),
+        ("teacher", ", ".join(f"{name} {value}" for name, value in entries.items() if name not in defaults)),
+        ("settings", ", ".join(f"{name}={value}" for name, value in changed.items()) or "the defaults"),
         ("finished", "yes" if found.complete else "no: run the same command again to continue it"),
         ("samples", f"{found.samples} in {found.shards} shards; {found.failed} failed"),
         ("words", f"{found.words}, {found.words_without_map} of them without a map"),
@@ -125,6 +129,6 @@ def export_targets(
     from ..targets.store import TargetStore
 
     summary = run(TargetStore(store), out, format=format.value, samples=samples_in(samples, images), images=images)
-    for own_id, reason in summary.failed:
-        print(f"skipped {own_id}: {reason}")
+    for sample_id, reason in summary.failed:
+        print(f"skipped {sample_id}: {reason}")
     print(f"{out}: {summary.written} samples with {summary.maps} maps written, {len(summary.failed)} skipped")

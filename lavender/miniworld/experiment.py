@@ -112,7 +112,7 @@ def shuffled_targets(folder: Path, teacher: TargetStore, seed: int) -> TargetSto
 
 
 def _store_with(folder: Path, teacher: TargetStore, name: str, maps_of: Any) -> TargetStore:
-    writer = TargetWriter(folder, teacher.config, {"model": name, "weights": f"{name} of {teacher.fingerprint}"})
+    writer = TargetWriter(folder, {"model": name, "weights": f"{name} of {teacher.fingerprint}"}, teacher.config)
     for number, sample_id in enumerate(teacher):
         target = teacher[sample_id]
         maps = maps_of(number, target)  # drawn for finished samples too, so that a restart draws the same

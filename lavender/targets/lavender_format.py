@@ -27,12 +27,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from ..config import DEFAULT_QUESTION, TeacherConfig
+from ..config import DEFAULT_QUESTION
 from ..data.samples import PLACEHOLDER, Conversation, Sample, require_unicode
 from ..errors import ConfigError, DataError, TargetError
 from ..images import ImageSource, file_sha256, image_sha256, load_image, read_bytes
 from ..types import WHOLE_PICTURE, Box, WordMaps
 from ..words import match_words, words_and
+from .manifest import StoreConfig
 from .store import Target, TargetStore, TargetWriter
 
 Format = Literal["folder", "parquet"]
@@ -110,11 +111,10 @@ def import_targets(
         raise ConfigError(f"{source} holds maps but no pictures; give the folder of the pictures (--images) or samples (--samples)")
     owners = _Owners(samples, folder, rows)
     size, digest, captions = _look_through(rows, progress)
-    config = TeacherConfig(map_size=size)
-    teacher = {"model": "published", "source": Path(source).absolute().name, "weights": digest}
+    origin = {"model": "published", "source": Path(source).absolute().name, "weights": digest}
     counts: Counter[str] = Counter()
     seen: set[str] = set()
-    with TargetWriter(Path(out), config, teacher) as writer:
+    with TargetWriter(Path(out), origin, StoreConfig(map_size=size)) as writer:
         writer.begin_run()
 
         def fail(own_id: str, reason: str) -> None:

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from lavender import images
-from lavender.config import TeacherConfig
+from lavender.config import TeacherConfig, to_dict
 from lavender.data.samples import Pair, read_pairs
 from lavender.errors import DataError, TargetError
 from lavender.extraction.extract import extract
 from lavender.images import Picture
 from lavender.miniworld import write_dataset
+from lavender.targets.manifest import StoreConfig
 from lavender.targets.store import TargetStore
 from lavender.teachers.model import Teacher
 from lavender.words import Caption
@@ -38,7 +39,9 @@ def test_extract_writes_a_store(teacher_folder, dataset, scenes, tmp_path):
     summary = extract(teacher_folder, read_pairs(dataset), tmp_path / "t", NOISE, progress=False)
     assert (summary.written, summary.present, summary.failed) == (6, 0, 0)
     store = TargetStore(tmp_path / "t")
-    assert store.config == NOISE
+    assert store.config == StoreConfig(map_size=16)
+    assert store.source.items() >= to_dict(NOISE).items()
+    assert store.source.keys() - to_dict(NOISE).keys() == {"model", "weights"}
     assert len(store) == 6
     direct = maps_of(Teacher(teacher_folder, NOISE), [s.image for s in scenes[:6]], [s.caption for s in scenes[:6]])[2]
     stored = store.checked("images/00002.png", scenes[2].image).word_maps

@@ -30,7 +30,8 @@ from lavender.extraction import engines
 from lavender.extraction.extract import extract
 from lavender.miniworld import TEACHER, write_dataset
 from lavender.miniworld.scenes import make_scenes
-from lavender.targets.store import TargetStore, read_manifest
+from lavender.targets.manifest import read_manifest
+from lavender.targets.store import TargetStore
 
 NOISE = TeacherConfig(inversion="noise", timesteps=(51,), map_size=8)
 NUM = 60

@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from lavender.config import DEFAULT_QUESTION, TeacherConfig
+from lavender.config import DEFAULT_QUESTION
 from lavender.data.samples import Conversation, Message, Sample, read_pairs, read_samples
 from lavender.errors import ConfigError, DataError, TargetError
 from lavender.images import image_sha256, load_image
 from lavender.targets.lavender_format import export_targets, import_targets
+from lavender.targets.manifest import StoreConfig
 from lavender.targets.store import Target, TargetStore, TargetWriter
 from lavender.types import Word, WordMaps
 from lavender.words import words_of
@@ -240,8 +241,8 @@ def test_a_folder_as_published_with_samples(tmp_path):
     assert (result.written, result.present, result.failed, result.unused_maps) == (2, 0, 1, 1)
     store = TargetStore(tmp_path / "t")
     assert list(store) == ["one", "two"]
-    assert store.config == TeacherConfig(map_size=4)
-    assert (store.teacher["model"], store.teacher["source"]) == ("published", "maps")
+    assert store.config == StoreConfig(map_size=4)
+    assert (store.source["model"], store.source["source"]) == ("published", "maps")
     one = store.checked("one", Image.open(tmp_path / "p/1.x.jpg")).word_maps
     assert [word.text for word in one.words] == ["A", "cat", "sees", "a", "dog"]
     assert one.caption == "A cat sees a dog"
@@ -476,7 +477,7 @@ def test_what_holds_no_maps_is_named(tmp_path):
 def store(tmp_path):
     """Two samples, random maps [32, 32]; "a" has two, "3.5" none or an unsafe name, "dog" none."""
     rng = np.random.default_rng(0)
-    writer = TargetWriter(tmp_path / "store", TeacherConfig(), {"model": "test", "weights": "x"})
+    writer = TargetWriter(tmp_path / "store", {"model": "test", "weights": "x"})
     for name, color, caption in (("1.png", "red", "A big cat, a dog, a 猫"), ("2.jpg", "blue", "3.5 balls")):
         words = words_of(caption)
         maps = (rng.random((len(words), 32, 32)) ** 4 * 3 - 1).astype(np.float16).astype(np.float32)
@@ -609,7 +610,7 @@ def test_targets_of_other_pictures_are_not_exported(store, tmp_path):
 
 def make_store(folder, targets):
     """Targets (id, fingerprint, [(word, map)]) as a store, whatever their words."""
-    writer = TargetWriter(folder, TeacherConfig(map_size=4), {"model": "test", "weights": "x"})
+    writer = TargetWriter(folder, {"model": "test", "weights": "x"}, StoreConfig(map_size=4))
     for own_id, digest, maps in targets:
         caption = " ".join(word for word, _ in maps)
         words = []
@@ -719,7 +720,7 @@ def test_a_cropped_map_is_published_in_its_place(tmp_path):
     maps = np.zeros((1, 8, 8), np.float32)
     maps[0, :4, :2] = 1
     word_maps = WordMaps("cat", words_of("cat"), maps, (0.0, 0.25, 1.0, 0.75))
-    writer = TargetWriter(tmp_path / "t", TeacherConfig(map_size=8), {"model": "test", "weights": "x"})
+    writer = TargetWriter(tmp_path / "t", {"model": "test", "weights": "x"}, StoreConfig(map_size=8))
     writer.add(Target("a.png", image_sha256(load_image(tmp_path / "a.png")), word_maps))
     writer.close()
     export_targets(TargetStore(tmp_path / "t"), tmp_path / "out.parquet", format="parquet", images=tmp_path, progress=False)

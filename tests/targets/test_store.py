@@ -20,15 +20,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lavender.config import TeacherConfig
 from lavender.errors import DataError, TargetError
 from lavender.images import image_sha256
+from lavender.targets.manifest import StoreConfig
 from lavender.targets.store import Target, TargetStore, TargetWriter
 from lavender.types import WordMaps
 from lavender.words import words_of
 
-TEACHER = {"model": "test", "weights": "abc"}
-CONFIG = TeacherConfig(map_size=4)
+SOURCE = {"model": "test", "weights": "abc", "inversion_steps": 5}
+CONFIG = StoreConfig(map_size=4)
 
 
 def make_target(number, caption="a red circle", size=4):
@@ -38,7 +38,7 @@ def make_target(number, caption="a red circle", size=4):
 
 
 def fill(folder, numbers, shard_size=3):
-    writer = TargetWriter(folder, CONFIG, TEACHER, shard_size)
+    writer = TargetWriter(folder, SOURCE, CONFIG, shard_size)
     for number in numbers:
         if f"s{number}" not in writer.done:
             writer.add(make_target(number))
@@ -53,7 +53,7 @@ captions = st.text(st.characters(codec="utf-8"), max_size=30).filter(lambda t: w
 def test_what_goes_in_comes_out(texts, shard_size, size):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder) / "targets"
-        writer = TargetWriter(folder, TeacherConfig(map_size=size), TEACHER, shard_size)
+        writer = TargetWriter(folder, SOURCE, StoreConfig(map_size=size), shard_size)
         targets = [make_target(i, text, size) for i, text in enumerate(texts)]
         for target in targets:
             writer.add(target)
@@ -79,7 +79,7 @@ def test_maps_of_8_bits_are_off_by_half_a_step_at_most(maps, missing):
     words = words_of("a red circle")[: len(maps)]
     target = Target("s", "0" * 64, WordMaps("a red circle", words, maps))
     with tempfile.TemporaryDirectory() as folder:
-        with TargetWriter(Path(folder) / "t", TeacherConfig(storage="uint8"), TEACHER) as writer:
+        with TargetWriter(Path(folder) / "t", SOURCE, StoreConfig(storage="uint8")) as writer:
             writer.add(target)
             writer.close()
         found = TargetStore(Path(folder) / "t")["s"].word_maps.maps
@@ -104,7 +104,7 @@ def test_8_bits_take_half_the_space(tmp_path):
     words = words_of("a red circle")
     sizes = []
     for storage in ("float16", "uint8"):
-        with TargetWriter(tmp_path / storage, TeacherConfig(storage=storage), TEACHER) as writer:
+        with TargetWriter(tmp_path / storage, SOURCE, StoreConfig(storage=storage)) as writer:
             for n in range(32):
                 maps = np.random.default_rng(n).random((3, 32, 32), np.float32)
                 writer.add(Target(f"s{n}", "0" * 64, WordMaps("a red circle", words, maps)))
@@ -119,7 +119,7 @@ def test_8_bits_take_half_the_space(tmp_path):
 def test_values_that_cannot_be_stored_are_refused(tmp_path, storage, value):
     target = make_target(0)
     target.word_maps.maps[1, 2, 3] = value
-    with TargetWriter(tmp_path / "t", TeacherConfig(storage=storage), TEACHER) as writer:
+    with TargetWriter(tmp_path / "t", SOURCE, StoreConfig(storage=storage)) as writer:
         if (storage, value) == ("uint8", 1e9):
             writer.add(target)
         else:
@@ -132,7 +132,7 @@ def test_values_that_cannot_be_stored_are_refused(tmp_path, storage, value):
 def test_words_without_a_map_stay_nan(tmp_path):
     target = make_target(0)
     target.word_maps.maps[1] = np.nan
-    writer = TargetWriter(tmp_path / "t", CONFIG, TEACHER)
+    writer = TargetWriter(tmp_path / "t", SOURCE, CONFIG)
     writer.add(target)
     writer.close()
     assert np.isnan(TargetStore(tmp_path / "t")["s0"].word_maps["red"]).all()
@@ -198,7 +198,7 @@ def test_shards_do_not_depend_on_the_order_of_work_or_on_restarts(data):
         good = [n for n in range(count) if n not in failed]
         fill(folder / "whole", good).close()
         finished: set[int] = set()
-        writer = TargetWriter(folder / "t", CONFIG, TEACHER, 3)
+        writer = TargetWriter(folder / "t", SOURCE, CONFIG, 3)
         for batch in data.draw(st.permutations(batches)):
             places = [n for n in batch if n not in failed]
             writer.add(*[make_target(n) for n in places], position=places)
@@ -207,14 +207,14 @@ def test_shards_do_not_depend_on_the_order_of_work_or_on_restarts(data):
                 writer.advance(next(n for n in range(count + 1) if n not in finished))
             if data.draw(st.booleans()):
                 writer.release()
-                writer = TargetWriter(folder / "t", CONFIG, TEACHER, 3)
+                writer = TargetWriter(folder / "t", SOURCE, CONFIG, 3)
         writer.close()
         assert shards(folder / "t") == shards(folder / "whole")
         assert contents(folder / "t") == contents(folder / "whole")
 
 
 def test_samples_stay_pending_until_the_input_has_passed_them(tmp_path):
-    with TargetWriter(tmp_path / "t", CONFIG, TEACHER, 3) as writer:
+    with TargetWriter(tmp_path / "t", SOURCE, CONFIG, 3) as writer:
         writer.add(*[make_target(n) for n in (4, 5, 6, 7)], position=4)
         writer.advance(4)
         assert not shards(tmp_path / "t")
@@ -257,7 +257,7 @@ def test_a_kill_at_any_step_is_harmless(tmp_path, monkeypatch):
             patch.setattr(os, "replace", counted(os.replace))
             patch.setattr(Path, "unlink", counted(Path.unlink))
             patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
-            writer = TargetWriter(folder, CONFIG, TEACHER, 3)
+            writer = TargetWriter(folder, SOURCE, CONFIG, 3)
             try:
                 for numbers, passed in work:
                     new = [n for n in numbers if f"s{n}" not in writer.done]
@@ -330,7 +330,7 @@ def test_the_manifest_says_what_there_is(tmp_path):
     fill(tmp_path / "t", [5]).close()
     found = manifest()
     assert found["complete"]
-    assert (found["version"], found["config"]["map_size"]) == (2, 4)
+    assert (found["version"], found["config"]["map_size"]) == (3, 4)
     for name, samples in (("data-00000.parquet", 3), ("data-00001.parquet", 3)):
         data = (tmp_path / "t" / name).read_bytes()
         assert found["shards"][name] == {"sha256": hashlib.sha256(data).hexdigest(), "samples": samples}
@@ -348,7 +348,7 @@ def test_a_new_store_in_the_place_of_another_is_read_anew(tmp_path):
     fill(tmp_path / "t", [0]).close()
     assert TargetStore(tmp_path / "t")["s0"].word_maps.maps.shape == (3, 4, 4)
     shutil.rmtree(tmp_path / "t")
-    with TargetWriter(tmp_path / "t", CONFIG, TEACHER) as writer:
+    with TargetWriter(tmp_path / "t", SOURCE, CONFIG) as writer:
         writer.add(make_target(0, size=2))
         writer.close()
     assert TargetStore(tmp_path / "t")["s0"].word_maps.maps.shape == (3, 2, 2)
@@ -442,11 +442,12 @@ import sys
 import numpy as np
 from pathlib import Path
 from lavender.targets.shards import encoded, to_table
+from lavender.targets.manifest import StoreConfig
 from lavender.targets.store import TargetWriter
-from tests.targets.test_store import CONFIG, TEACHER, make_target
+from tests.targets.test_store import CONFIG, SOURCE, make_target
 encoded(to_table([make_target(0)], "float16"), "zstd")  # what is imported late is imported now
 folder, count, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-writer = TargetWriter(folder, CONFIG, TEACHER, 4)
+writer = TargetWriter(folder, SOURCE, CONFIG, 4)
 batches = [range(n, n + 3) for n in range(0, count, 3)]
 finished = set()
 for batch in np.random.default_rng(seed).permutation(len(batches)):
@@ -493,18 +494,18 @@ def test_an_unfinished_store_is_refused_whatever_it_holds(tmp_path):
 
 
 def test_an_empty_store_may_be_begun_anew(tmp_path):
-    TargetWriter(tmp_path / "t", TeacherConfig(map_size=4, inversion_steps=7), TEACHER)
+    TargetWriter(tmp_path / "t", SOURCE | {"inversion_steps": 7}, CONFIG)
     fill(tmp_path / "t", range(2)).close()
-    assert TargetStore(tmp_path / "t").config == CONFIG
+    assert TargetStore(tmp_path / "t").source == SOURCE
 
 
 def test_a_stored_sample_is_known_by_picture_and_caption(tmp_path):
     picture, other = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
     target = make_target(0)
-    with TargetWriter(tmp_path / "t", CONFIG, TEACHER) as writer:
+    with TargetWriter(tmp_path / "t", SOURCE, CONFIG) as writer:
         writer.add(Target("s0", image_sha256(picture), target.word_maps))
         check_known(writer, picture, other, target.word_maps.caption)
-    with TargetWriter(tmp_path / "t", CONFIG, TEACHER) as writer:
+    with TargetWriter(tmp_path / "t", SOURCE, CONFIG) as writer:
         check_known(writer, picture, other, target.word_maps.caption)
 
 
@@ -522,11 +523,11 @@ def test_a_stored_sample_is_known_by_its_bytes_without_decoding(tmp_path, monkey
     Image.new("RGB", (4, 4), "red").save(tmp_path / "red.bmp")
     Image.new("RGB", (4, 4), "blue").save(tmp_path / "blue.png")
     caption = make_target(0).word_maps.caption
-    with TargetWriter(tmp_path / "t", CONFIG, TEACHER) as writer:
+    with TargetWriter(tmp_path / "t", SOURCE, CONFIG) as writer:
         path = tmp_path / "red.png"
         digest = image_sha256(Image.open(path))
         writer.add(Target("s0", digest, make_target(0).word_maps, hashlib.sha256(path.read_bytes()).hexdigest()))
-    with TargetWriter(tmp_path / "t", CONFIG, TEACHER) as writer:
+    with TargetWriter(tmp_path / "t", SOURCE, CONFIG) as writer:
         check_known(writer, str(path), tmp_path / "blue.png", caption)
         assert writer.has("s0", tmp_path / "red.bmp", caption)  # the same picture in another file
         with pytest.raises(DataError, match="no image at"):
@@ -550,15 +551,15 @@ def test_a_truncated_shard_is_named(tmp_path):
 def test_another_config_or_teacher_is_refused(tmp_path):
     fill(tmp_path / "t", range(2)).close()
     with pytest.raises(TargetError, match=r"inversion_steps: 5 there, 7 now"):
-        TargetWriter(tmp_path / "t", TeacherConfig(map_size=4, inversion_steps=7), TEACHER)
+        TargetWriter(tmp_path / "t", SOURCE | {"inversion_steps": 7}, CONFIG)
     with pytest.raises(TargetError, match="other weights"):
-        TargetWriter(tmp_path / "t", CONFIG, {"model": "test", "weights": "xyz"})
+        TargetWriter(tmp_path / "t", SOURCE | {"weights": "xyz"}, CONFIG)
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(TargetError, match="no target store"):
-        TargetWriter(tmp_path, CONFIG, TEACHER)
+        TargetWriter(tmp_path, SOURCE, CONFIG)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -572,7 +573,7 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
         (json.dumps({"format": "lavender-targets", "version": 2}), "lacks"),
         (
             json.dumps({"format": "lavender-targets", "version": 1, "complete": True}),
-            "version 1; this lavender reads and writes version 2: extract anew",
+            "version 1; this lavender reads the versions 2 and 3: extract anew",
         ),
     ],
 )
@@ -612,7 +613,7 @@ def test_image_sha256_knows_the_picture_not_the_file(tmp_path):
 def test_targets_of_another_picture_are_refused(tmp_path):
     picture = Image.new("RGB", (4, 4), "red")
     target = make_target(0)
-    writer = TargetWriter(tmp_path / "t", CONFIG, TEACHER)
+    writer = TargetWriter(tmp_path / "t", SOURCE, CONFIG)
     writer.add(Target("s0", image_sha256(picture), target.word_maps))
     writer.close()
     store = TargetStore(tmp_path / "t")
@@ -624,13 +625,13 @@ def test_targets_of_another_picture_are_refused(tmp_path):
 def test_a_finished_store_stays_finished_until_something_is_added(tmp_path):
     fill(tmp_path / "t", range(3)).close()
     before = (tmp_path / "t/manifest.json").read_bytes()
-    with TargetWriter(tmp_path / "t", CONFIG, TEACHER, 3) as writer:
+    with TargetWriter(tmp_path / "t", SOURCE, CONFIG, 3) as writer:
         writer.begin_run()
         with pytest.raises(TargetError, match="another caption"):
             writer.has("s0", Image.new("RGB", (4, 4)), "other words")
     assert (tmp_path / "t/manifest.json").read_bytes() == before
     assert len(TargetStore(tmp_path / "t")) == 3
-    with TargetWriter(tmp_path / "t", CONFIG, TEACHER, 3) as writer:
+    with TargetWriter(tmp_path / "t", SOURCE, CONFIG, 3) as writer:
         writer.add(make_target(3))
     with pytest.raises(TargetError, match="has not finished"):
         TargetStore(tmp_path / "t")
