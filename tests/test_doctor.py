@@ -22,7 +22,7 @@ from lavender.kernels.cuda import nvrtc
 from lavender.students.families import STUDENTS
 
 from .students.test_contract import NAMES, built
-from .teachers.zoo import PIPELINES
+from .teachers.pipeline_zoo import PIPELINES
 
 
 def found(model) -> dict[str, str]:
