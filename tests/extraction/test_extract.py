@@ -88,6 +88,19 @@ def test_bad_samples_are_skipped_and_listed(teacher_folder, dataset, tmp_path, c
     assert "skipped images/00001.png" in capsys.readouterr().out
 
 
+def test_what_failed_is_tried_again_alone(teacher_folder, dataset, tmp_path):
+    lost = dataset.parent / "images/00002.png"
+    picture = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(TargetError, match="no target store"):
+        extract(teacher_folder, read_pairs(dataset), tmp_path / "t", NOISE, failed_only=True, progress=False)
+    extract(teacher_folder, read_pairs(dataset), tmp_path / "t", NOISE, progress=False)
+    lost.write_bytes(picture)
+    summary = extract(teacher_folder, read_pairs(dataset), tmp_path / "t", NOISE, failed_only=True, progress=False)
+    assert (summary.written, summary.present, summary.failed) == (1, 0, 0)
+    assert len(TargetStore(tmp_path / "t")) == 6
+
+
 def test_attention_that_is_not_finite_is_a_failure_and_no_map(teacher_folder, dataset, pipe, tmp_path):
     """As where half precision overflows: one picture's latents are not finite, its neighbors in the batch are stored."""
     encode, batches = pipe.vae.encode, []
@@ -164,7 +177,7 @@ def test_json_lines_may_hold_line_separators_and_a_byte_order_mark(tmp_path):
     assert [p.caption for p in read_pairs(path)] == ["a\u2028cat"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_kill_9_and_the_same_command_end_as_an_undisturbed_run(teacher_folder, scenes, tmp_path):
     data = write_dataset(scenes[:12], tmp_path / "data")
     command = [

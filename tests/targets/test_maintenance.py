@@ -302,7 +302,6 @@ def lavender(*arguments):
     return subprocess.run([sys.executable, "-m", "lavender", "targets", *map(str, arguments)], capture_output=True, text=True)
 
 
-@pytest.mark.slow
 def test_the_commands(folder, tmp_path):
     more = store(tmp_path / "more", [make_target(n) for n in range(5, 10)])
     result = lavender("merge", folder, more, "--out", tmp_path / "all")

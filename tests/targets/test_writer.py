@@ -248,7 +248,7 @@ print("done")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_kill_9_at_random_moments_loses_nothing(tmp_path):
     """Start, kill after a random while, start again with another order: the store ends as that of an undisturbed run."""
     count = 60

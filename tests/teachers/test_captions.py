@@ -183,7 +183,7 @@ def test_the_longest_words_alone():
         assert np.isfinite(maps.maps).all()
 
 
-@pytest.mark.parametrize("long_captions", [pytest.param("chunks", marks=pytest.mark.slow), "truncate", "error"])
+@pytest.mark.parametrize("long_captions", [pytest.param("chunks", marks=pytest.mark.full), "truncate", "error"])
 def test_ten_thousand_words(long_captions, monkeypatch):
     """The tokenizer is given each word a few times at most: nobody reads the rest of the caption again for every part."""
     given = []

@@ -89,7 +89,7 @@ def test_fifty_steps_of_ddim_bring_the_pictures_back(scenes):
     assert (found[50] > found[5]).all()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_null_text_makes_guidance_return_to_the_picture(scenes):
     chosen = scenes[:2]
     found = {}

@@ -461,8 +461,9 @@ def test_parts_of_a_run_without_spaces_are_found_and_can_have_maps_of_their_own(
             lens.maps["cat 红色"]  # no such phrase stands in the text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "wrapped"), [("StableDiffusionPipeline", False), ("FluxPipeline", True)])
+@pytest.mark.parametrize(
+    ("name", "wrapped"), [("StableDiffusionPipeline", False), pytest.param("FluxPipeline", True, marks=pytest.mark.full)]
+)
 def test_a_compiled_denoiser_is_read(pipe, name, wrapped):
     part = "transformer" if wrapped else "unet"
     with lavender.patch(pipe) as lens:

@@ -153,7 +153,7 @@ def test_a_pipeline_whose_text_nobody_knows_is_named():
         draw(pipe, "StableDiffusionPipeline")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_denoiser_that_ran_compiled_before_is_named_with_the_remedy():
     pipe = PIPELINES["StableDiffusionPipeline"]()
     torch.compiler.reset()
