@@ -22,10 +22,13 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from PIL import Image
 
 from lavender.config import TeacherConfig
+from lavender.images import Picture
 from lavender.miniworld import TEACHER
 from lavender.miniworld.report import environment
 from lavender.teachers import model as teaching
+from lavender.teachers.bound_denoiser import BoundDenoiser
 from lavender.teachers.model import Teacher, load_pipeline
+from lavender.words import Caption
 
 CAPTION = "A large red circle above a small green square to the left of a blue star."
 """Sixteen words."""
@@ -55,42 +58,41 @@ def sd15(width: int, device: str) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(**embedded.components | {"vae": vae, "unet": unet}, requires_safety_checker=False)
 
 
-class _Blind(teaching._Asked):
-    """Asked in the same way, and nobody looks."""
+class _WithoutMaps(BoundDenoiser):
+    """The same predictions; nothing is recorded."""
 
-    def predict_guided(self, latents: torch.Tensor, timestep: torch.Tensor, look: bool) -> torch.Tensor:
+    def predict_guided(self, latents: torch.Tensor, timestep: torch.Tensor, record: bool) -> torch.Tensor:
         return super().predict_guided(latents, timestep, False)
 
     def maps(self, inside: Any) -> torch.Tensor:
-        return torch.zeros(len(self._text), self._weights.shape[1], self._config.map_size, self._config.map_size)
+        return torch.zeros(len(self._text), self._word_weights.shape[1], self._config.map_size, self._config.map_size)
 
 
 def measure(teacher: Teacher, batch: int, rounds: int) -> dict[str, Any]:
     """Medians of seconds a picture and of peak bytes, with maps and without, and their ratios."""
     noise = np.random.default_rng(0).integers(0, 255, (batch, teacher.side // 8, teacher.side // 8, 3), np.uint8)
-    images = [Image.fromarray(own).resize((teacher.side, teacher.side)) for own in noise]
+    pictures = [Picture.open(Image.fromarray(pixels).resize((teacher.side, teacher.side))) for pixels in noise]
     last: dict[str, torch.Tensor] = {}
 
     def run(kind: type) -> None:
-        before, teaching._Asked = teaching._Asked, kind
-        own = teaching.read_maps
+        read_maps = teaching.read_maps
 
         def keep(*args: Any) -> Any:
-            found = own(*args)
-            last[kind.__name__] = found[1]
-            return found
+            latents = read_maps(*args)
+            last[kind.__name__] = latents[1]
+            return latents
 
-        teaching.read_maps = keep
+        teaching.BoundDenoiser, teaching.read_maps = kind, keep
         try:
-            teacher.word_maps_of(images, [CAPTION] * batch)
+            teacher.word_maps_of(pictures, [Caption.of(CAPTION)] * batch)
         finally:
-            teaching._Asked, teaching.read_maps = before, own
+            teaching.BoundDenoiser, teaching.read_maps = BoundDenoiser, read_maps
 
-    kinds = {"with_maps": teaching._Asked, "without": _Blind}
+    kinds = {"with_maps": BoundDenoiser, "without": _WithoutMaps}
     for kind in kinds.values():
         run(kind)
-    sighted, blind = last["_Asked"].double(), last["_Blind"].double()
-    drift = float((sighted - blind).norm() / blind.norm())
+    with_maps, without = last["BoundDenoiser"].double(), last["_WithoutMaps"].double()
+    drift = float((with_maps - without).norm() / without.norm())
     tolerance = 1e-3 if teacher.config.dtype == "float32" else 5e-2
     if not drift < tolerance:
         raise SystemExit(f"the two ways end in latents that differ by {drift:.1e}; expected less than {tolerance}")

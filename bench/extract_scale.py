@@ -30,7 +30,7 @@ from lavender.extraction.extract import extract
 from lavender.miniworld import TEACHER, write_dataset
 from lavender.miniworld.report import environment
 from lavender.miniworld.scenes import make_scenes
-from lavender.targets.store import read_manifest
+from lavender.targets.manifest import read_manifest
 
 CONFIG = TeacherConfig(inversion="noise")
 SHARD_SIZE = 64

@@ -253,7 +253,7 @@ def _examine_teacher(pipe: Any, denoiser: Any) -> Iterator[Finding]:
         yield Finding("words", "unknown", str(error))
     try:
         family = teacher_family_of(type(pipe))
-        yield Finding("extraction", f"of target stores, by noise or {'flow' if family.flows else 'ddim or null_text'}")
+        yield Finding("extraction", f"of target stores, by noise or {'flow' if family.flow_matching else 'ddim or null_text'}")
     except ModelError as error:
         yield Finding("extraction", str(error))
     module = next(iter(hooks.modules.values()))

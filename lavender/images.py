@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-import os
-import posixpath
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .errors import ConfigError, DataError
+from .errors import DataError
+from .files import read_file
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,57 @@ def read_bytes(source: ImageSource) -> bytes | None:
     return stored
 
 
+def image_sha256(image: Image.Image) -> str:
+    """Fingerprint of a picture as it is seen (upright, RGB), whatever file or encoding it came from."""
+    upright = ImageOps.exif_transpose(image).convert("RGB")
+    digest = hashlib.sha256(f"{upright.width}x{upright.height}".encode())
+    digest.update(upright.tobytes())
+    return digest.hexdigest()
+
+
+def file_sha256(image: ImageSource) -> str:
+    """Fingerprint of a picture's encoded bytes; empty for a PIL image. Raises `DataError` if they cannot be read."""
+    return _digest(read_bytes(image))
+
+
+def _digest(encoded: bytes | None) -> str:
+    return "" if encoded is None else hashlib.sha256(encoded).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture that was read and decoded once, for all who need its pixels or its fingerprints.
+
+    Attributes:
+        image: upright, RGB, eight bits.
+        file_sha256: see `file_sha256`.
+    """
+
+    image: Image.Image
+    file_sha256: str
+
+    @classmethod
+    def open(cls, source: ImageSource) -> Picture:
+        """Reads a picture. Raises `DataError` as `load_image`."""
+        encoded = read_bytes(source)
+        return cls(_decode(source, encoded), _digest(encoded))
+
+    @cached_property
+    def sha256(self) -> str:
+        """See `image_sha256`."""
+        return image_sha256(self.image)
+
+
 def load_image(source: ImageSource) -> Image.Image:
     """An upright RGB picture of eight bits: of an animation the first frame, and over white where it is transparent.
 
     Raises:
         DataError: it is missing, empty, damaged, no picture, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
-    encoded = read_bytes(source)
+    return _decode(source, read_bytes(source))
+
+
+def _decode(source: ImageSource, encoded: bytes | None) -> Image.Image:
     name = "the image" if encoded is None else "the image bytes" if isinstance(source, bytes) else str(source)
     try:
         if encoded is None:
@@ -135,94 +178,3 @@ def _without_warnings() -> Iterator[None]:
     with _WARNINGS_LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def is_url(location: object) -> bool:
-    """Whether fsspec opens it. A `Path` never is one: it has lost a slash."""
-    return isinstance(location, str) and "://" in location
-
-
-def is_folder(location: str | Path) -> bool:
-    if not is_url(location):
-        return Path(location).is_dir()
-    system, path = filesystem_of(str(location))
-    return bool(system.isdir(path))
-
-
-def filesystem_of(url: str) -> tuple[Any, str]:
-    """The fsspec file system that serves a URL, and the path in it. Raises `ConfigError` where nothing installed serves it."""
-    import fsspec
-
-    try:
-        system, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(
-            f"cannot open {url}: {error}. Install what serves {url.split('://')[0]}://, or give a local path"
-        ) from None
-    return system, path
-
-
-def read_file(location: str | Path, offset: int = 0, length: int | None = None) -> bytes:
-    """A file's bytes `[offset, offset + length)`, up to its end by default. Raises `OSError` where it cannot be read."""
-    if is_url(location):
-        system, path = filesystem_of(str(location))
-        try:
-            return bytes(system.cat_file(path, start=offset, end=None if length is None else offset + length))
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:  # each file system has errors of its own
-            raise OSError(f"{type(error).__name__}: {error}") from None
-    with open(location, "rb") as file:
-        file.seek(offset)
-        return file.read(-1 if length is None else length)
-
-
-def path_within(root: str | Path, name: str, place: str) -> str | Path:
-    """The path or URL of a picture that a data set names, which must lie in the data set's root.
-
-    Names come from whoever made the data set, so that without this rule any file could be read that the user may read. It is
-    lexical: what a link inside the root leads to is the user's own business.
-
-    Args:
-        root: a folder, or the URL of one.
-        name: relative to the root, or an absolute path or URL inside it.
-        place: what the entry is called in errors.
-
-    Raises:
-        DataError: the name leads out of the root.
-    """
-    inside = _within_url(str(root), name) if is_url(root) else _within_folder(Path(root), name)
-    if inside is None:
-        raise DataError(
-            f"{place}: the picture {name!r} is not in {root}, where the pictures of this data set are; give the folder that holds "
-            "it (--images FOLDER)"
-        )
-    return inside
-
-
-def _within_folder(root: Path, name: str) -> Path | None:
-    if "\0" in name or is_url(name):
-        return None
-    top = os.path.abspath(root)
-    full = os.path.normpath(os.path.join(top, name))
-    if full == top:
-        return root
-    top = top.rstrip(os.sep) + os.sep
-    return root / full[len(top) :] if full.startswith(top) else None
-
-
-def _within_url(root: str, name: str) -> str | None:
-    root = root.rstrip("/")
-    if is_url(name):
-        if not name.startswith(root + "/"):
-            return None
-        name = name[len(root) + 1 :]
-    inside = posixpath.normpath(name)
-    # A server may decode the path, and "::" would chain another file system.
-    decoded = posixpath.normpath(unquote(inside).replace("\\", "/"))
-    refused = _climbs(inside) or _climbs(decoded) or "::" in name or "\0" in decoded
-    return None if refused else f"{root}/{inside}"
-
-
-def _climbs(path: str) -> bool:
-    return path == ".." or path.startswith(("../", "/"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -31,6 +32,23 @@ def words_of(text: str) -> tuple[Word, ...]:
     (Chinese, Japanese, Thai) is one word; `match_words` finds parts of it.
     """
     return tuple(Word(text[m.start() : m.end()], *m.span()) for m in _WORD.finditer(_same_marks(text)))
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A text with its words, which are split once.
+
+    Attributes:
+        text: the text.
+        words: see `words_of`.
+    """
+
+    text: str
+    words: tuple[Word, ...]
+
+    @classmethod
+    def of(cls, text: str) -> Caption:
+        return cls(text, words_of(text))
 
 
 def _same_marks(text: str) -> str:

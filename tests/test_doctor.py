@@ -22,7 +22,7 @@ from lavender.kernels.cuda import nvrtc
 from lavender.students.families import STUDENTS
 
 from .students.zoo import students
-from .teachers.zoo import PIPELINES
+from .teachers.pipeline_zoo import PIPELINES
 
 
 def results(model) -> dict[str, str]:

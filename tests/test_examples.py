@@ -29,10 +29,12 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from trl import SFTConfig, SFTTrainer
 
 import lavender
-from lavender.config import AlignmentConfig, TeacherConfig
+from lavender.config import AlignmentConfig
 from lavender.data.samples import read_samples
+from lavender.images import image_sha256
 from lavender.miniworld import STUDENT, write_dataset
-from lavender.targets.store import Target, TargetStore, TargetWriter, image_sha256
+from lavender.targets.manifest import StoreConfig
+from lavender.targets.store import Target, TargetStore, TargetWriter
 from lavender.types import WordMaps
 from lavender.words import words_of
 
@@ -113,7 +115,7 @@ def _write_noise(folder: Path) -> None:
 
 def _write_targets(case: Case) -> None:
     generator = torch.Generator().manual_seed(0)
-    writer = TargetWriter(case.targets, TeacherConfig(map_size=8), {"model": "random", "weights": "random"})
+    writer = TargetWriter(case.targets, {"model": "random", "weights": "random"}, StoreConfig(map_size=8))
     for sample in read_samples(case.data):
         words = words_of(sample.answer)
         maps = torch.rand(len(words), 8, 8, generator=generator).numpy()

@@ -14,7 +14,7 @@ from PIL import Image
 from ..config import WordsConfig
 from ..data.samples import Conversation, Sample, as_conversation
 from ..errors import ConfigError, DataError, TargetError
-from ..images import load_image
+from ..images import image_sha256, load_image
 from ..students.boxes import boxes_within
 from ..students.families import Pictures, student_family
 from ..students.image_tokens import image_token_of, model_type_of, place_columns, require_pair
@@ -175,8 +175,6 @@ class Collator:
         """The sample's target, and which of its pictures that was made from."""
         if self.targets is None or conversation.id not in self.targets:
             return None, None
-        from ..targets.store import image_sha256
-
         target = self.targets[conversation.id]
         for n, image in enumerate(images):
             if image_sha256(image) == target.image_sha256:

@@ -11,6 +11,7 @@ import typer
 
 from ..config import AlignmentConfig
 from ..errors import ConfigError
+from ..files import write_atomically
 from .options import with_options
 
 app = typer.Typer(rich_markup_mode=None)
@@ -51,7 +52,7 @@ def evaluate(
     text = json.dumps(figures, indent=2)
     print(text)
     if out is not None:
-        out.write_text(text + "\n")
+        write_atomically(out, text + "\n")
 
 
 @app.command()
@@ -83,7 +84,7 @@ def maps(
     if out is not None:
         # JSON knows no NaN, which `own_object` is where every picture has one object.
         sound = {name: {k: None if math.isnan(v) else v for k, v in values.items()} for name, values in figures.items()}
-        out.write_text(json.dumps(sound, indent=2) + "\n")
+        write_atomically(out, json.dumps(sound, indent=2) + "\n")
 
 
 def _require_folder(out: Path | None) -> None:

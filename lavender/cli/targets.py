@@ -23,12 +23,15 @@ app = typer.Typer(
 @app.command()
 def info(store: Annotated[Path, typer.Argument(help="Folder of the target store, finished or not.")]) -> None:
     """Print what a target store holds."""
+    from ..config import TeacherConfig, to_dict
     from ..targets.maintenance import info as run
 
-    facts = run(store)
+    facts, defaults = run(store), to_dict(TeacherConfig())
+    entries = {**facts.source, **to_dict(facts.config)}
+    changed = {name: value for name, value in entries.items() if name in defaults and value != defaults[name]}
     for topic, text in (
-        ("teacher", ", ".join(f"{name} {value}" for name, value in facts.teacher.items())),
-        ("settings", ", ".join(f"{name}={value}" for name, value in facts.changed.items()) or "the defaults"),
+        ("teacher", ", ".join(f"{name} {value}" for name, value in entries.items() if name not in defaults)),
+        ("settings", ", ".join(f"{name}={value}" for name, value in changed.items()) or "the defaults"),
         ("finished", "yes" if facts.complete else "no: run the same command again to continue it"),
         ("samples", f"{facts.samples} in {facts.shards} shards; {facts.failed} failed"),
         ("words", f"{facts.words}, {facts.words_without_map} of them without a map"),
@@ -85,7 +88,7 @@ def import_targets(
     images: Annotated[Path | None, typer.Option(help="Folder of the pictures.")] = None,
 ) -> None:
     """Make a target store of word maps in one of the published formats."""
-    from ..targets.lavender_format import import_targets as run
+    from ..targets.lavender_import import import_targets as run
 
     summary = run(source, out, samples=_read_samples(samples, images), images=images)
     print(
@@ -107,7 +110,7 @@ def export_targets(
     ] = None,
 ) -> None:
     """Write a target store in one of the published formats."""
-    from ..targets.lavender_format import export_targets as run
+    from ..targets.lavender_export import export_targets as run
     from ..targets.store import TargetStore
 
     summary = run(TargetStore(store), out, format=format, samples=_read_samples(samples, images), images=images)

@@ -13,7 +13,8 @@ from typing import Any
 
 from ..config import DEFAULT_QUESTION
 from ..errors import ConfigError, DataError
-from ..images import ImageSource, is_folder, is_url, path_within, read_file
+from ..files import is_folder, is_url, path_within, read_file
+from ..images import ImageSource
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,8 @@ from typing import Any, BinaryIO, TypeVar, cast, get_args
 
 from ..config import Captions
 from ..errors import ConfigError, DataError
-from ..images import ImageSource, StoredImage, filesystem_of, is_url, path_within
+from ..files import filesystem_of, is_url, path_within
+from ..images import ImageSource, StoredImage
 from .samples import Pair, read_pairs, require_unicode
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "picture")

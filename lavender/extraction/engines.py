@@ -22,15 +22,15 @@ from threading import Thread
 from typing import Any
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from ..config import ExtractionConfig, TeacherConfig
 from ..data.samples import Pair
 from ..errors import ConfigError, DataError, LavenderError, ModelError
-from ..images import ImageSource, load_image
-from ..targets.shards import Target, file_sha256, image_sha256
+from ..images import Picture
+from ..targets.shards import Target
 from ..teachers.model import Teacher
+from ..words import Caption
 
 _LOADERS = 4
 """Threads that decode the pictures of a batch."""
@@ -107,37 +107,35 @@ class Worker:
             self.teacher = Teacher(model, config, device, offload=work.offload, vae_slicing=work.vae_slicing)
 
     def __call__(self, batch: Batch) -> Finished:
-        images: list[Image.Image] = []
-        chosen: list[tuple[int, Pair]] = []
         failures: list[tuple[str, str]] = []
+        usable: list[tuple[int, Pair, Picture, Caption]] = []
         with ThreadPoolExecutor(_LOADERS) as pool:
-            loading = [pool.submit(_loaded, pair.image) for pair in batch.pairs]
-        encoded: list[str] = []
+            loading = [pool.submit(Picture.open, pair.image) for pair in batch.pairs]
         for position, pair, future in zip(batch.positions, batch.pairs, loading, strict=True):
+            caption = Caption.of(pair.caption)
             try:
-                image, own_sha256 = future.result()
-                reason = self.teacher.refusal(pair.caption)
+                picture = future.result()
+                reason = self.teacher.refusal(caption)
                 if reason is not None:
                     raise DataError(reason)
             except DataError as error:
                 failures.append((pair.id, str(error)))
             else:
-                images.append(image)
-                encoded.append(own_sha256)
-                chosen.append((position, pair))
+                usable.append((position, pair, picture, caption))
         targets: list[Target] = []
         positions: list[int] = []
-        if chosen:
-            with self._limited(), self._memory_named(f"{len(chosen)} pictures at a time"):
-                maps = self.teacher.word_maps_of(images, [pair.caption for _, pair in chosen])
-            for (position, pair), image, own_sha256, own in zip(chosen, images, encoded, maps, strict=True):
+        if usable:
+            _, _, pictures, captions = zip(*usable, strict=True)
+            with self._limited(), self._memory_named(f"{len(usable)} pictures at a time"):
+                maps = self.teacher.word_maps_of(pictures, captions)
+            for (position, pair, picture, _), word_maps in zip(usable, maps, strict=True):
                 try:
-                    self.teacher.require_finite(own)
+                    self.teacher.require_finite(word_maps)
                 except DataError as error:
                     failures.append((pair.id, str(error)))
                 else:
                     positions.append(position)
-                    targets.append(Target(pair.id, image_sha256(image), own, own_sha256))
+                    targets.append(Target(pair.id, picture.sha256, word_maps, picture.file_sha256))
         return Finished(batch.positions[0], tuple(positions), tuple(targets), tuple(failures))
 
     @contextmanager
@@ -160,11 +158,6 @@ class Worker:
             yield
         finally:
             torch.set_num_threads(before)
-
-
-def _loaded(source: ImageSource) -> tuple[Image.Image, str]:
-    """A picture, and the fingerprint of its encoded bytes."""
-    return load_image(source), file_sha256(source)
 
 
 class _Here(Engine):

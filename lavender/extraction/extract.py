@@ -10,11 +10,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..config import ExtractionConfig, TeacherConfig
+from ..config import ExtractionConfig, TeacherConfig, to_dict
 from ..data.samples import Pair
 from ..data.sources import BadPair
 from ..errors import DataError, TargetError
-from ..targets.store import TargetWriter, read_manifest
+from ..targets.manifest import StoreConfig, read_manifest
+from ..targets.store import TargetWriter
 from .engines import Batch, Finished, engine_of
 
 
@@ -60,7 +61,11 @@ def extract(
     config, work, out = config or TeacherConfig(), work or ExtractionConfig(), Path(out)
     if failed_only and not read_manifest(out)["complete"]:
         raise TargetError(f"the extraction into {out} has not finished; finish it before you try what failed")
-    with engine_of(model, config, work) as engine, TargetWriter(out, config, engine.identity, work.shard_size) as writer:
+    kept = StoreConfig(config.map_size, config.storage, config.normalization)
+    with (
+        engine_of(model, config, work) as engine,
+        TargetWriter(out, {**engine.identity, **to_dict(config)}, kept, work.shard_size) as writer,
+    ):
         entries = _Entries(pairs, writer, work.batch_size, failed_only)
         count = getattr(pairs, "count", None) if not isinstance(pairs, Sequence) else len(pairs)
         with tqdm(total=count, desc="word maps", unit="picture", disable=not progress, smoothing=0.05) as bar:
@@ -69,8 +74,8 @@ def extract(
                 for finished in results:
                     writer.add(*finished.targets, position=finished.positions)
                     written += len(finished.targets)
-                    for own_id, reason in finished.failures:
-                        entries.fail(own_id, reason)
+                    for sample_id, reason in finished.failures:
+                        entries.fail(sample_id, reason)
                     writer.advance(entries.finish(finished))
                     bar.update(entries.seen - bar.n)
             bar.update(entries.seen - bar.n)
@@ -132,11 +137,11 @@ class _Entries:
         self.present += is_present
         return not is_present
 
-    def fail(self, own_id: str, reason: str) -> None:
+    def fail(self, sample_id: str, reason: str) -> None:
         """Lists a sample that cannot be used."""
         self.failed += 1
-        self._writer.fail(own_id, reason)
-        tqdm.write(f"skipped {own_id}: {reason}")
+        self._writer.fail(sample_id, reason)
+        tqdm.write(f"skipped {sample_id}: {reason}")
 
     def finish(self, finished: Finished) -> int:
         """Notes that a batch is done; before the place that is returned, every entry is stored or has failed."""

@@ -49,7 +49,7 @@ class Preview:
     num_devices: int
 
     def __str__(self) -> str:
-        lines = [f"skipped {own_id}: {reason}" for own_id, reason in self.failures]
+        lines = [f"skipped {sample_id}: {reason}" for sample_id, reason in self.failures]
         lines.append(f"{self.path}: look at it before the long run")
         lines.append(f"one picture: {_time(self.seconds)} on one device, {_size(self.bytes)} in the store")
         count, what = (1000, "1000 pictures") if self.num_pictures is None else (self.num_pictures, f"all {self.num_pictures}")
@@ -112,7 +112,7 @@ def preview(
     targets = [target for own in finished for target in own.targets]
     failures += [failure for own in finished for failure in own.failures]
     if not targets:
-        reasons = "; ".join(f"{own_id}: {reason}" for own_id, reason in failures[:3])
+        reasons = "; ".join(f"{sample_id}: {reason}" for sample_id, reason in failures[:3])
         raise DataError(f"none of the first {len(some)} pictures can be used ({reasons or 'there are none'})")
     out.mkdir(parents=True, exist_ok=True)
     image_of = {pair.id: pair.image for pair in good}
@@ -120,7 +120,7 @@ def preview(
     shown = targets[:PICTURES_SHOWN]
     _draw([(target, np.asarray(load_image(image_of[target.id]))) for target in shown], path)
     total = len(pairs) if isinstance(pairs, Sequence) else getattr(pairs, "count", None)
-    size = encoded(to_table(targets, config.storage), "zstd").size / len(targets)
+    size = len(encoded(to_table(targets, config.storage), "zstd")) / len(targets)
     return Preview(path, tuple(failures), float(np.median(seconds[1:] or seconds)), size, total, len(work.devices))
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from ..batches.collator import Collator
 from ..config import Rows, to_dict
 from ..evaluation.localization import SpanMaps
+from ..files import write_atomically
 from ..patching import patch
 from ..students.patch import StudentPatch
 from ..training.train import load_student
@@ -68,7 +69,7 @@ def run_demo(out: Path, config: ExperimentConfig) -> Path:
         "environment": environment(),
         "duration_s": round(time.monotonic() - started, 1),
     }
-    (out / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
+    write_atomically(out / RESULTS, json.dumps(results, indent=2) + "\n")
     _save_examples(out, held_out, handles, processor, rows, teacher_maps)
     for handle in handles.values():
         handle.unpatch()

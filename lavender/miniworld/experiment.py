@@ -101,7 +101,7 @@ def shuffled_targets(folder: Path, teacher: TargetStore, seed: int) -> TargetSto
 
 def _store_with(folder: Path, teacher: TargetStore, name: str, maps_of: Callable[[int, Target], np.ndarray]) -> TargetStore:
     """The teacher's store with other maps: `maps_of` its number-th sample."""
-    writer = TargetWriter(folder, teacher.config, {"model": name, "weights": f"{name} of {teacher.fingerprint}"})
+    writer = TargetWriter(folder, {"model": name, "weights": f"{name} of {teacher.fingerprint}"}, teacher.config)
     for number, sample_id in enumerate(teacher):
         target = teacher[sample_id]
         maps = maps_of(number, target)  # drawn for finished samples too, so that a restart draws the same

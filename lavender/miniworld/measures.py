@@ -14,8 +14,10 @@ from ..config import Rows
 from ..data.samples import Sample
 from ..evaluation.answers import accuracy, generate
 from ..evaluation.localization import MeasuredWord, SpanMaps, compare, maps_by_span, measured_words
+from ..images import Picture
 from ..students.patch import StudentPatch
 from ..teachers.model import Teacher
+from ..words import Caption
 from .scenes import DESCRIBE, MEASURED_KINDS, QUESTION_TYPES, Scene
 
 BATCH_SIZE = 50
@@ -40,7 +42,7 @@ def teacher_maps(teacher: Teacher, scenes: Iterable[Scene]) -> list[SpanMaps]:
     return [
         maps_by_span(word_maps)
         for batch in split_into_batches(scenes)
-        for word_maps in teacher.word_maps_of([scene.image for scene in batch], [scene.caption for scene in batch])
+        for word_maps in teacher.word_maps_of([Picture.open(s.image) for s in batch], [Caption.of(s.caption) for s in batch])
     ]
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DataError
+from ..files import write_atomically
 from ..maps import overlay
 
 RESULTS = "results.json"
@@ -93,7 +94,7 @@ def write_report(run: str | Path) -> Path:
         config=json.dumps(results["config"], indent=2),
     )
     path = run / "report.html"
-    path.write_text(html, encoding="utf-8")
+    write_atomically(path, html)
     return path
 
 

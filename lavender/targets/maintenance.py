@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..config import TeacherConfig, from_dict, to_dict
 from ..errors import TargetError
+from .manifest import StoreConfig, config_of, difference, read_manifest, source_of, unlisted_shards
 from .shards import GROUP_SIZE, Target, opened, schema, sha256_of, targets_of
-from .store import TargetStore, TargetWriter, difference, read_manifest, unlisted_shards
+from .store import TargetStore, TargetWriter
 
 NAMED = 10
 """Ids that one line names; a data set may lack thousands."""
@@ -24,8 +24,8 @@ class StoreInfo:
     """What a store holds, finished or not.
 
     Attributes:
-        teacher: what the maps came from.
-        changed: the config's settings that are not the defaults.
+        source: what the maps came from.
+        config: how they are kept.
         complete: whether the store is finished.
         samples: how many are stored, pending ones too.
         words: how many they have in all.
@@ -35,8 +35,8 @@ class StoreInfo:
         num_bytes: size of shards, pending files and manifest.
     """
 
-    teacher: dict[str, str]
-    changed: dict[str, Any]
+    source: dict[str, Any]
+    config: StoreConfig
     complete: bool
     samples: int
     words: int
@@ -54,7 +54,6 @@ def info(folder: str | Path) -> StoreInfo:
     """Looks through a store, finished or not. Raises `TargetError` if it is none, or damaged."""
     folder = Path(folder)
     manifest = read_manifest(folder)
-    defaults = to_dict(TeacherConfig())
     shards = sorted(folder.glob("data-*.parquet"))
     files = [*shards, *sorted((folder / "pending").glob("*.parquet"))]
     words = without_map = 0
@@ -62,14 +61,14 @@ def info(folder: str | Path) -> StoreInfo:
     for path in files:
         with opened(path) as file:
             table = file.read(["id", "ranges" if "ranges" in file.schema_arrow.names else "maps"])
-        for sample_id, own, missing in zip(table["id"].to_pylist(), *_word_counts(table), strict=True):
+        for sample_id, num_words, missing in zip(table["id"].to_pylist(), *_word_counts(table), strict=True):
             if sample_id not in ids:  # a kill may leave samples that are pending although they are in a shard
                 ids.add(sample_id)
-                words += own
+                words += num_words
                 without_map += missing
     return StoreInfo(
-        teacher=manifest["teacher"],
-        changed={name: value for name, value in manifest["config"].items() if value != defaults.get(name)},
+        source=source_of(manifest),
+        config=config_of(manifest),
         complete=manifest["complete"],
         samples=len(ids),
         words=words,
@@ -81,7 +80,7 @@ def info(folder: str | Path) -> StoreInfo:
 
 
 def _word_counts(table: pa.Table) -> tuple[list[int], list[int]]:
-    """Per row, how many words there are, and how many of them have no map. One value of each word tells."""
+    """Per row, how many words there are, and how many of them have no map. One value of each word shows it."""
     rows = table[1].combine_chunks()
     words = rows.values
     first = words.offsets.to_numpy()[:-1]
@@ -110,7 +109,7 @@ def verify(folder: str | Path, pairs: Iterable[Any] | None = None) -> list[str]:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    config = from_dict(TeacherConfig, manifest["config"])
+    config = config_of(manifest)
     problems: list[str] = []
     if not manifest["complete"]:
         problems.append("the store is not finished: run the same command again to continue it")
@@ -122,12 +121,12 @@ def verify(folder: str | Path, pairs: Iterable[Any] | None = None) -> list[str]:
     for name, listed in manifest["shards"].items():
         path = folder / name
         if not path.is_file():
-            found, readable = ["it is missing: put it back, or extract into a new folder"], False
+            wrong, readable = ["it is missing: put it back, or extract into a new folder"], False
         elif sha256_of(path) != listed["sha256"]:
-            found, readable = ["it is damaged, its sha256 is not that of the manifest: restore it, or extract anew"], False
+            wrong, readable = ["it is damaged, its sha256 is not that of the manifest: restore it, or extract anew"], False
         else:
-            found, readable = _shard_problems(path, listed["samples"], config, captions)
-        problems += [f"{name}: {problem}" for problem in found]
+            wrong, readable = _shard_problems(path, listed["samples"], config, captions)
+        problems += [f"{name}: {problem}" for problem in wrong]
         whole = whole and readable
     if pairs is not None and whole:
         problems += _input_problems(pairs, captions, {entry["id"] for entry in manifest["failed"]})
@@ -136,7 +135,7 @@ def verify(folder: str | Path, pairs: Iterable[Any] | None = None) -> list[str]:
     return problems
 
 
-def _shard_problems(path: Path, samples: int, config: TeacherConfig, captions: dict[str, str]) -> tuple[list[str], bool]:
+def _shard_problems(path: Path, samples: int, config: StoreConfig, captions: dict[str, str]) -> tuple[list[str], bool]:
     """What is wrong with a shard's rows, and whether they could be read. Adds their captions to `captions`, by id."""
     problems: list[str] = []
     try:
@@ -155,14 +154,14 @@ def _shard_problems(path: Path, samples: int, config: TeacherConfig, captions: d
                     if row["id"] in captions:
                         problems.append(f"sample {row['id']!r} is there twice")
                     captions[row["id"]] = row["caption"]
-                    found = _row_problems(row, table["maps"].slice(n, 1).combine_chunks(), config)
-                    problems += [f"sample {row['id']!r}: {problem}" for problem in found]
+                    wrong = _row_problems(row, table["maps"].slice(n, 1).combine_chunks(), config)
+                    problems += [f"sample {row['id']!r}: {problem}" for problem in wrong]
     except TargetError as error:
         return [*problems, str(error)], False
     return problems, True
 
 
-def _row_problems(row: dict[str, Any], maps: pa.ListArray, config: TeacherConfig) -> list[str]:
+def _row_problems(row: dict[str, Any], maps: pa.ListArray, config: StoreConfig) -> list[str]:
     problems = [
         f"the word {word['text']!r} is not at {word['start']} to {word['end']} of its caption"
         for word in row["words"]
@@ -212,51 +211,50 @@ def _input_problems(pairs: Iterable[Any], captions: Mapping[str, str], failed: s
         ("have another caption in the data set", changed),
         ("are stored, but not in the data set", [sample_id for sample_id in captions if sample_id not in ids]),
     )
-    return [f"{len(found)} samples {what}: {_some(found)}" for what, found in kinds if found]
+    return [f"{len(ids)} samples {what}: {_list_ids(ids)}" for what, ids in kinds if ids]
 
 
-def _some(ids: Sequence[str]) -> str:
+def _list_ids(ids: Sequence[str]) -> str:
     more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
     return ", ".join(map(repr, ids[:NAMED])) + more
 
 
-def merge(sources: Sequence[str | Path], out: str | Path) -> int:
-    """Makes several finished stores of one teacher and config into a new one, in their order.
+def merge(folders: Sequence[str | Path], out: str | Path) -> int:
+    """Makes several finished stores of one source and config into a new one, in their order.
 
     A sample that several of them have is taken once. The new store appears under its name when it is whole; until then it lies
     beside it, in `<out>.merging`, from where the same merge continues after a kill.
 
     Args:
-        sources: folders of stores.
+        folders: of the stores.
         out: new folder.
 
     Returns:
         The number of samples.
 
     Raises:
-        TargetError: a source is damaged, not finished, or of another teacher or config; a sample differs between two of them; or
+        TargetError: a store is damaged, not finished, or of another source or config; a sample differs between two of them; or
             `out` exists.
     """
-    if not sources:
+    if not folders:
         raise TargetError("there is nothing to merge; give the folders of one or more target stores")
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TargetError(f"{out} exists; give a new folder")
-    stores = [TargetStore(source) for source in sources]
+    stores = [TargetStore(folder) for folder in folders]
     manifests = [read_manifest(store.folder) for store in stores]
     for store, manifest in zip(stores, manifests, strict=True):
-        if store.fingerprint != stores[0].fingerprint:
-            how = difference(manifests[0], manifest, (f"in {stores[0].folder}", f"in {store.folder}"))
+        if how := difference(manifests[0], manifest, (f"in {stores[0].folder}", f"in {store.folder}")):
             raise TargetError(f"{store.folder} holds targets of another teacher or config ({how}); merge stores of the same ones")
     unfinished = out.with_name(out.name + ".merging")
     taken: dict[str, TargetStore] = {}
-    with TargetWriter(unfinished, stores[0].config, stores[0].teacher) as writer:
+    with TargetWriter(unfinished, stores[0].source, stores[0].config) as writer:
         writer.begin_run()
         for store, manifest in zip(stores, manifests, strict=True):
             for path in store.shards:
                 if sha256_of(path) != manifest["shards"][path.name]["sha256"]:
                     raise TargetError(f"{path} is damaged, its sha256 is not that of the manifest; restore it, or extract anew")
-                writer.add(*[target for target in _new_ones(path, store, taken) if target.id not in writer.done])
+                writer.add(*[target for target in _take_new(path, store, taken) if target.id not in writer.done])
         if writer.done.keys() != taken.keys():
             raise TargetError(f"{unfinished} is left from a merge of other stores; remove it, or give another --out")
         for sample_id, reason in {key: reason for store in stores for key, reason in store.failed.items()}.items():
@@ -267,7 +265,7 @@ def merge(sources: Sequence[str | Path], out: str | Path) -> int:
     return len(taken)
 
 
-def _new_ones(path: Path, store: TargetStore, taken: dict[str, TargetStore]) -> Iterator[Target]:
+def _take_new(path: Path, store: TargetStore, taken: dict[str, TargetStore]) -> Iterator[Target]:
     """The samples of a shard that no shard before it had."""
     with opened(path) as file:
         table = file.read()

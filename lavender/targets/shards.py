@@ -20,11 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
 from ..config import Storage
 from ..errors import DataError, TargetError
-from ..images import ImageSource, read_bytes
 from ..types import Word, WordMaps
 
 GROUP_SIZE = 8
@@ -50,29 +48,15 @@ def schema(storage: Storage) -> pa.Schema:
     return pa.schema([*fields, ("ranges", pa.list_(pa.list_(pa.float32())))] if storage == "uint8" else fields)
 
 
-def image_sha256(image: Image.Image) -> str:
-    """Fingerprint of a picture as it is seen (upright, RGB), whatever file or encoding it came from."""
-    upright = ImageOps.exif_transpose(image).convert("RGB")
-    digest = hashlib.sha256(f"{upright.width}x{upright.height}".encode())
-    digest.update(upright.tobytes())
-    return digest.hexdigest()
-
-
-def file_sha256(image: ImageSource) -> str:
-    """Fingerprint of a picture's encoded bytes; empty for a PIL image. Raises `DataError` if they cannot be read."""
-    data = read_bytes(image)
-    return "" if data is None else hashlib.sha256(data).hexdigest()
-
-
 @dataclass(frozen=True, eq=False)
 class Target:
     """One sample of a store: its word maps, and the picture that they belong to.
 
     Attributes:
         id: the sample's.
-        image_sha256: see `image_sha256`.
+        image_sha256: see `lavender.images.image_sha256`.
         word_maps: what the teacher says.
-        file_sha256: see `file_sha256`.
+        file_sha256: see `lavender.images.file_sha256`.
     """
 
     id: str
@@ -169,7 +153,8 @@ def _flat(column: pa.ChunkedArray, depth: int) -> NDArray[Any]:
     return values.to_numpy(zero_copy_only=False)
 
 
-def encoded(table: pa.Table, compression: str) -> pa.Buffer:
+def encoded(table: pa.Table, compression: str) -> memoryview:
+    """A table as the bytes of a parquet file."""
     sink = pa.BufferOutputStream()
     pq.write_table(
         table.combine_chunks(),  # so that the bytes follow from the rows alone
@@ -180,7 +165,7 @@ def encoded(table: pa.Table, compression: str) -> pa.Buffer:
         use_dictionary=["maps.list.element.list.element.list.element"] if "ranges" in table.column_names else False,
         write_statistics=False,
     )
-    return sink.getvalue()
+    return memoryview(sink.getvalue())
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The target store: word maps as parquet shards with a manifest, written so that a kill loses at most the samples in hand.
 
-    manifest.json            format, version, the teacher, its config and their fingerprint, whether the store is complete, the
-                             shards with their sha256 and numbers of samples, and what could not be used, with the reason
+    manifest.json            format, version, the source and the config of the maps and their fingerprint, whether the store is
+                             complete, the shards with their sha256 and numbers of samples, and what could not be used and why
     data-00000.parquet ...   finished shards, with the columns of `lavender.targets.shards`;
                              `datasets.load_dataset("parquet", data_files="targets/*.parquet")` reads them
     pending/*.parquet        finished samples that are in no shard yet; gone when the store is complete
@@ -31,16 +31,16 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from ..config import Storage, TeacherConfig, fingerprint, from_dict, to_dict
+from ..config import fingerprint
 from ..errors import TargetError
-from ..images import ImageSource, load_image
+from ..files import write_atomically
+from ..images import ImageSource, file_sha256, image_sha256, load_image
+from .manifest import StoreConfig, config_of, difference, new_manifest, read_manifest, shard_paths, source_of, unlisted_shards
 from .shards import (
     GROUP_SIZE,
     Target,
     encoded,
-    file_sha256,
     group_of,
-    image_sha256,
     read,
     schema,
     sha256_of,
@@ -48,17 +48,16 @@ from .shards import (
     to_table,
 )
 
-FORMAT = "lavender-targets"
-VERSION = 2
 SHARD_SIZE = 256
+"""Samples of a shard."""
 
 _IDENTITY = ["id", "image_sha256", "file_sha256", "caption"]
-_OWN_FILES = {".lock", ".lock.json", "manifest.json.partial", "pending", "preview.png"}
+_EARLY_FILES = {".lock", ".lock.json", "manifest.json.partial", "pending", "preview.png"}
 """What a folder may hold before it is a store: left by a writer that was killed at once, or by `lavender extract --preview`."""
 
 
 @contextmanager
-def _full_disk_named(folder: Path) -> Iterator[None]:
+def _name_full_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -70,30 +69,9 @@ def _full_disk_named(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
-    """After this the file is there whole, even if the machine stops; before, it is not there at all."""
-    partial = path.with_name(path.name + ".partial")
-    with _full_disk_named(path.parent):
-        try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # has no such thing
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _write(path: Path, data: str | memoryview) -> None:
+    with _name_full_disk(path.parent):
+        write_atomically(path, data)
 
 
 class Identity(NamedTuple):
@@ -157,44 +135,44 @@ class TargetWriter:
         failed: why samples could not be used, by id.
 
     Raises:
-        TargetError: the folder holds something else, or targets of another teacher or config; or another process writes it.
+        TargetError: the folder holds something else, or targets of another source or config; or another process writes it.
     """
 
-    def __init__(self, folder: Path, config: TeacherConfig, teacher: Mapping[str, str], shard_size: int = SHARD_SIZE) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        source: Mapping[str, Any],
+        config: StoreConfig | None = None,
+        shard_size: int = SHARD_SIZE,
+    ) -> None:
+        """`source` says what the maps come from, in plain JSON values: a model, its weights, its settings, whatever decides about
+        the maps. The entries `model` and `source` are names: stores that differ in them alone hold the same maps.
+        """
+        config = config or StoreConfig()
         self.folder = folder
         self.shard_size = shard_size
-        self._storage: Storage = config.storage
+        self._storage = config.storage
         self._pending = folder / "pending"
-        _require_own(folder)
-        with _full_disk_named(folder):
+        _require_store(folder)
+        with _name_full_disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _Lock(folder)
             try:
-                self._open(config, dict(teacher))
+                self._open(new_manifest(source, config))
             except BaseException:
                 self._lock.release()
                 raise
 
-    def _open(self, config: TeacherConfig, teacher: dict[str, str]) -> None:
-        self._manifest: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "teacher": teacher,
-            "config": to_dict(config),
-            "fingerprint": fingerprint([teacher["weights"], to_dict(config)]),
-            "complete": False,
-            "shards": {},
-            "failed": [],
-        }
+    def _open(self, manifest: dict[str, Any]) -> None:
+        self._manifest = manifest
         # A store that nothing was written to yet may be begun anew with other settings.
         if any(self.folder.glob("data-*.parquet")) or any(self._pending.glob("*.parquet")):
-            found = read_manifest(self.folder)
-            if found["fingerprint"] != self._manifest["fingerprint"]:
+            self._manifest = read_manifest(self.folder)
+            if how := difference(self._manifest, manifest):
                 raise TargetError(
-                    f"{self.folder} holds targets of another teacher or config ({difference(found, self._manifest)}); "
+                    f"{self.folder} holds targets of another teacher or config ({how}); "
                     "give --out a new folder, or the settings that the store was begun with"
                 )
-            self._manifest |= {name: found[name] for name in ("shards", "failed", "complete")}
         elif (self.folder / "manifest.json").exists() and read_manifest(self.folder)["shards"]:
             raise TargetError(f"{self.folder} has lost all its shards; put them back, or give --out a new folder")
         self.failed: dict[str, str] = {entry["id"]: entry["reason"] for entry in self._manifest["failed"]}
@@ -215,26 +193,26 @@ class TargetWriter:
     def _adopt(self) -> None:
         """Lists a shard that was finished just before a kill."""
         for path in unlisted_shards(self.folder, self._manifest):
-            own = _identities(path)
-            if path.name != self._next_shard() or own.keys() & self.done.keys():
+            identities = _identities(path)
+            if path.name != self._next_shard() or identities.keys() & self.done.keys():
                 raise TargetError(f"{path} is no shard of this store, by its name or its samples; move it elsewhere")
-            self._manifest["shards"][path.name] = {"sha256": sha256_of(path), "samples": len(own)}
+            self._manifest["shards"][path.name] = {"sha256": sha256_of(path), "samples": len(identities)}
             self._manifest["complete"] = False
-            self.done |= own
+            self.done |= identities
 
     def _take_up(self, path: Path) -> None:
         """Finds the samples of a pending file. Those that are in a shard already were written just before a kill."""
         positions = read(path, ["position"])["position"].to_pylist()
-        own = _identities(path)
+        identities = _identities(path)
         new = [
             _Waiting(position, sample_id, path, row)
-            for row, (position, sample_id) in enumerate(zip(positions, own, strict=True))
+            for row, (position, sample_id) in enumerate(zip(positions, identities, strict=True))
             if sample_id not in self.done
         ]
         if not new:
             path.unlink()
         self._waiting += new
-        self.done |= own
+        self.done |= identities
 
     def add(self, *targets: Target, position: int | Sequence[int] | None = None) -> None:
         """Stores samples, all of them or none; they survive a kill from here on.
@@ -267,7 +245,7 @@ class TargetWriter:
         # The id makes the name unique where an earlier run counted the input's places in another way.
         name = hashlib.sha256(targets[0].id.encode()).hexdigest()[:16]
         path = self._pending / f"{positions[0]:012d}-{name}.parquet"
-        _write_atomically(path, encoded(table, "none"))
+        _write(path, encoded(table, "none"))
         for row, (place, target) in enumerate(zip(positions, targets, strict=True)):
             self._waiting.append(_Waiting(place, target.id, path, row))
             self.done[target.id] = Identity(target.image_sha256, target.file_sha256, target.word_maps.caption)
@@ -361,7 +339,7 @@ class TargetWriter:
 
     def _write_manifest(self) -> None:
         self._manifest["failed"] = [{"id": sample_id, "reason": reason} for sample_id, reason in self.failed.items()]
-        _write_atomically(self.folder / "manifest.json", (json.dumps(self._manifest, indent=2) + "\n").encode())
+        _write(self.folder / "manifest.json", json.dumps(self._manifest, indent=2) + "\n")
 
     def _write_shard(self, samples: Sequence[_Waiting]) -> None:
         """A kill after the first step leaves a shard to adopt, one after the second pending files to ignore."""
@@ -370,7 +348,7 @@ class TargetWriter:
         table = pa.concat_tables([tables[sample.file].slice(sample.row, 1) for sample in samples])
         data = encoded(table, "zstd")
         name = self._next_shard()
-        _write_atomically(self.folder / name, data)
+        _write(self.folder / name, data)
         self._manifest["shards"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "samples": len(samples)}
         self._write_manifest()
         written = {sample.id for sample in samples}
@@ -379,17 +357,17 @@ class TargetWriter:
             path.unlink()
 
 
-def _require_own(folder: Path) -> None:
+def _require_store(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise TargetError(f"{folder} is a file; give --out a folder")
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if "manifest.json" not in names and names - _OWN_FILES:
+    if "manifest.json" not in names and names - _EARLY_FILES:
         raise TargetError(f"{folder} exists and is no target store; give --out a new or empty folder")
 
 
 def _is_picture(image: ImageSource, stored: Identity) -> bool:
-    own = file_sha256(image)
-    return (own != "" and own == stored.file_sha256) or image_sha256(load_image(image)) == stored.image_sha256
+    digest = file_sha256(image)
+    return (digest != "" and digest == stored.file_sha256) or image_sha256(load_image(image)) == stored.image_sha256
 
 
 class TargetStore:
@@ -397,9 +375,9 @@ class TargetStore:
 
     Attributes:
         folder: where it lies.
-        config: the teacher's config.
-        teacher: what the maps came from.
-        fingerprint: changes with the teacher's weights and with every setting.
+        source: what the maps came from, as its writer said: of an extraction the model, its weights and the teacher's settings.
+        config: how the maps are kept.
+        fingerprint: sixteen digits that change with source and config, but not with the model's name.
         failed: why samples could not be used, by id.
         shards: its files, in the order of the samples.
     """
@@ -408,8 +386,8 @@ class TargetStore:
         """Raises `TargetError` when the folder is no finished store."""
         self.folder = Path(folder)
         manifest = read_manifest(self.folder)
-        self.config = from_dict(TeacherConfig, manifest["config"])
-        self.teacher: dict[str, str] = manifest["teacher"]
+        self.source = source_of(manifest)
+        self.config = config_of(manifest)
         self.fingerprint: str = manifest["fingerprint"]
         self.failed: dict[str, str] = {entry["id"]: entry["reason"] for entry in manifest["failed"]}
         if not manifest["complete"]:
@@ -463,49 +441,3 @@ def _identities(path: Path) -> dict[str, Identity]:
     """The picture and caption of every sample in a file, by id, in their order."""
     ids, *rest = (column.to_pylist() for column in read(path, _IDENTITY).columns)
     return dict(zip(ids, map(Identity, *rest), strict=True))
-
-
-def shard_paths(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
-    """The shards that a manifest lists, in their order. Raises `TargetError` if one is not there."""
-    paths = [folder / name for name in manifest["shards"]]
-    for path in paths:
-        if not path.is_file():
-            raise TargetError(f"{path} is missing, though the manifest lists it; put it back, or extract into a new folder")
-    return paths
-
-
-def unlisted_shards(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
-    return sorted(path for path in folder.glob("data-*.parquet") if path.name not in manifest["shards"])
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """A store's manifest. Raises `TargetError` if there is none, or if it is damaged or of another version."""
-    path = folder / "manifest.json"
-    if not path.exists():
-        raise TargetError(f"{folder} is no target store: it has no manifest.json. `lavender extract --out {folder}` makes one")
-    try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
-        raise TargetError(f"{path} is damaged ({error}); extract into a new folder") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else manifest
-        raise TargetError(f"{path} says the format {found!r}; expected {FORMAT!r}. Give the folder of a target store")
-    if manifest.get("version") != VERSION:
-        raise TargetError(
-            f"{path} says version {manifest.get('version')!r}; this lavender reads and writes version {VERSION}: "
-            "extract anew, into a new folder"
-        )
-    missing = [key for key in ("teacher", "config", "fingerprint", "complete", "shards", "failed") if key not in manifest]
-    if missing:
-        raise TargetError(f"{path} is damaged: it lacks {', '.join(missing)}; extract into a new folder")
-    return manifest
-
-
-def difference(found: Mapping[str, Any], wanted: Mapping[str, Any], places: tuple[str, str] = ("there", "now")) -> str:
-    """How two manifests of different fingerprints differ, in words; `places` says where each of them is."""
-    changed = [
-        f"{key}: {found['config'].get(key)} {places[0]}, {value} {places[1]}"
-        for key, value in wanted["config"].items()
-        if found["config"].get(key) != value
-    ]
-    return "; ".join(changed) or "other weights"

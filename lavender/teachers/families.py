@@ -1,4 +1,4 @@
-"""How the pipelines that can be teachers encode pictures and captions, and are asked for one prediction: one class a family."""
+"""How pipelines that can be teachers encode pictures and captions and predict one step: one class per family."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import ModelError
+from ..errors import ModelError, warn_renamed
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,14 +44,19 @@ class TeacherFamily(ABC):
     Attributes:
         pipe: the pipeline.
         denoiser: its U-Net or transformer.
-        flows: whether it is a flow-matching model, whose prediction is a velocity and whose timestep is a thousand times sigma.
+        flow_matching: whether its prediction is a velocity and its timestep a thousand times sigma.
         takes_guidance: whether the guidance scale is an input of the denoiser.
     """
 
-    flows = False
+    flow_matching = False
     takes_guidance = False
     denoiser_name = "transformer"
     patch_size = 1
+
+    def __init_subclass__(cls) -> None:
+        if "flows" in vars(cls):
+            warn_renamed("TeacherFamily.flows", "TeacherFamily.flow_matching")
+            cls.flow_matching = vars(cls)["flows"]
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -93,7 +98,7 @@ class TeacherFamily(ABC):
     def _moments(self, latents: torch.Tensor) -> tuple[Any, Any]:
         config = self.pipe.vae.config
         if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
-            mean, std = (latents.new_tensor(own).view(1, -1, 1, 1) for own in (config.latents_mean, config.latents_std))
+            mean, std = (latents.new_tensor(moment).view(1, -1, 1, 1) for moment in (config.latents_mean, config.latents_std))
             return mean, config.scaling_factor / std
         return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
 
@@ -111,13 +116,13 @@ class TeacherFamily(ABC):
 
         # A scheduler of the same kind: the pipeline's own keeps its state.
         scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
-        config, given = scheduler.config, {}
+        config, arguments = scheduler.config, {}
         if config.get("use_dynamic_shifting"):
             names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
             tokens = latents.shape[-2] * latents.shape[-1] // self.patch_size**2
-            given["mu"] = calculate_shift(tokens, *(config[name] for name in names))
-            given["sigmas"] = np.linspace(1.0, 1 / num_steps, num_steps)
-        scheduler.set_timesteps(num_steps, **given)
+            arguments["mu"] = calculate_shift(tokens, *(config[name] for name in names))
+            arguments["sigmas"] = np.linspace(1.0, 1 / num_steps, num_steps)
+        scheduler.set_timesteps(num_steps, **arguments)
         return [float(sigma) for sigma in scheduler.sigmas]
 
 
@@ -183,17 +188,15 @@ class _PixArt(TeacherFamily):
 
 
 class _StableDiffusion3(TeacherFamily):
-    flows = True
+    flow_matching = True
 
     @property
     def patch_size(self) -> int:  # type: ignore[override]
         return int(self.denoiser.config.patch_size)
 
     def encode_prompts(self, captions: Sequence[str], device: torch.device, side: int, guided: bool) -> tuple[Text, Text | None]:
-        own = list(captions)
-        prompt, empty, pooled, empty_pooled = self.pipe.encode_prompt(
-            own, own, own, device=device, do_classifier_free_guidance=guided
-        )
+        prompts = [list(captions)] * 3
+        prompt, empty, pooled, empty_pooled = self.pipe.encode_prompt(*prompts, device=device, do_classifier_free_guidance=guided)
         text = Text(prompt, {"pooled_projections": pooled})
         return text, Text(empty, {"pooled_projections": empty_pooled}) if guided else None
 
@@ -204,7 +207,7 @@ class _StableDiffusion3(TeacherFamily):
 
 
 class _Flux(TeacherFamily):
-    flows = True
+    flow_matching = True
     takes_guidance = True
     patch_size = 2
 
@@ -216,8 +219,7 @@ class _Flux(TeacherFamily):
         return int(self.pipe.default_sample_size) * int(self.pipe.vae_scale_factor)
 
     def encode_prompts(self, captions: Sequence[str], device: torch.device, side: int, guided: bool) -> tuple[Text, Text | None]:
-        own = list(captions)
-        prompt, pooled, _ = self.pipe.encode_prompt(own, own, device=device)
+        prompt, pooled, _ = self.pipe.encode_prompt(list(captions), list(captions), device=device)
         return Text(prompt, {"pooled_projections": pooled}), None
 
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor, text: Text, guidance_scale: float) -> torch.Tensor:
@@ -246,7 +248,7 @@ TEACHERS: dict[str, type[TeacherFamily]] = {
     "PixArtAlphaPipeline": _PixArt,
     "PixArtSigmaPipeline": _PixArt,
 }
-"""Class name of a text-to-image pipeline of diffusers -> how it is asked. So are the classes that inherit from it."""
+"""Class name of a text-to-image pipeline of diffusers -> its family. Classes that inherit from it have the same."""
 
 
 def teacher_family_of(pipeline: type) -> type[TeacherFamily]:

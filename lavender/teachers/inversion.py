@@ -1,70 +1,41 @@
-"""From a photograph's latent to the noisy latents at which a diffusion model is asked where each word lies, and back."""
+"""From a photograph's latent to the noisy latents at which word maps are recorded, and back."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 
 from ..config import TeacherConfig
 from ..errors import ConfigError
+from .bound_denoiser import BoundDenoiser
 
 _ADAM_RATE = 1e-2
 """Learning rate of null-text inversion at the first timestep; it falls to half of that (Mokady et al. 2023, their code)."""
 
 
-class Asked(Protocol):
-    """A teacher with the captions of one batch; latents are float32 [B, C, h, w], timesteps scalars from 0 to 1000."""
-
-    scheduler: Any
-    """The pipeline's scheduler, of which the noise schedule and the kind of prediction are used."""
-    flows: bool
-    """Whether the model is a flow-matching one."""
-
-    def predict(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """The prediction for the captions; nobody looks."""
-
-    def predict_guided(self, latents: torch.Tensor, timestep: torch.Tensor, look: bool) -> torch.Tensor:
-        """The prediction with classifier-free guidance if there is any; `look` reads the maps of the captions' part."""
-
-    def look(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """The prediction for the captions, whose maps are read."""
-
-    def empty(self) -> torch.Tensor:
-        """Embeddings [B, N, C] of empty captions."""
-
-    def guide(self, unconditional: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:
-        """Classifier-free guidance (Ho and Salimans 2022)."""
-
-    def predict_for(self, embeddings: torch.Tensor, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """The prediction for embeddings in place of the empty captions'; differentiable."""
-
-    def sigmas(self, num_steps: int, latents: torch.Tensor) -> list[float]:
-        """Noise levels of a flow-matching model's denoising, from noise to 0."""
-
-
-def require_inversion(config: TeacherConfig, scheduler: Any, flows: bool, name: str) -> None:
-    """Raises `ConfigError` if a model of this kind cannot be inverted in the way that is asked for."""
+def require_inversion(config: TeacherConfig, scheduler: Any, flow_matching: bool, name: str) -> None:
+    """Raises `ConfigError` if a model of this kind cannot be inverted as the config says."""
     kind = scheduler.config.get("prediction_type", "epsilon")
-    if flows and config.inversion in ("ddim", "null_text"):
+    if flow_matching and config.inversion in ("ddim", "null_text"):
         raise ConfigError(f"inversion is {config.inversion!r}, but {name} is a flow-matching model; choose flow or noise")
-    if not flows and config.inversion == "flow":
+    if not flow_matching and config.inversion == "flow":
         raise ConfigError(f"inversion is 'flow', but {name} is no flow-matching model; choose ddim, null_text or noise")
-    if not flows and kind not in ("epsilon", "v_prediction"):
+    if not flow_matching and kind not in ("epsilon", "v_prediction"):
         raise ConfigError(f"{name} predicts {kind!r}; lavender inverts models that predict epsilon or v_prediction")
 
 
 def read_maps(
-    asked: Asked, latents: torch.Tensor, config: TeacherConfig, noise: Callable[[], torch.Tensor]
+    denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherConfig, noise: Callable[[], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs the denoiser along the chosen way and looks at every timestep whose attention is wanted.
+    """Runs the denoiser along the chosen way and records every timestep whose attention is wanted.
 
     Args:
-        asked: the teacher with its captions.
+        denoiser: with its captions.
         latents: [B, C, h, w], the encoded pictures, scaled.
         config: which way, and its numbers of steps.
         noise: gives standard normal noise like the latents, other noise at every call.
@@ -72,14 +43,14 @@ def read_maps(
     Returns:
         The noisiest latents, and those at the end: of every way but `noise`, what the denoising made of them.
     """
-    ways = {"noise": _noised, "ddim": _ddim, "null_text": _null_text, "flow": _flow}
-    return ways[config.inversion](asked, latents, config, noise)
+    ways = {"noise": _noised, "ddim": _ddim, "null_text": _null_text, "flow": _flow_matching}
+    return ways[config.inversion](denoiser, latents, config, noise)
 
 
 def _noised(
-    asked: Asked, latents: torch.Tensor, config: TeacherConfig, noise: Callable[[], torch.Tensor]
+    denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherConfig, noise: Callable[[], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    ddim = None if asked.flows else _scheduler(DDIMScheduler, asked)
+    ddim = None if denoiser.flow_matching else _scheduler(DDIMScheduler, denoiser)
     noisiest = latents
     for number in config.timesteps:
         timestep = torch.tensor(number, device=latents.device)
@@ -87,40 +58,40 @@ def _noised(
             noisy = latents + number / 1000 * (noise() - latents)
         else:
             noisy = ddim.add_noise(latents, noise(), timestep.expand(len(latents)))
-        asked.look(noisy, timestep)
+        denoiser.record(noisy, timestep)
         if number == max(config.timesteps):
             noisiest = noisy
     return noisiest, latents
 
 
 def _ddim(
-    asked: Asked, latents: torch.Tensor, config: TeacherConfig, noise: Callable[[], torch.Tensor]
+    denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherConfig, noise: Callable[[], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """DDIM inversion (Song et al. 2021, section 4.3), then DDIM denoising from the noise level that inversion reached."""
-    path, reached = _inverted(asked, latents, config.inversion_steps)
+    path, reached = _inverted(denoiser, latents, config.inversion_steps)
     noisiest = latents = path[-1]
-    ddim = _scheduler(DDIMScheduler, asked)
+    ddim = _scheduler(DDIMScheduler, denoiser)
     ddim.set_timesteps(config.diffusion_steps, device=latents.device)
     for timestep in ddim.timesteps:
         # Few inversion steps stop short of the noisiest level: denoising starts where they stopped.
         if int(timestep) <= reached:
-            output = asked.predict_guided(latents, timestep, _is_read(config, timestep))
+            output = denoiser.predict_guided(latents, timestep, _is_recorded(config, timestep))
             latents = ddim.step(output, timestep, latents).prev_sample
     return noisiest, latents
 
 
 def _null_text(
-    asked: Asked, latents: torch.Tensor, config: TeacherConfig, noise: Callable[[], torch.Tensor]
+    denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherConfig, noise: Callable[[], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Null-text inversion (Mokady et al. 2023): the empty caption's embedding is fitted at every timestep, picture by picture."""
-    path, _ = _inverted(asked, latents, config.diffusion_steps)
+    path, _ = _inverted(denoiser, latents, config.diffusion_steps)
     noisiest = latents = path.pop()
-    ddim = _scheduler(DDIMScheduler, asked)
+    ddim = _scheduler(DDIMScheduler, denoiser)
     ddim.set_timesteps(config.diffusion_steps, device=latents.device)
-    empty = asked.empty().float()
+    empty = denoiser.empty().float()
     for step, timestep in enumerate(ddim.timesteps):
         goal = path.pop()
-        conditional = (asked.look if _is_read(config, timestep) else asked.predict)(latents, timestep)
+        conditional = (denoiser.record if _is_recorded(config, timestep) else denoiser.predict)(latents, timestep)
 
         def denoise(
             embeddings: torch.Tensor,
@@ -128,7 +99,7 @@ def _null_text(
             timestep: torch.Tensor = timestep,
             conditional: torch.Tensor = conditional,
         ) -> torch.Tensor:
-            output = asked.guide(asked.predict_for(embeddings, latents, timestep), conditional)
+            output = denoiser.guide(denoiser.predict_for(embeddings, latents, timestep), conditional)
             return ddim.step(output, timestep, latents).prev_sample
 
         rate = _ADAM_RATE * (1 - step / (2 * config.diffusion_steps))
@@ -160,40 +131,40 @@ def _fitted(
     return embeddings.detach()
 
 
-def _flow(
-    asked: Asked, latents: torch.Tensor, config: TeacherConfig, noise: Callable[[], torch.Tensor]
+def _flow_matching(
+    denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherConfig, noise: Callable[[], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Euler's method along the flow: from the picture to noise over the scheduler's noise levels, and back.
+    """Euler's method: from the picture to noise over the scheduler's noise levels, and back.
 
-    As in DDIM inversion, the velocity of a step is that at its noisier end, which is where the way back asks for it.
+    As in DDIM inversion, the velocity of a step is that at its noisier end, where the way back takes it too.
     """
 
     def at(sigma: float) -> torch.Tensor:
         return torch.tensor(1000 * sigma, device=latents.device)
 
-    for high, low in reversed(list(pairwise(asked.sigmas(config.inversion_steps, latents)))):
-        latents = latents + (high - low) * asked.predict(latents, at(high))
+    for high, low in reversed(list(pairwise(denoiser.sigmas(config.inversion_steps, latents)))):
+        latents = latents + (high - low) * denoiser.predict(latents, at(high))
     noisiest = latents
-    for high, low in pairwise(asked.sigmas(config.diffusion_steps, latents)):
-        latents = latents - (high - low) * asked.predict_guided(latents, at(high), _is_read(config, at(high)))
+    for high, low in pairwise(denoiser.sigmas(config.diffusion_steps, latents)):
+        latents = latents - (high - low) * denoiser.predict_guided(latents, at(high), _is_recorded(config, at(high)))
     return noisiest, latents
 
 
-def _inverted(asked: Asked, latents: torch.Tensor, num_steps: int) -> tuple[list[torch.Tensor], int]:
-    """The latents on DDIM's way to noise, the given ones first, and the last timestep."""
-    inverse = _scheduler(DDIMInverseScheduler, asked)
+def _inverted(denoiser: BoundDenoiser, latents: torch.Tensor, num_steps: int) -> tuple[list[torch.Tensor], int]:
+    """The latents on DDIM's way to noise, those of the picture first, and the last timestep."""
+    inverse = _scheduler(DDIMInverseScheduler, denoiser)
     inverse.set_timesteps(num_steps, device=latents.device)
     path = [latents]
     for timestep in inverse.timesteps:
-        path.append(inverse.step(asked.predict(path[-1], timestep), timestep, path[-1]).prev_sample)
+        path.append(inverse.step(denoiser.predict(path[-1], timestep), timestep, path[-1]).prev_sample)
     return path, int(inverse.timesteps[-1])
 
 
-def _scheduler(kind: Any, asked: Asked) -> Any:
+def _scheduler(kind: Any, denoiser: BoundDenoiser) -> Any:
     """One of diffusers' schedulers with the pipeline's noise schedule."""
     # Not by `from_config`: it leaves out what the pipeline's scheduler has by default, and defaults differ from kind to kind.
     known = inspect.signature(kind).parameters
-    settings = {name: value for name, value in asked.scheduler.config.items() if name in known}
+    settings = {name: value for name, value in denoiser.scheduler.config.items() if name in known}
     # With "linspace" (usual for Euler and DPM-Solver) the steps there and back would not be the same.
     if settings.get("timestep_spacing") == "linspace":
         settings["timestep_spacing"] = "leading"
@@ -201,5 +172,5 @@ def _scheduler(kind: Any, asked: Asked) -> Any:
     return kind(**{**settings, "clip_sample": False})
 
 
-def _is_read(config: TeacherConfig, timestep: torch.Tensor) -> bool:
+def _is_recorded(config: TeacherConfig, timestep: torch.Tensor) -> bool:
     return config.first_timestep <= float(timestep) <= config.last_timestep

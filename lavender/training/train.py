@@ -41,6 +41,7 @@ from ..batches.collator import Collator
 from ..config import AlignmentConfig, Dtype, TrainingConfig, WordsConfig, to_dict
 from ..data.samples import Conversation, Sample
 from ..errors import ConfigError, DataError, ModelError, TargetError
+from ..files import write_atomically
 from ..patching import patch
 from ..students.patch import StudentPatch
 from ..targets.store import TargetStore
@@ -414,14 +415,8 @@ def _begin(out: Path, record: dict[str, Any], writes: bool) -> bool:
         return finished
     if writes:
         out.mkdir(parents=True, exist_ok=True)
-        _write(path, json.dumps(record, indent=2) + "\n")
+        write_atomically(path, json.dumps(record, indent=2) + "\n")
     return False
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def _saved(out: Path) -> dict[str, Any]:
@@ -467,7 +462,7 @@ def _write_results(out: Path, trainer: Trainer, processor: Any, frozen: bool) ->
         if frozen:
             shutil.rmtree(folder)
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        _write(out / "history.json", json.dumps(history, indent=2) + "\n")
+        write_atomically(out / "history.json", json.dumps(history, indent=2) + "\n")
     trainer.accelerator.wait_for_everyone()
 
 
@@ -492,7 +487,7 @@ def _without_aligner(index: dict[str, Any]) -> dict[str, Any]:
 
 def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     if path.exists():
-        path.write_text(json.dumps(change(json.loads(path.read_text())), indent=2))
+        write_atomically(path, json.dumps(change(json.loads(path.read_text())), indent=2))
 
 
 def _first_line(error: Exception) -> str:

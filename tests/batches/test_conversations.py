@@ -14,10 +14,12 @@ from PIL import Image
 
 import lavender
 from lavender.batches.collator import Collator
-from lavender.config import AlignmentConfig, TeacherConfig, WordsConfig
+from lavender.config import AlignmentConfig, WordsConfig
 from lavender.data.samples import Conversation, Message, Sample, as_conversation
 from lavender.errors import ConfigError, DataError, TargetError
-from lavender.targets.store import Target, TargetStore, TargetWriter, image_sha256
+from lavender.images import image_sha256
+from lavender.targets.manifest import StoreConfig
+from lavender.targets.store import Target, TargetStore, TargetWriter
 from lavender.types import OUTCOMES, WordMaps
 from lavender.words import words_of
 
@@ -61,7 +63,7 @@ def spoken(processor, batch, b: int) -> dict[int, str]:
 
 def store_of(folder, targets: dict[str, tuple[Image.Image, str]], maps=None) -> TargetStore:
     """Targets by sample id from pictures and captions; `maps` [W, 8, 8] are random by default."""
-    writer = TargetWriter(folder, TeacherConfig(map_size=8), {"model": "m", "weights": "w"})
+    writer = TargetWriter(folder, {"model": "m", "weights": "w"}, StoreConfig(map_size=8))
     for sample_id, (image, caption) in targets.items():
         words = words_of(caption)
         own = np.random.default_rng(0).random((len(words), 8, 8)).astype(np.float16) if maps is None else maps

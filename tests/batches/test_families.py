@@ -13,13 +13,15 @@ from torch import nn
 
 import lavender
 from lavender.batches.collator import Collator
-from lavender.config import AlignmentConfig, TeacherConfig
+from lavender.config import AlignmentConfig
 from lavender.data.samples import Conversation, Message, Sample
 from lavender.errors import ConfigError, DataError
+from lavender.images import image_sha256
 from lavender.students.discovery import attention_modules, text_tower
 from lavender.students.families import STUDENTS, known_family
 from lavender.students.image_tokens import require_pair
-from lavender.targets.store import Target, TargetStore, TargetWriter, image_sha256
+from lavender.targets.manifest import StoreConfig
+from lavender.targets.store import Target, TargetStore, TargetWriter
 from lavender.types import WordMaps
 from lavender.words import words_of
 
@@ -154,7 +156,7 @@ def targets(tmp_path_factory) -> TargetStore:
     """Targets of samples "0", "1" and "2", made from the first, second and third of `PICTURES`."""
     words = words_of("a red cat")
     maps = np.random.default_rng(0).random((len(words), 8, 8), dtype=np.float32)
-    writer = TargetWriter(tmp_path_factory.mktemp("t") / "targets", TeacherConfig(map_size=8), {"model": "m", "weights": "w"})
+    writer = TargetWriter(tmp_path_factory.mktemp("t") / "targets", {"model": "m", "weights": "w"}, StoreConfig(map_size=8))
     for n, picture in enumerate(PICTURES):
         writer.add(Target(str(n), image_sha256(picture), WordMaps("a red cat", words, maps)))
     writer.close()
@@ -172,7 +174,7 @@ def test_a_cropped_target_has_the_students_places_in_its_part(tmp_path):
     """The target shows the lower right quarter: only the image tokens there have places, and they fill the map."""
     picture, words = noise(48, 48), words_of("a red cat")
     maps = WordMaps("a red cat", words, np.ones((3, 8, 8), np.float32), (0.5, 0.5, 1.0, 1.0))
-    with TargetWriter(tmp_path / "t", TeacherConfig(map_size=8), {"model": "m", "weights": "w"}) as writer:
+    with TargetWriter(tmp_path / "t", {"model": "m", "weights": "w"}, StoreConfig(map_size=8)) as writer:
         writer.add(Target("x", image_sha256(picture), maps))
         writer.close()
     sample = Sample("x", picture, "what is this ?", "a red cat")

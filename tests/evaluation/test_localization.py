@@ -9,7 +9,6 @@ import pytest
 from typer.testing import CliRunner
 
 from lavender.cli import app
-from lavender.config import TeacherConfig
 from lavender.data.samples import read_pairs
 from lavender.errors import DataError, LavenderError
 from lavender.evaluation.grounding import RASTER, Grounding, NamingWord, Region, read_groundings
@@ -20,10 +19,12 @@ from lavender.evaluation.localization import (
     localization,
     word_agnostic,
 )
+from lavender.images import image_sha256
 from lavender.miniworld import write_dataset
 from lavender.miniworld.measures import compare_targets
 from lavender.miniworld.scenes import make_scene
-from lavender.targets.store import Target, TargetStore, TargetWriter, image_sha256
+from lavender.targets.manifest import StoreConfig
+from lavender.targets.store import Target, TargetStore, TargetWriter
 from lavender.types import WHOLE_PICTURE, WordMaps
 from lavender.words import words_of
 
@@ -196,7 +197,7 @@ def test_a_picture_of_one_object_has_no_other_to_win_against():
 def small_world(scenes, tmp_path):
     """A folder with the scenes as a data set and `targets`, a store of their masks with noise."""
     captions = write_dataset(scenes, tmp_path)
-    writer = TargetWriter(tmp_path / "targets", TeacherConfig(map_size=8), {"model": "test", "weights": "noisy masks"})
+    writer = TargetWriter(tmp_path / "targets", {"model": "test", "weights": "noisy masks"}, StoreConfig(map_size=8))
     rng = np.random.default_rng(0)
     for pair, scene in zip(read_pairs(captions), scenes, strict=True):
         words = words_of(scene.caption)

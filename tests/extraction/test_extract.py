@@ -6,18 +6,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
 
-from lavender.config import TeacherConfig
+from lavender import images
+from lavender.config import TeacherConfig, to_dict
 from lavender.data.samples import Pair, read_pairs
 from lavender.errors import DataError, TargetError
 from lavender.extraction.extract import extract
-from lavender.images import load_image
+from lavender.images import Picture
 from lavender.miniworld import write_dataset
+from lavender.targets.manifest import StoreConfig
 from lavender.targets.store import TargetStore
 from lavender.teachers.model import Teacher
+from lavender.words import Caption
 
 NOISE = TeacherConfig(inversion="noise", timesteps=(51, 301), map_size=16)
 
@@ -27,16 +31,47 @@ def dataset(scenes, tmp_path):
     return write_dataset(scenes[:6], tmp_path / "data")
 
 
+def maps_of(teacher, images, captions):
+    return teacher.word_maps_of([*map(Picture.open, images)], [*map(Caption.of, captions)])
+
+
 def test_extract_writes_a_store(teacher_folder, dataset, scenes, tmp_path):
     summary = extract(teacher_folder, read_pairs(dataset), tmp_path / "t", NOISE, progress=False)
     assert (summary.written, summary.present, summary.failed) == (6, 0, 0)
     store = TargetStore(tmp_path / "t")
-    assert store.config == NOISE
+    assert store.config == StoreConfig(map_size=16)
+    assert store.source.items() >= to_dict(NOISE).items()
+    assert store.source.keys() - to_dict(NOISE).keys() == {"model", "weights"}
     assert len(store) == 6
-    direct = Teacher(teacher_folder, NOISE).word_maps_of([s.image for s in scenes[:6]], [s.caption for s in scenes[:6]])[2]
+    direct = maps_of(Teacher(teacher_folder, NOISE), [s.image for s in scenes[:6]], [s.caption for s in scenes[:6]])[2]
     stored = store.checked("images/00002.png", scenes[2].image).word_maps
     np.testing.assert_array_equal(stored.maps, direct.maps.astype(np.float16))
     assert extract(teacher_folder, read_pairs(dataset), tmp_path / "t", NOISE, progress=False).present == 6
+
+
+def test_a_picture_is_read_once_and_hashed_once(teacher_folder, dataset, tmp_path, monkeypatch):
+    """Its noise, its target and a later run all need what only its bytes or its pixels say."""
+    read, hashed = Counter(), []
+    read_file, image_sha256 = images.read_file, images.image_sha256
+
+    def reading(location, *rest):
+        read[str(location)] += 1
+        return read_file(location, *rest)
+
+    def hashing(image):
+        hashed.append(image_sha256(image))
+        return hashed[-1]
+
+    monkeypatch.setattr(images, "read_file", reading)
+    monkeypatch.setattr(images, "image_sha256", hashing)
+    pairs = read_pairs(dataset)
+    extract(teacher_folder, pairs, tmp_path / "t", NOISE, progress=False)
+    assert read == {str(pair.image): 1 for pair in pairs}
+    store = TargetStore(tmp_path / "t")
+    assert sorted(hashed) == sorted(store[sample_id].image_sha256 for sample_id in store)
+    extract(teacher_folder, pairs, tmp_path / "t", NOISE, progress=False)
+    assert read == {str(pair.image): 2 for pair in pairs}  # the bytes are those of then: no pixel is looked at
+    assert len(hashed) == len(pairs)
 
 
 def test_bad_samples_are_skipped_and_listed(teacher_folder, dataset, tmp_path, capsys):
@@ -51,6 +86,19 @@ def test_bad_samples_are_skipped_and_listed(teacher_folder, dataset, tmp_path, c
     assert "no image at" in failed["images/00002.png"]
     assert "no words" in failed["empty"]
     assert "skipped images/00001.png" in capsys.readouterr().out
+
+
+def test_what_failed_is_tried_again_alone(teacher_folder, dataset, tmp_path):
+    lost = dataset.parent / "images/00002.png"
+    picture = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(TargetError, match="no target store"):
+        extract(teacher_folder, read_pairs(dataset), tmp_path / "t", NOISE, failed_only=True, progress=False)
+    extract(teacher_folder, read_pairs(dataset), tmp_path / "t", NOISE, progress=False)
+    lost.write_bytes(picture)
+    summary = extract(teacher_folder, read_pairs(dataset), tmp_path / "t", NOISE, failed_only=True, progress=False)
+    assert (summary.written, summary.present, summary.failed) == (1, 0, 0)
+    assert len(TargetStore(tmp_path / "t")) == 6
 
 
 def test_attention_that_is_not_finite_is_a_failure_and_no_map(teacher_folder, dataset, pipe, tmp_path):
@@ -70,7 +118,7 @@ def test_attention_that_is_not_finite_is_a_failure_and_no_map(teacher_folder, da
     assert "not finite in float32" in store.failed["images/00001.png"]
     plain = Teacher(teacher_folder, NOISE)
     pairs = read_pairs(dataset)[:3]
-    direct = plain.word_maps_of([load_image(pair.image) for pair in pairs], [pair.caption for pair in pairs])[2]
+    direct = maps_of(plain, [pair.image for pair in pairs], [pair.caption for pair in pairs])[2]
     np.testing.assert_allclose(store["images/00002.png"].word_maps.maps, direct.maps, atol=1e-3)
 
 
@@ -129,7 +177,7 @@ def test_json_lines_may_hold_line_separators_and_a_byte_order_mark(tmp_path):
     assert [p.caption for p in read_pairs(path)] == ["a\u2028cat"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_kill_9_and_the_same_command_end_as_an_undisturbed_run(teacher_folder, scenes, tmp_path):
     data = write_dataset(scenes[:12], tmp_path / "data")
     command = [

@@ -69,9 +69,11 @@ def test_one_picture_of_one_word(pipe, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["preview.png"]
 
 
-def test_more_pictures_than_can_be_drawn(pipe, tmp_path):
+@pytest.mark.parametrize("most", [3, pytest.param(PICTURES_SHOWN, marks=pytest.mark.full)])
+def test_more_pictures_than_can_be_drawn(pipe, tmp_path, monkeypatch, most):
+    monkeypatch.setattr("lavender.extraction.preview.PICTURES_SHOWN", most)
     picture = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
-    pairs = [Pair(str(n), picture, "ring") for n in range(PICTURES_SHOWN + 1)]
+    pairs = [Pair(str(n), picture, "ring") for n in range(most + 1)]
     found = preview(pipe, pairs, tmp_path, len(pairs), NOISE, ExtractionConfig(batch_size=32))
     assert found.path.exists()
 

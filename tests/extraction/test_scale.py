@@ -30,7 +30,8 @@ from lavender.extraction import engines
 from lavender.extraction.extract import extract
 from lavender.miniworld import TEACHER, write_dataset
 from lavender.miniworld.scenes import make_scenes
-from lavender.targets.store import TargetStore, read_manifest
+from lavender.targets.manifest import read_manifest
+from lavender.targets.store import TargetStore
 
 NOISE = TeacherConfig(inversion="noise", timesteps=(51,), map_size=8)
 NUM = 60
@@ -76,7 +77,7 @@ def started(*given, **options):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
 
 
-def wait_for(condition, timeout_s=120):
+def wait_for(condition, timeout_s=300):
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "it did not happen"
@@ -102,7 +103,6 @@ class Disturbed(Pairs):
             yield entry
 
 
-@pytest.mark.slow
 def test_two_processes_one_of_which_is_killed(data, undisturbed, tmp_path, capsys):
     killed = []
 
@@ -117,7 +117,7 @@ def test_two_processes_one_of_which_is_killed(data, undisturbed, tmp_path, capsy
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_processes_give_what_one_gives(data, undisturbed, tmp_path):
     extract(TEACHER, open_pairs(data), tmp_path / "t", NOISE, TWO, progress=False)
     assert shards(tmp_path / "t") == undisturbed
@@ -134,7 +134,6 @@ def cluster():
     ray.shutdown()
 
 
-@pytest.mark.slow
 def test_two_actors_one_of_which_is_killed(cluster, data, undisturbed, tmp_path):
     before = []
 
@@ -158,7 +157,7 @@ def test_two_actors_one_of_which_is_killed(cluster, data, undisturbed, tmp_path)
     assert cluster.data.DataContext.get_current().enable_progress_bars
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_what_actors_raise_arrives_as_itself(cluster, data, tmp_path):
     with pytest.raises(ModelError, match=r"^cannot load a text-to-image pipeline from 'nothing'") as raised:
         extract("nothing", open_pairs(data), tmp_path / "t", NOISE, ON_RAY, progress=False)
@@ -166,7 +165,7 @@ def test_what_actors_raise_arrives_as_itself(cluster, data, tmp_path):
     assert not (tmp_path / "t").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_rays_own_cluster_is_quiet_and_gone_afterwards(data, undisturbed, tmp_path):
     place = tempfile.mkdtemp(dir="/tmp", prefix="ray")  # sockets have short names
     try:
@@ -204,7 +203,7 @@ def _raising(pipe, device, model, config, work):
 @pytest.mark.parametrize(
     ("serve", "message"),
     [
-        (_dying, r"died 3 times at loading the teacher .*signal 9"),
+        pytest.param(_dying, r"died 3 times at loading the teacher .*signal 9", marks=pytest.mark.full),
         (
             _dying_at_work,
             r"died 3 times at images/00004\.png .*signal 9.* smaller batch_size\. .* the same command continues",
@@ -242,6 +241,7 @@ def test_too_little_memory_is_named(data, tmp_path, monkeypatch):
     assert sum(pq.read_metadata(path).num_rows for path in pending) == 4
 
 
+@pytest.mark.full
 def test_a_wrong_model_is_one_line_from_processes_too(data, tmp_path):
     result = lavender(*arguments(data, tmp_path / "t", "--model", tmp_path / "no", "--device", "cpu,cpu"))
     assert result.returncode == 2
@@ -250,8 +250,7 @@ def test_a_wrong_model_is_one_line_from_processes_too(data, tmp_path):
     assert "cannot load a text-to-image pipeline" in line
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
+@pytest.mark.parametrize("devices", ["cpu", pytest.param("cpu,cpu", marks=pytest.mark.full)])
 def test_an_interrupt_is_one_line_and_leaves_nothing_behind(data, undisturbed, tmp_path, devices):
     process = started(*arguments(data, tmp_path / "t", "--device", devices))
     stored_by(process, tmp_path / "t")
@@ -267,8 +266,7 @@ def test_an_interrupt_is_one_line_and_leaves_nothing_behind(data, undisturbed, t
     assert shards(tmp_path / "t") == undisturbed
 
 
-@pytest.mark.slow
-def test_processes_do_not_outlive_the_one_that_started_them(data, tmp_path):
+def test_processes_do_not_outlive_the_one_that_started_them(data, undisturbed, tmp_path):
     process = started(*arguments(data, tmp_path / "t", "--device", "cpu,cpu"))
     stored_by(process, tmp_path / "t")
     children = psutil.Process(process.pid).children(recursive=True)
@@ -276,9 +274,11 @@ def test_processes_do_not_outlive_the_one_that_started_them(data, tmp_path):
     process.kill()
     process.communicate()
     assert not psutil.wait_procs(children, timeout=5)[1]
+    extract(TEACHER, open_pairs(data), tmp_path / "t", NOISE, ONE, progress=False)
+    assert shards(tmp_path / "t") == undisturbed
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_kill_9_at_twenty_random_moments(tmp_path):
     count = 150
     data = write_dataset(list(make_scenes(seed=4, count=count)), tmp_path / "data")
@@ -312,7 +312,7 @@ def _writer_of(out):
         return None
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_second_run_on_a_store_is_refused(data, undisturbed, tmp_path):
     first = started(*arguments(data, tmp_path / "t"))
     stored_by(first, tmp_path / "t")
@@ -350,7 +350,7 @@ def _spoil(folder):
     return {lines[number]["image"]: reason for number, reason in bad.items()}, [line["image"] for line in lines]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_what_is_bad_is_listed_and_can_be_repaired(tmp_path):
     scenes = list(make_scenes(seed=5, count=24))
     data = write_dataset(scenes, tmp_path / "data")
@@ -393,8 +393,7 @@ def test_what_is_bad_is_listed_and_can_be_repaired(tmp_path):
     assert shards(tmp_path / "t") == after
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
+@pytest.mark.parametrize("devices", ["cpu", pytest.param("cpu,cpu", marks=pytest.mark.full)])
 def test_a_full_disk_is_one_line_and_the_same_command_continues(data, undisturbed, tmp_path, devices):
     import resource
 
@@ -434,8 +433,7 @@ def _forms(data, folder):
     return {"lines": data, "imagefolder": folder / "folder", "parquet": folder / "table.parquet", "tar": folder / "shard.tar"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("work", [ONE, TWO], ids=["one process", "two processes"])
+@pytest.mark.parametrize("work", [ONE, pytest.param(TWO, marks=pytest.mark.full)], ids=["one process", "two processes"])
 def test_every_form_of_a_data_set_gives_the_same_maps(tmp_path, work):
     data = write_dataset(list(make_scenes(seed=6, count=10)), tmp_path / "data")
     found = {}

@@ -1,4 +1,4 @@
-"""Published files: conversations, Karpathy's captions, and word maps as pictures. What is read was written here by hand."""
+"""Word maps as published: pictures in folders and in tables. What is read was written here by hand."""
 
 from __future__ import annotations
 
@@ -13,175 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from lavender.config import DEFAULT_QUESTION, TeacherConfig
-from lavender.data.samples import Conversation, Message, Sample, read_pairs, read_samples
+from lavender.config import DEFAULT_QUESTION
+from lavender.data.samples import Conversation, Message, Sample
 from lavender.errors import ConfigError, DataError, TargetError
-from lavender.images import load_image
-from lavender.targets.lavender_format import export_targets, import_targets
-from lavender.targets.store import Target, TargetStore, TargetWriter, image_sha256
+from lavender.images import image_sha256, load_image
+from lavender.targets.lavender_export import export_targets
+from lavender.targets.lavender_import import import_targets
+from lavender.targets.manifest import StoreConfig
+from lavender.targets.store import Target, TargetStore, TargetWriter
 from lavender.types import Word, WordMaps
 from lavender.words import words_of
-
-PUBLISHED = [
-    {
-        "id": "7",
-        "image": "a/1.jpg",
-        "conversations": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A cat"}],
-    },
-    {
-        "id": 8,
-        "images": ["2.jpg", "3.jpg"],
-        "conversations": [
-            {"from": "human", "value": "<image> and <image>?"},
-            {"from": "gpt", "value": "Two cats"},
-            {"from": "human", "value": "Sure?"},
-            {"from": "gpt", "value": "Yes"},
-        ],
-    },
-    {"id": "text", "conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
-    {"image": "4.jpg", "messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ann"}]},
-]
-
-
-def written(path, value):
-    path.write_text(value if isinstance(value, str) else json.dumps(value))
-    return path
-
-
-def summary(conversation):
-    assert isinstance(conversation, Conversation)
-    return conversation.id, conversation.images, [(m.role, m.content) for m in conversation.messages]
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("list.json", json.dumps(PUBLISHED)),
-        ("list.txt", "\n \n" + json.dumps(PUBLISHED, indent=2) + "\n"),
-        ("lines.json", "\n".join(json.dumps(entry) for entry in PUBLISHED)),
-        ("lines.jsonl", "\ufeff" + "\r\n\n".join(json.dumps(entry) for entry in PUBLISHED)),
-    ],
-)
-def test_conversations_as_published(tmp_path, name, text):
-    (tmp_path / name).write_text(text, encoding="utf-8")
-    assert [summary(own) for own in read_samples(tmp_path / name)] == [
-        ("7", (tmp_path / "a/1.jpg",), [("user", "<image>\nWhat?"), ("assistant", "A cat")]),
-        (
-            "8",
-            (tmp_path / "2.jpg", tmp_path / "3.jpg"),
-            [("user", "<image> and <image>?"), ("assistant", "Two cats"), ("user", "Sure?"), ("assistant", "Yes")],
-        ),
-        ("text", (), [("user", "Hi"), ("assistant", "Hello")]),
-        ("4.jpg", (tmp_path / "4.jpg",), [("user", "<image>Who?"), ("assistant", "Ann")]),
-    ]
-    (tmp_path / "pictures").mkdir()
-    samples = read_samples(tmp_path / name, images=tmp_path / "pictures")
-    assert samples[0].images == (tmp_path / "pictures/a/1.jpg",)
-
-
-def test_samples_and_conversations_may_be_mixed(tmp_path):
-    path = tmp_path / "data"
-    path.write_text(json.dumps([{"image": "1.jpg", "answer": "A dog", "question": "What?"}, PUBLISHED[0]]))
-    sample, conversation = read_samples(path)
-    assert (sample.id, sample.image, sample.question, sample.answer) == ("1.jpg", tmp_path / "1.jpg", "What?", "A dog")
-    assert conversation.id == "7"
-
-
-def test_a_list_of_images_alone_makes_no_file_of_captions(tmp_path):
-    path = written(tmp_path / "one.jsonl", PUBLISHED[1])
-    assert [own.id for own in read_samples(path)] == ["8"]
-    lines = [{"image": f"{n}.jpg", "images": [], "answer": "A dog"} for n in range(2)]
-    path = written(tmp_path / "two.jsonl", "\n".join(map(json.dumps, lines)))
-    assert [own.id for own in read_samples(path)] == ["0.jpg", "1.jpg"]
-
-
-FLICKR = {
-    "images": [
-        {
-            "sentids": [0, 1],
-            "imgid": 0,
-            "sentences": [{"tokens": ["two"], "raw": " Two men. ", "sentid": 0}, {"raw": "Men", "sentid": 1}],
-            "split": "train",
-            "filename": "1000.jpg",
-        },
-        {"imgid": 1, "sentences": [{"raw": "A dog.", "sentid": 2}], "split": "val", "filename": "1001.jpg"},
-    ],
-    "dataset": "flickr30k",
-}
-COCO = {
-    "dataset": "coco",
-    "images": [
-        {
-            "filepath": "val2014",
-            "filename": "COCO_val2014_9.jpg",
-            "cocoid": 9,
-            "imgid": 0,
-            "split": "restval",
-            "sentences": [{"raw": "A man."}],
-        }
-    ],
-}
-
-
-def test_karpathys_captions(tmp_path):
-    path = written(tmp_path / "dataset_flickr30k.json", FLICKR)
-
-    def read(**options):
-        samples, pairs = read_samples(path, **options), read_pairs(path, **options)
-        assert all(isinstance(own, Sample) and own.question == DEFAULT_QUESTION for own in samples)
-        assert [(p.id, p.image, p.caption) for p in pairs] == [(s.id, s.image, s.answer) for s in samples]
-        return [(own.id, own.image, own.answer) for own in samples]
-
-    first, second = tmp_path / "1000.jpg", tmp_path / "1001.jpg"
-    assert read() == [("1000.jpg", first, "Two men.")]
-    assert read(split="val") == [("1001.jpg", second, "A dog.")]
-    assert read(split=None) == [("1000.jpg", first, "Two men."), ("1001.jpg", second, "A dog.")]
-    assert read(captions="all") == [("1000.jpg#0", first, "Two men."), ("1000.jpg#1", first, "Men")]
-    (tmp_path / "pictures").mkdir()
-    assert read(images=tmp_path / "pictures")[0][1] == tmp_path / "pictures/1000.jpg"
-    path = written(tmp_path / "coco.txt", json.dumps(COCO, indent=1))
-    assert read(split="restval") == [("COCO_val2014_9.jpg", tmp_path / "val2014/COCO_val2014_9.jpg", "A man.")]
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ([PUBLISHED[0], 3], "entry 2 is no JSON object"),
-        ([{"image": "1.jpg"}], "entry 1: no answer"),
-        ([{"image": 5, "conversations": []}], "entry 1: 'image' is 5; expected a path or a list of paths"),
-        ([{**PUBLISHED[0], "image": ["1.jpg", ""]}], r"entry 1: 'image' is \['1.jpg', ''\]"),
-        ([PUBLISHED[2], {"conversations": PUBLISHED[2]["conversations"]}], 'entry 2: a sample has no "id"'),
-        ([{**PUBLISHED[0], "images": ["2.jpg"]}], "entry 1: sample '7' has both"),
-        ([{**PUBLISHED[0], "conversations": [{"role": "user", "content": "Hi"}]}], "entry 1: sample '7' has no message of the as"),
-        ("\n".join(json.dumps(e) for e in (PUBLISHED[2], {"id": 1, "messages": "Hi"})), "line 2: sample 1: its messages are a str"),
-        ([PUBLISHED[0], PUBLISHED[0]], "the id '7' twice"),
-        ("[]", "is empty"),
-        ('[{"image": "1.jpg"},\n\n{"image" "2"}]', "line 3 is no JSON"),
-        ({**FLICKR, "images": [{"split": "train"}]}, "image 1 is {'split': 'train'}; expected an object with a file name"),
-        ({**FLICKR, "images": FLICKR["images"][1:]}, "no pictures of the split 'train'; its splits are val"),
-        ({"images": []}, "its splits are none"),
-        ({"images": [{"filename": "a.jpg", "split": "train", "sentences": []}]}, r"image 1 \(a.jpg\): no captions"),
-        ({"images": [{"filename": "a.jpg", "split": "train", "sentences": [{"raw": " "}]}]}, r"image 1 \(a.jpg\): no captions"),
-        ({"images": [{"filename": "a.jpg", "split": "train", "sentences": [{"raw": "\ud83d"}]}]}, "caption 1 is no valid Unicode"),
-        ({"images": [FLICKR["images"][0]] * 2}, "the id '1000.jpg' twice"),
-    ],
-)
-def test_wrong_data_is_named(tmp_path, value, message):
-    with pytest.raises(DataError, match=message) as caught:
-        read_samples(written(tmp_path / "data.json", value))
-    assert str(tmp_path / "data.json") in str(caught.value)
-
-
-def test_wrong_options_of_readers_are_named(tmp_path):
-    path = written(tmp_path / "data.json", FLICKR)
-    with pytest.raises(ConfigError, match="captions is 'best'; choose first or all"):
-        read_samples(path, captions="best")
-    for read in (read_samples, read_pairs):
-        with pytest.raises(DataError, match=r"there is no folder .*nowhere"):
-            read(path, images=tmp_path / "nowhere")
-
-
-# From here on: word maps.
 
 
 def picture(folder, name, color):
@@ -240,8 +81,8 @@ def test_a_folder_as_published_with_samples(tmp_path):
     assert (result.written, result.present, result.failed, result.unused_maps) == (2, 0, 1, 1)
     store = TargetStore(tmp_path / "t")
     assert list(store) == ["one", "two"]
-    assert store.config == TeacherConfig(map_size=4)
-    assert (store.teacher["model"], store.teacher["source"]) == ("published", "maps")
+    assert store.config == StoreConfig(map_size=4)
+    assert (store.source["model"], store.source["source"]) == ("published", "maps")
     one = store.checked("one", Image.open(tmp_path / "p/1.x.jpg")).word_maps
     assert [word.text for word in one.words] == ["A", "cat", "sees", "a", "dog"]
     assert one.caption == "A cat sees a dog"
@@ -380,6 +221,8 @@ def encoded(image):
 
 
 BYTES_AND_PATH = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
 MAPS = [{"cat": ramp(0, 1), "3.5": ramp(1, 0)}, {"Dog": ramp(0.2, 0.4)}]
 
 
@@ -476,7 +319,7 @@ def test_what_holds_no_maps_is_named(tmp_path):
 def store(tmp_path):
     """Two samples, random maps [32, 32]; "a" has two, "3.5" none or an unsafe name, "dog" none."""
     rng = np.random.default_rng(0)
-    writer = TargetWriter(tmp_path / "store", TeacherConfig(), {"model": "test", "weights": "x"})
+    writer = TargetWriter(tmp_path / "store", {"model": "test", "weights": "x"})
     for name, color, caption in (("1.png", "red", "A big cat, a dog, a 猫"), ("2.jpg", "blue", "3.5 balls")):
         words = words_of(caption)
         maps = (rng.random((len(words), 32, 32)) ** 4 * 3 - 1).astype(np.float16).astype(np.float32)
@@ -515,26 +358,26 @@ def test_the_folder_is_as_published(store, tmp_path):
             image = Image.open(tmp_path / "out" / name / "lpm_attention" / name[0] / f"attention_{word}.jpg")
             assert (image.format, image.mode, image.size) == ("JPEG", "L", (32, 32))
             close(np.asarray(image) / 255, scaled(values), JPEG_LEVELS)
-    again = run(tmp_path / "out", tmp_path / "t", samples=own_samples(store, tmp_path))
+    again = run(tmp_path / "out", tmp_path / "t", samples=samples_of(store, tmp_path))
     assert (again.written, again.failed, again.unused_maps) == (2, 0, 0)
     check_round_trip(store, TargetStore(tmp_path / "t"), JPEG_LEVELS)
 
 
-def own_samples(store, tmp_path):
+def samples_of(store, tmp_path):
     return [Sample(i, tmp_path / "p" / i, f"What is in {i}?", store[i].word_maps.caption) for i in store]
 
 
 def check_round_trip(store, back, levels):
     expected = expected_of(store)
-    for own_id in store:
-        found, original = back[own_id], store[own_id]
+    for sample_id in store:
+        found, original = back[sample_id], store[sample_id]
         assert found.word_maps.caption == original.word_maps.caption
         assert found.image_sha256 == original.image_sha256
         texts = [word.text for word in original.word_maps.words]
         assert [word.text for word in found.word_maps.words] == texts
         for text, values in zip(texts, found.word_maps.maps, strict=True):
-            if text in expected[own_id] and not (levels > 1 and text == "3.5"):
-                close(values, scaled(expected[own_id][text]), levels)
+            if text in expected[sample_id] and not (levels > 1 and text == "3.5"):
+                close(values, scaled(expected[sample_id][text]), levels)
             else:
                 assert np.isnan(values).all()
 
@@ -543,7 +386,7 @@ def test_the_table_is_as_published(store, tmp_path):
     from datasets import load_dataset
 
     path = tmp_path / "new/maps.parquet"
-    result = export_targets(store, path, format="parquet", samples=own_samples(store, tmp_path), progress=False)
+    result = export_targets(store, path, format="parquet", samples=samples_of(store, tmp_path), progress=False)
     assert (result.written, result.maps, result.failed) == (2, 7, ())
     assert [p.name for p in path.parent.iterdir()] == ["maps.parquet"]
     data = load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
@@ -590,7 +433,7 @@ def test_pictures_in_memory_and_conversations_are_exported(store, tmp_path):
 
 def test_targets_of_other_pictures_are_not_exported(store, tmp_path):
     picture(tmp_path / "p", "1.png", "green")
-    samples = own_samples(store, tmp_path)
+    samples = samples_of(store, tmp_path)
     for options in ({"samples": samples}, {"images": tmp_path / "p"}):
         result = export_targets(store, tmp_path / f"out{len(options)}{'images' in options}", format="folder", **options)
         assert result.written == 1
@@ -609,14 +452,14 @@ def test_targets_of_other_pictures_are_not_exported(store, tmp_path):
 
 def make_store(folder, targets):
     """Targets (id, fingerprint, [(word, map)]) as a store, whatever their words."""
-    writer = TargetWriter(folder, TeacherConfig(map_size=4), {"model": "test", "weights": "x"})
-    for own_id, digest, maps in targets:
+    writer = TargetWriter(folder, {"model": "test", "weights": "x"}, StoreConfig(map_size=4))
+    for sample_id, digest, maps in targets:
         caption = " ".join(word for word, _ in maps)
         words = []
         for word, _ in maps:
             start = words[-1].end + 1 if words else 0
             words.append(Word(word, start, start + len(word)))
-        writer.add(Target(own_id, digest, WordMaps(caption, tuple(words), np.stack([values for _, values in maps]))))
+        writer.add(Target(sample_id, digest, WordMaps(caption, tuple(words), np.stack([values for _, values in maps]))))
     writer.close()
     return TargetStore(folder)
 
@@ -643,7 +486,7 @@ def test_nothing_is_written_outside_of_the_folder(tmp_path):
         f"up.jpg/lpm_attention/up/attention_{'猫' * 80}.jpg",
         ".hidden/lpm_attention/.hidden/attention_cat.jpg",
     }
-    assert [own_id for own_id, _ in result.failed] == ["..", "", "a\\..\\b.jpg", "y" * 256] + ["../../up.jpg"] * 10
+    assert [sample_id for sample_id, _ in result.failed] == ["..", "", "a\\..\\b.jpg", "y" * 256] + ["../../up.jpg"] * 10
     assert (result.written, result.maps) == (2, 4)
 
 
@@ -697,7 +540,8 @@ def test_the_commands(store, tmp_path):
         }
         for name, split in (("1.png", "train"), ("2.jpg", "test"))
     ]
-    karpathy = written(tmp_path / "captions.json", {"images": entries})
+    karpathy = tmp_path / "captions.json"
+    karpathy.write_text(json.dumps({"images": entries}))
     options = ("--samples", karpathy, "--images", tmp_path / "p")
     result = lavender("targets", "export", store.folder, tmp_path / "out", "--format", "folder", *options)
     assert result.returncode == 0, result.stderr
@@ -719,14 +563,14 @@ def test_a_cropped_map_is_published_in_its_place(tmp_path):
     maps = np.zeros((1, 8, 8), np.float32)
     maps[0, :4, :2] = 1
     word_maps = WordMaps("cat", words_of("cat"), maps, (0.0, 0.25, 1.0, 0.75))
-    writer = TargetWriter(tmp_path / "t", TeacherConfig(map_size=8), {"model": "test", "weights": "x"})
+    writer = TargetWriter(tmp_path / "t", {"model": "test", "weights": "x"}, StoreConfig(map_size=8))
     writer.add(Target("a.png", image_sha256(load_image(tmp_path / "a.png")), word_maps))
     writer.close()
     export_targets(TargetStore(tmp_path / "t"), tmp_path / "out.parquet", format="parquet", images=tmp_path, progress=False)
     import_targets(tmp_path / "out.parquet", tmp_path / "back", progress=False)
     store = TargetStore(tmp_path / "back")
-    [own_id] = store
-    values = store[own_id].word_maps.maps[0]
+    [sample_id] = store
+    values = store[sample_id].word_maps.maps[0]
     y, x = np.unravel_index(values.argmax(), values.shape)
     assert (y < 4, x) == (True, 2)
     assert values[:, [0, 1, 6, 7]].max() == values.min()

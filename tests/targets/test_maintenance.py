@@ -13,16 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from lavender.config import TeacherConfig
 from lavender.errors import TargetError
-from lavender.targets import maintenance as storekeeping
+from lavender.targets import maintenance
 from lavender.targets.maintenance import info, merge, verify
+from lavender.targets.manifest import StoreConfig
 from lavender.targets.shards import encoded, schema, sha256_of
 from lavender.targets.store import Target, TargetStore, TargetWriter
 from lavender.types import WordMaps
 from lavender.words import words_of
 
-TEACHER = {"model": "test", "weights": "abc"}
+SOURCE = {"model": "test", "weights": "abc", "seed": 0}
 STORAGES = ("float16", "uint8")
 
 
@@ -35,8 +35,8 @@ def make_target(number, caption="a red circle", **changes):
     return Target(f"s{number}", f"{number:064x}", WordMaps(caption, **values))
 
 
-def begun(folder, targets, shard_size=3, **settings):
-    writer = TargetWriter(folder, TeacherConfig(map_size=4, **settings), TEACHER, shard_size)
+def begun(folder, targets, shard_size=3, seed=0, **config):
+    writer = TargetWriter(folder, SOURCE | {"seed": seed}, StoreConfig(map_size=4, **config), shard_size)
     writer.add(*targets)
     return writer
 
@@ -58,8 +58,8 @@ def test_info(tmp_path, storage):
     folder = store(tmp_path / "t", [make_target(n) for n in range(7)], [("x", "dark"), ("s1", "odd word")], storage=storage, seed=3)
     found = info(folder)
     assert (found.samples, found.words, found.words_without_map, found.failed) == (7, 21, 3, 1)
-    assert (found.teacher, found.complete, found.shards) == (TEACHER, True, 3)
-    assert found.changed == {"map_size": 4, "seed": 3} | ({"storage": "uint8"} if storage == "uint8" else {})
+    assert (found.source, found.complete, found.shards) == (SOURCE | {"seed": 3}, True, 3)
+    assert found.config == StoreConfig(4, storage)
     assert found.num_bytes == sum(path.stat().st_size for path in folder.iterdir() if path.name != ".lock")
     assert found.bytes_per_sample == found.num_bytes / 7
 
@@ -240,10 +240,10 @@ def test_merge(tmp_path, storage):
     found = TargetStore(tmp_path / "t")
     assert list(found) == ["s5", "s1", "s2", "s9", "s7", "s0"]
     assert found.failed == {"x": "gone", "y": "gone"}
-    assert (found.teacher, found.fingerprint) == (TEACHER, TargetStore(a).fingerprint)
+    assert (found.source, found.fingerprint) == (SOURCE, TargetStore(a).fingerprint)
     for sample_id in found:
         source = TargetStore(a if sample_id in TargetStore(a) else b)[sample_id]
-        assert storekeeping._are_equal(found[sample_id], source)
+        assert maintenance._are_equal(found[sample_id], source)
     assert not (tmp_path / "t.merging").exists()
     with pytest.raises(TargetError, match="t exists; give a new folder"):
         merge([a, b], tmp_path / "t")
@@ -302,7 +302,6 @@ def lavender(*arguments):
     return subprocess.run([sys.executable, "-m", "lavender", "targets", *map(str, arguments)], capture_output=True, text=True)
 
 
-@pytest.mark.slow
 def test_the_commands(folder, tmp_path):
     more = store(tmp_path / "more", [make_target(n) for n in range(5, 10)])
     result = lavender("merge", folder, more, "--out", tmp_path / "all")

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from lavender.config import TeacherConfig
 from lavender.words import words_of
 
-from .zoo import MORE_TEACHERS, PIPELINES
+from .pipeline_zoo import MORE_TEACHERS, PIPELINES
 
 NAMES = {
     "sd": "StableDiffusionPipeline",

@@ -10,9 +10,10 @@ import pytest
 
 from lavender.config import TeacherConfig
 from lavender.errors import DataError
+from lavender.images import Picture
 from lavender.teachers.model import Teacher
 from lavender.teachers.prompts import word_weights
-from lavender.words import words_of
+from lavender.words import Caption, words_of
 
 from .explicit import NAMES, SIDE, built, forwards_of, picture
 
@@ -79,7 +80,7 @@ def test_many_parts():
     caption = ". ".join([SENTENCES.replace(".", "")] * 3)
     teacher = Teacher(built("sd"), NOISE)
     maps = teacher.word_maps(picture(0), caption)
-    passages = list(teacher._passages(0, caption))
+    passages = list(teacher._passages(0, Caption.of(caption)))
     assert "".join(own.text for own in passages) == caption
     assert len(passages) >= 4
     assert np.isfinite(maps.maps).all()
@@ -100,15 +101,15 @@ def test_truncated_captions_lack_maps_at_their_end():
 def test_long_captions_are_refused_with_their_counts():
     teacher = Teacher(built("sd"), replace(NOISE, long_captions="error"))
     first, count = words_before(teacher, PLAIN, 0), len(words_of(PLAIN))
-    reason = teacher.refusal(PLAIN)
+    reason = teacher.refusal(Caption.of(PLAIN))
     assert reason == f"the caption has {count} words, and the text encoder reads the first {first}"
     with pytest.raises(DataError, match=f"{count} words.* first {first}"):
         teacher.word_maps(picture(0), PLAIN)
     start = parts_by_hand(PLAIN, [first])[0]
-    assert teacher.refusal(start) is None
+    assert teacher.refusal(Caption.of(start)) is None
     assert np.isfinite(teacher.word_maps(picture(0), start).maps).all()
     for other in ("chunks", "truncate"):
-        assert Teacher(built("sd"), replace(NOISE, long_captions=other)).refusal(PLAIN) is None
+        assert Teacher(built("sd"), replace(NOISE, long_captions=other)).refusal(Caption.of(PLAIN)) is None
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "pixart"])
@@ -126,14 +127,14 @@ def test_t5_reads_long_captions_at_once(name):
 @pytest.mark.parametrize("caption", ["", " \n\t", "...", "🎈", "—"])
 def test_captions_without_words_are_refused(caption, long_captions):
     teacher = Teacher(built("sd"), replace(NOISE, long_captions=long_captions))
-    assert "has no words" in teacher.refusal(caption)
+    assert "has no words" in teacher.refusal(Caption.of(caption))
     with pytest.raises(DataError, match="has no words"):
         teacher.word_maps(picture(0), caption)
 
 
 def test_broken_text_is_refused():
     teacher = Teacher(built("sd"), NOISE)
-    assert teacher.refusal("a \ud800 cat") is not None
+    assert teacher.refusal(Caption.of("a \ud800 cat")) is not None
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "pixart"])
@@ -152,7 +153,7 @@ def test_broken_text_is_refused():
 def test_all_scripts_have_maps(name, caption):
     """No word of any of them is without a finite map that is not the same everywhere, whatever pieces it is made of."""
     teacher = Teacher(built(name), replace(NOISE, map_size=6))
-    assert teacher.refusal(caption) is None
+    assert teacher.refusal(Caption.of(caption)) is None
     maps = teacher.word_maps(picture(0), caption)
     assert maps.words == words_of(caption)
     assert len(maps.words) > 0
@@ -167,7 +168,7 @@ def test_a_word_longer_than_the_window_has_its_first_tokens():
     teacher = Teacher(built("sd"), NOISE)
     maps = teacher.word_maps(picture(0), caption).maps
     assert np.isfinite(maps).all()
-    passages = list(teacher._passages(0, caption))
+    passages = list(teacher._passages(0, Caption.of(caption)))
     assert "".join(own.text for own in passages) == caption
     assert [w.text for own in passages for w in own.words] == ["a", "cat", "z" * 60, "red", "hat"]
     cuts = np.cumsum([len(own.words) for own in passages])[:-1].tolist()
@@ -182,7 +183,7 @@ def test_the_longest_words_alone():
         assert np.isfinite(maps.maps).all()
 
 
-@pytest.mark.parametrize("long_captions", [pytest.param("chunks", marks=pytest.mark.slow), "truncate", "error"])
+@pytest.mark.parametrize("long_captions", [pytest.param("chunks", marks=pytest.mark.full), "truncate", "error"])
 def test_ten_thousand_words(long_captions, monkeypatch):
     """The tokenizer is given each word a few times at most: nobody reads the rest of the caption again for every part."""
     given = []
@@ -197,9 +198,10 @@ def test_ten_thousand_words(long_captions, monkeypatch):
     count = len(words_of(caption))
     assert count > 10_000
     if long_captions == "error":
-        assert f"{count} words" in teacher.refusal(caption)
+        assert f"{count} words" in teacher.refusal(Caption.of(caption))
     else:
-        maps = teacher.word_maps_of([picture(n) for n in range(8)], [caption, *["a cat"] * 7])[0].maps
+        pictures = [Picture.open(picture(n)) for n in range(8)]
+        maps = teacher.word_maps_of(pictures, [*map(Caption.of, [caption, *["a cat"] * 7])])[0].maps
         assert maps.shape == (count, 4, 4)
         missing = np.isnan(maps).any(axis=(1, 2))
         assert missing.sum() == (0 if long_captions == "chunks" else count - words_before(teacher, caption, 0))
@@ -209,17 +211,18 @@ def test_ten_thousand_words(long_captions, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_batches_equal_pictures_one_by_one(name):
     """Captions of different lengths, of which one takes several parts, and pictures of different shapes."""
-    flows = name in ("sd3", "sd3.5", "flux")
-    config = replace(NOISE, inversion="flow" if flows else "ddim", inversion_steps=2, diffusion_steps=2, guidance_scale=3.0)
+    flow_matching = name in ("sd3", "sd3.5", "flux")
+    config = replace(NOISE, inversion="flow" if flow_matching else "ddim", inversion_steps=2, diffusion_steps=2, guidance_scale=3.0)
     teacher = Teacher(built(name), config)
     images = [picture(0), picture(1, 96, 48), picture(2, 40, 120)]
     captions = ["a cat", f"{PLAIN}. {PLAIN}", "two birds over the house"]
-    together = teacher.word_maps_of(images, captions)
+    pictures, texts = [*map(Picture.open, images)], [*map(Caption.of, captions)]
+    together = teacher.word_maps_of(pictures, texts)
     for image, caption, maps in zip(images, captions, together, strict=True):
         alone = teacher.word_maps(image, caption)
         assert (maps.caption, maps.words, maps.crop) == (caption, words_of(caption), alone.crop)
         np.testing.assert_allclose(maps.maps, alone.maps, rtol=0, atol=1e-5 * alone.maps.max())
-    backwards = teacher.word_maps_of(images[::-1], captions[::-1])[::-1]
+    backwards = teacher.word_maps_of(pictures[::-1], texts[::-1])[::-1]
     for one, other in zip(together, backwards, strict=True):
         np.testing.assert_allclose(one.maps, other.maps, rtol=0, atol=1e-5 * one.maps.max())
 

@@ -10,13 +10,12 @@ import pytest
 import torch
 
 from lavender.config import TeacherConfig
-from lavender.images import load_image
+from lavender.images import Picture
 from lavender.miniworld import TEACHER
-from lavender.targets.shards import image_sha256
 from lavender.teachers.framing import frame
 from lavender.teachers.inversion import read_maps
-from lavender.teachers.model import Teacher, _Asked, _frozen
-from lavender.words import words_of
+from lavender.teachers.model import Teacher, _frozen
+from lavender.words import Caption, words_of
 from recipes.teacher import make_scheduler
 
 from .explicit import NAMES, SIDE, built, forwards_of, picture
@@ -28,9 +27,9 @@ FLOW = replace(DDIM, inversion="flow")
 
 
 class Stub:
-    """Stands in for a teacher with captions: predictions are functions of latents, timestep and the empty caption's embedding."""
+    """Stands in for a bound denoiser: predictions are functions of latents, timestep and the empty caption's embedding."""
 
-    flows = False
+    flow_matching = False
 
     def __init__(self, function, guidance_scale=1.0, empty=None, levels=None):
         self.function, self.guidance_scale, self.start, self.levels = function, guidance_scale, empty, levels
@@ -40,10 +39,10 @@ class Stub:
     def predict(self, latents, timestep):
         return self.function(latents, timestep)
 
-    def look(self, latents, timestep):
+    def record(self, latents, timestep):
         return self.predict(latents, timestep)
 
-    def predict_guided(self, latents, timestep, look):
+    def predict_guided(self, latents, timestep, record):
         return self.predict(latents, timestep)
 
     def empty(self):
@@ -62,10 +61,10 @@ class Stub:
 
 def there_and_back(teacher, config, images, captions):
     """(start, noisiest, last) latents of the teacher's way."""
-    own = [teacher._passage(n, caption, words_of(caption)) for n, caption in enumerate(captions)]
+    passages = [teacher._passage(n, caption, words_of(caption)) for n, caption in enumerate(captions)]
     with torch.no_grad(), _frozen(teacher.family.denoiser):
         start = teacher.family.encode(torch.stack([frame(image, teacher.side, "pad").pixels for image in images])).float()
-        return start, *read_maps(_Asked(teacher, own), start, config, lambda: torch.zeros_like(start))
+        return start, *read_maps(teacher.bind(passages), start, config, lambda: torch.zeros_like(start))
 
 
 def decibels(teacher, start, last):
@@ -90,7 +89,7 @@ def test_fifty_steps_of_ddim_bring_the_pictures_back(scenes):
     assert (found[50] > found[5]).all()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_null_text_makes_guidance_return_to_the_picture(scenes):
     chosen = scenes[:2]
     found = {}
@@ -176,13 +175,13 @@ def test_the_noise_schedule_is_the_pipelines_whatever_its_scheduler(kind, saved,
 
 def noises_of(images, shape, seed):
     """As a picture's noise is defined: a generator whose seed follows from the picture's pixels and the config."""
-    seeds = [int(image_sha256(load_image(image))[:15], 16) ^ seed for image in images]
+    seeds = [int(Picture.open(image).sha256[:15], 16) ^ seed for image in images]
     return [torch.Generator().manual_seed(own) for own in seeds], shape
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_noise_is_added_by_the_models_own_formula(name):
-    """(1 - s) x + s e for flows, sqrt(a) x + sqrt(1 - a) e for the others; other noise at every timestep and in every picture."""
+    """(1 - s) x + s e or sqrt(a) x + sqrt(1 - a) e; other noise at every timestep and in every picture."""
     config = replace(NOISE, timesteps=(51, 301, 900), seed=3)
     pipe = built(name)
     teacher = Teacher(pipe, config)
@@ -190,12 +189,12 @@ def test_noise_is_added_by_the_models_own_formula(name):
     with torch.no_grad():
         start = teacher.family.encode(torch.stack([frame(image, SIDE, "pad").pixels for image in images]))
     with forwards_of(teacher.family.denoiser) as forwards:
-        teacher.word_maps_of(images, [CAPTION, "two birds"])
+        teacher.word_maps_of([*map(Picture.open, images)], [Caption.of(CAPTION), Caption.of("two birds")])
     generators, shape = noises_of(images, start.shape[1:], 3)
     assert [round(own.timestep) for own in forwards] == [51, 301, 900]
     for forward, timestep in zip(forwards, config.timesteps, strict=True):
         noise = torch.stack([torch.randn(shape, generator=own) for own in generators])
-        if teacher.family.flows:
+        if teacher.family.flow_matching:
             expected = (1 - timestep / 1000) * start + timestep / 1000 * noise
         else:
             alpha = pipe.scheduler.alphas_cumprod[timestep]
@@ -211,7 +210,7 @@ def test_flow_inversion_is_exact_where_the_velocity_is_constant():
     torch.manual_seed(0)
     start, velocity = torch.randn(2, 2, 4, 8, 8)
     stub = Stub(lambda latents, t: seen.append((float(t), latents.clone())) or velocity, levels=[1.0, 0.8, 0.3, 0.0])
-    stub.flows, seen = True, []
+    stub.flow_matching, seen = True, []
     noisiest, last = read_maps(stub, start, replace(FLOW, inversion_steps=3, diffusion_steps=3), lambda: None)
     torch.testing.assert_close(noisiest, start + velocity)
     torch.testing.assert_close(last, start)
@@ -296,6 +295,6 @@ def test_null_text_of_a_batch_equals_one_by_one(scenes):
         for own in (chosen, chosen[:1], chosen[1:])
     ]
     torch.testing.assert_close(ends[0], torch.cat(ends[1:]), rtol=0, atol=1e-4)
-    together = teacher.word_maps_of([s.image for s in chosen], [s.caption for s in chosen])
+    together = teacher.word_maps_of([Picture.open(s.image) for s in chosen], [Caption.of(s.caption) for s in chosen])
     for scene, maps in zip(chosen, together, strict=True):
         np.testing.assert_allclose(maps.maps, teacher.word_maps(scene.image, scene.caption).maps, rtol=0, atol=1e-4)

@@ -10,7 +10,9 @@ import torch
 
 from lavender.config import TeacherConfig
 from lavender.errors import CaptureError, ConfigError, ModelError
+from lavender.images import Picture
 from lavender.teachers.model import Teacher
+from lavender.words import Caption
 
 from .explicit import CROSS, NAMES, SIDE, built, explicit_maps, forwards_of, picture
 
@@ -56,7 +58,7 @@ def compare(pipe, name, config):
     teacher = Teacher(pipe, config)
     images = [picture(0), picture(1)]
     with forwards_of(teacher.family.denoiser) as forwards:
-        ours = teacher.word_maps_of(images, CAPTIONS)
+        ours = teacher.word_maps_of([*map(Picture.open, images)], [*map(Caption.of, CAPTIONS)])
     teacher.close()
     return [torch.from_numpy(own.maps).double() for own in ours], explicit_maps(pipe, name, forwards, config, CAPTIONS)
 

@@ -17,23 +17,23 @@ NOISE = TeacherConfig(inversion="noise", timesteps=(51, 301), map_size=16)
 
 
 class Denoiser:
-    """Stands in for a teacher with captions: a function of latents and timestep, and a list of what was asked."""
+    """Stands in for a bound denoiser: a function of latents and timestep, and a list of its calls."""
 
-    flows = False
+    flow_matching = False
 
     def __init__(self, function, scheduler):
         self.function, self.scheduler = function, scheduler
-        self.asked = []
+        self.calls = []
 
     def predict(self, latents, timestep):
-        self.asked.append((int(timestep), latents))
+        self.calls.append((int(timestep), latents))
         with torch.no_grad():
             return self.function(latents, timestep)
 
-    def look(self, latents, timestep):
+    def record(self, latents, timestep):
         return self.predict(latents, timestep)
 
-    def predict_guided(self, latents, timestep, look):
+    def predict_guided(self, latents, timestep, record):
         return self.predict(latents, timestep)
 
 
@@ -51,7 +51,7 @@ def test_maps_equal_an_explicit_computation(teacher_folder, scenes):
     """Noise at one timestep, written out: encode, noise, one forward, attention by diffusers' own scores, mean."""
     from diffusers import DDPMScheduler
 
-    from lavender.targets.store import image_sha256
+    from lavender.images import image_sha256
 
     from .test_patch import explicit_maps
 
@@ -95,8 +95,8 @@ def test_ddim_inversion_returns_to_the_picture(scenes):
     errors = []
     for steps in (5, 50):
         config = TeacherConfig(inversion_steps=steps, diffusion_steps=steps)
-        asked = Denoiser(lambda latents, t: teacher.pipe.unet(latents, t, embeddings).sample, teacher.pipe.scheduler)
-        _, last = read_maps(asked, start, config, lambda: None)
+        denoiser = Denoiser(lambda latents, t: teacher.pipe.unet(latents, t, embeddings).sample, teacher.pipe.scheduler)
+        _, last = read_maps(denoiser, start, config, lambda: None)
         errors.append(float((last - start).norm() / start.norm()))
     print(errors)
     assert errors[1] < 0.1
@@ -119,10 +119,10 @@ def test_both_kinds_of_prediction_lead_to_noise_and_back(kind):
         noise = (noisy - signal * picture) / sigma
         return noise if kind == "epsilon" else signal * noise - sigma * picture
 
-    asked = Denoiser(forward, scheduler)
-    read_maps(asked, start, TeacherConfig(inversion_steps=20, diffusion_steps=20), lambda: None)
-    assert len(asked.asked) == 40
-    distances = [float((latents - picture).norm() / picture.norm()) for _, latents in asked.asked]
+    denoiser = Denoiser(forward, scheduler)
+    read_maps(denoiser, start, TeacherConfig(inversion_steps=20, diffusion_steps=20), lambda: None)
+    assert len(denoiser.calls) == 40
+    distances = [float((latents - picture).norm() / picture.norm()) for _, latents in denoiser.calls]
     assert distances[20] > 0.5, "halfway, most of the picture is gone"
     assert distances[-1] < 0.1, "at the end it is back"
 
@@ -176,3 +176,14 @@ def test_models_that_are_no_teacher_are_named(student_folder, tmp_path):
     for folder in (tmp_path / "nowhere", student_folder):
         with pytest.raises(ModelError, match="StableDiffusionPipeline"):
             Teacher(folder, NOISE)
+
+
+def test_the_old_name_of_flow_matching_warns():
+    from lavender.teachers.families import TeacherFamily
+
+    with pytest.warns(FutureWarning, match=r"TeacherFamily\.flows is deprecated; use TeacherFamily\.flow_matching"):
+
+        class Mine(TeacherFamily):
+            flows = True
+
+    assert Mine.flow_matching

@@ -1,4 +1,4 @@
-"""Tiny diffusion models with random weights: one denoiser per family that diffusers has, and a few whole pipelines.
+"""Tiny diffusion models with random weights: one denoiser per family that diffusers has.
 
 Nothing comes from the hub. Every builder gives the same weights each time and leaves torch's random state as it was.
 """
@@ -8,25 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
-from string import ascii_lowercase
 from typing import Any, TypeVar
 
 import diffusers
 import torch
-from tokenizers import pre_tokenizers
 from torch import nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
-
-from recipes.teacher import make_scheduler
 
 BATCH = 2
 FRAMES, ROWS, COLUMNS = 2, 4, 6
@@ -43,10 +29,6 @@ LATENTS = 4
 """Channels of a latent; packed latents have four times as many."""
 HEIGHT_PIXELS, WIDTH_PIXELS = 32, 48
 """The size at which the pipelines' denoisers see `ROWS` times `COLUMNS` patches (U-Nets twice that)."""
-
-CAPTIONS = ["a cat in a red hat", "two birds over the blue house", "an astronaut riding a green chair"]
-WORDS = list(dict.fromkeys(" ".join(CAPTIONS).split()))
-"""What the tokenizers know; a longer word may take several tokens."""
 
 
 @dataclass
@@ -76,19 +58,8 @@ Built = TypeVar("Built")
 DENOISERS: dict[str, Callable[[], Denoiser]] = {}
 """Class name of a denoiser, with "/" and a variant where there are several -> its builder."""
 
-PIPELINES: dict[str, Callable[[], Any]] = {}
-"""Class name of a pipeline, with "/" and a variant where there are several -> its builder.
 
-All run at `HEIGHT_PIXELS` x `WIDTH_PIXELS`.
-"""
-
-MORE_TEACHERS: dict[str, Callable[[], Any]] = {}
-"""Pipelines that are asked for maps of pictures in addition to those above, of the same kind of names."""
-
-
-def _entry(
-    zoo: dict[str, Callable[[], Built]], key: str, **settings: Any
-) -> Callable[[Callable[..., Built]], Callable[..., Built]]:
+def entry(zoo: dict[str, Callable[[], Built]], key: str, **settings: Any) -> Callable[[Callable[..., Built]], Callable[..., Built]]:
     """Adds a function, called with these settings under a fixed seed, to a zoo; one function may have several entries."""
 
     def build(function: Callable[..., Built]) -> Built:
@@ -173,7 +144,7 @@ def _unet(levels: int, latents: tuple[int, int], inputs: dict[str, Any] | None =
     return Denoiser(model.eval(), call, image="sample", grid=(1, *latents))
 
 
-@_entry(DENOISERS, "UNet2DConditionModel")
+@entry(DENOISERS, "UNet2DConditionModel")
 def _unet_sd() -> Denoiser:
     return _unet(
         levels=2,
@@ -183,8 +154,8 @@ def _unet_sd() -> Denoiser:
     )
 
 
-@_entry(DENOISERS, "UNet2DConditionModel/kolors", cross_attention_dim=24, encoder_hid_dim=WIDTH, encoder_hid_dim_type="text_proj")
-@_entry(DENOISERS, "UNet2DConditionModel/sdxl")
+@entry(DENOISERS, "UNet2DConditionModel/kolors", cross_attention_dim=24, encoder_hid_dim=WIDTH, encoder_hid_dim_type="text_proj")
+@entry(DENOISERS, "UNet2DConditionModel/sdxl")
 def _unet_sdxl(**config: Any) -> Denoiser:
     """No attention at the first level, two and three transformer layers at the others; Kolors projects the text first."""
     sizes = torch.tensor([2 * ROWS, 2 * COLUMNS, 0, 0, 2 * ROWS, 2 * COLUMNS]).float()
@@ -203,8 +174,8 @@ def _unet_sdxl(**config: Any) -> Denoiser:
     )
 
 
-@_entry(DENOISERS, "SD3Transformer2DModel/3.5", dual_attention_layers=(0,), qk_norm="rms_norm")
-@_entry(DENOISERS, "SD3Transformer2DModel")
+@entry(DENOISERS, "SD3Transformer2DModel/3.5", dual_attention_layers=(0,), qk_norm="rms_norm")
+@entry(DENOISERS, "SD3Transformer2DModel")
 def _sd3(**config: Any) -> Denoiser:
     model = diffusers.SD3Transformer2DModel(
         sample_size=8,
@@ -227,7 +198,7 @@ def _sd3(**config: Any) -> Denoiser:
     return Denoiser(model.eval(), inputs, layout="image first")
 
 
-@_entry(DENOISERS, "FluxTransformer2DModel")
+@entry(DENOISERS, "FluxTransformer2DModel")
 def _flux() -> Denoiser:
     model = diffusers.FluxTransformer2DModel(
         in_channels=4 * LATENTS,
@@ -250,7 +221,7 @@ def _flux() -> Denoiser:
     return Denoiser(model.eval(), inputs, layout="text first")
 
 
-@_entry(DENOISERS, "Flux2Transformer2DModel")
+@entry(DENOISERS, "Flux2Transformer2DModel")
 def _flux2() -> Denoiser:
     model = diffusers.Flux2Transformer2DModel(
         in_channels=4 * LATENTS,
@@ -271,7 +242,7 @@ def _flux2() -> Denoiser:
     return Denoiser(model.eval(), inputs, layout="text first")
 
 
-@_entry(DENOISERS, "ChromaTransformer2DModel")
+@entry(DENOISERS, "ChromaTransformer2DModel")
 def _chroma() -> Denoiser:
     model = diffusers.ChromaTransformer2DModel(
         in_channels=4 * LATENTS,
@@ -295,7 +266,7 @@ def _chroma() -> Denoiser:
     return Denoiser(model.eval(), inputs, layout="text first")
 
 
-@_entry(DENOISERS, "QwenImageTransformer2DModel")
+@entry(DENOISERS, "QwenImageTransformer2DModel")
 def _qwen_image() -> Denoiser:
     model = diffusers.QwenImageTransformer2DModel(
         in_channels=4 * LATENTS,
@@ -315,7 +286,7 @@ def _qwen_image() -> Denoiser:
     return Denoiser(model.eval(), inputs, layout="text first")
 
 
-@_entry(DENOISERS, "AuraFlowTransformer2DModel")
+@entry(DENOISERS, "AuraFlowTransformer2DModel")
 def _aura_flow() -> Denoiser:
     model = diffusers.AuraFlowTransformer2DModel(
         sample_size=8,
@@ -332,7 +303,7 @@ def _aura_flow() -> Denoiser:
     return Denoiser(model.eval(), inputs, layout="text first")
 
 
-@_entry(DENOISERS, "Lumina2Transformer2DModel")
+@entry(DENOISERS, "Lumina2Transformer2DModel")
 def _lumina2() -> Denoiser:
     model = diffusers.Lumina2Transformer2DModel(
         sample_size=8,
@@ -356,7 +327,7 @@ def _lumina2() -> Denoiser:
     return Denoiser(model.eval(), inputs, layout="text first")
 
 
-@_entry(DENOISERS, "CogView4Transformer2DModel")
+@entry(DENOISERS, "CogView4Transformer2DModel")
 def _cogview4() -> Denoiser:
     model = diffusers.CogView4Transformer2DModel(
         in_channels=LATENTS,
@@ -381,7 +352,7 @@ def _cogview4() -> Denoiser:
     return Denoiser(model.eval(), inputs, layout="text first")
 
 
-@_entry(DENOISERS, "HunyuanVideoTransformer3DModel")
+@entry(DENOISERS, "HunyuanVideoTransformer3DModel")
 def _hunyuan_video() -> Denoiser:
     model = diffusers.HunyuanVideoTransformer3DModel(
         in_channels=LATENTS,
@@ -406,7 +377,7 @@ def _hunyuan_video() -> Denoiser:
     return Denoiser(model.eval(), inputs, layout="image first", grid=(FRAMES, ROWS, COLUMNS))
 
 
-@_entry(DENOISERS, "PixArtTransformer2DModel")
+@entry(DENOISERS, "PixArtTransformer2DModel")
 def _pixart() -> Denoiser:
     model = diffusers.PixArtTransformer2DModel(
         in_channels=LATENTS,
@@ -427,7 +398,7 @@ def _pixart() -> Denoiser:
     return Denoiser(model.eval(), inputs)
 
 
-@_entry(DENOISERS, "SanaTransformer2DModel")
+@entry(DENOISERS, "SanaTransformer2DModel")
 def _sana() -> Denoiser:
     model = diffusers.SanaTransformer2DModel(
         in_channels=LATENTS,
@@ -449,7 +420,7 @@ def _sana() -> Denoiser:
     return Denoiser(model.eval(), inputs)
 
 
-@_entry(DENOISERS, "WanTransformer3DModel")
+@entry(DENOISERS, "WanTransformer3DModel")
 def _wan() -> Denoiser:
     model = diffusers.WanTransformer3DModel(
         in_channels=LATENTS,
@@ -469,7 +440,7 @@ def _wan() -> Denoiser:
     return Denoiser(model.eval(), inputs, grid=(FRAMES, ROWS, COLUMNS))
 
 
-@_entry(DENOISERS, "LTXVideoTransformer3DModel")
+@entry(DENOISERS, "LTXVideoTransformer3DModel")
 def _ltx() -> Denoiser:
     model = diffusers.LTXVideoTransformer3DModel(
         in_channels=LATENTS,
@@ -490,149 +461,3 @@ def _ltx() -> Denoiser:
         "rope_interpolation_scale": (8 / 25, 32, 32),
     }
     return Denoiser(model.eval(), inputs, grid=(FRAMES, ROWS, COLUMNS))
-
-
-# Pipelines
-
-
-def clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer with merges that build the known words from the left; other words fall into letters."""
-    merges: dict[tuple[str, str], None] = {}
-    for word in WORDS:
-        parts = [*word[:-1], f"{word[-1]}</w>"]
-        merges.update(dict.fromkeys(zip(accumulate(parts), parts[1:], strict=False)))
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=list(merges), model_max_length=16)
-
-
-def t5_tokenizer() -> T5Tokenizer:
-    """T5's tokenizer with a piece for the first three letters of each of the known words and one for every letter."""
-    starts = dict.fromkeys(f"▁{word[:3]}" for word in WORDS)
-    special = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
-    pieces = [(piece, -1.0) for piece in starts] + [(letter, -5.0) for letter in f"▁{ascii_lowercase}"]
-    return T5Tokenizer(vocab=special + pieces, extra_ids=0, model_max_length=64)
-
-
-def _clip(tokenizer: CLIPTokenizer, width: int, projection: int | None = None) -> nn.Module:
-    """CLIP's text encoder, with the pooled text's projection if its width is given."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        projection_dim=projection or width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
-
-
-def _t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
-    config = T5Config(vocab_size=len(tokenizer), d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    return T5EncoderModel(config).eval()
-
-
-def _autoencoder() -> diffusers.AutoencoderKL:
-    """Latents of a quarter of the picture's height and width."""
-    model = diffusers.AutoencoderKL(
-        block_out_channels=(4, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=LATENTS,
-        norm_num_groups=4,
-        shift_factor=0.0,
-    )
-    return model.eval()
-
-
-def _assemble(pipeline: type, **parts: Any) -> Any:
-    """A pipeline of the given parts and an autoencoder, without progress bars."""
-    pipe = pipeline(vae=_autoencoder(), **parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@_entry(MORE_TEACHERS, "StableDiffusionPipeline/v", name="StableDiffusionPipeline", prediction_type="v_prediction")
-@_entry(PIPELINES, "StableDiffusionPAGPipeline", name="StableDiffusionPAGPipeline", pag_applied_layers=["mid"])
-@_entry(PIPELINES, "StableDiffusionPipeline", name="StableDiffusionPipeline")
-def _stable_diffusion(name: str, prediction_type: str = "epsilon", **options: Any) -> Any:
-    """Stable Diffusion 1.5, or 2.x, whose U-Net predicts a velocity."""
-    tokenizer = clip_tokenizer()
-    scheduler = make_scheduler()
-    scheduler.register_to_config(prediction_type=prediction_type)
-    return _assemble(
-        getattr(diffusers, name),
-        unet=DENOISERS["UNet2DConditionModel"]().model,
-        tokenizer=tokenizer,
-        text_encoder=_clip(tokenizer, WIDTH),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-        **options,
-    )
-
-
-@_entry(PIPELINES, "StableDiffusionXLPipeline")
-def _stable_diffusion_xl() -> Any:
-    tokenizer = clip_tokenizer()
-    return _assemble(
-        diffusers.StableDiffusionXLPipeline,
-        unet=DENOISERS["UNet2DConditionModel/sdxl"]().model,
-        tokenizer=tokenizer,
-        text_encoder=_clip(tokenizer, WIDTH // 2),
-        tokenizer_2=clip_tokenizer(),
-        text_encoder_2=_clip(tokenizer, WIDTH // 2, projection=POOLED),
-        scheduler=diffusers.EulerDiscreteScheduler(steps_offset=1),
-        add_watermarker=False,
-    )
-
-
-@_entry(PIPELINES, "StableDiffusion3Pipeline/3.5", variant="SD3Transformer2DModel/3.5")
-@_entry(PIPELINES, "StableDiffusion3Pipeline", variant="SD3Transformer2DModel")
-def _stable_diffusion_3(variant: str) -> Any:
-    """The CLIP embeddings lie side by side, padded to T5's width."""
-    tokenizer, tokenizer_3 = clip_tokenizer(), t5_tokenizer()
-    return _assemble(
-        diffusers.StableDiffusion3Pipeline,
-        transformer=DENOISERS[variant]().model,
-        tokenizer=tokenizer,
-        text_encoder=_clip(tokenizer, 12, projection=POOLED // 2),
-        tokenizer_2=clip_tokenizer(),
-        text_encoder_2=_clip(tokenizer, 16, projection=POOLED // 2),
-        tokenizer_3=tokenizer_3,
-        text_encoder_3=_t5(tokenizer_3),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-    )
-
-
-@_entry(PIPELINES, "FluxPipeline")
-def _flux_pipeline() -> Any:
-    tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
-    return _assemble(
-        diffusers.FluxPipeline,
-        transformer=DENOISERS["FluxTransformer2DModel"]().model,
-        tokenizer=tokenizer,
-        text_encoder=_clip(tokenizer, POOLED),
-        tokenizer_2=tokenizer_2,
-        text_encoder_2=_t5(tokenizer_2),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-    )
-
-
-@_entry(MORE_TEACHERS, "PixArtAlphaPipeline")
-def _pixart_pipeline() -> Any:
-    """T5's text under a mask; its scheduler spaces timesteps in the way that it comes with."""
-    tokenizer = t5_tokenizer()
-    return _assemble(
-        diffusers.PixArtAlphaPipeline,
-        transformer=DENOISERS["PixArtTransformer2DModel"]().model,
-        tokenizer=tokenizer,
-        text_encoder=_t5(tokenizer),
-        scheduler=diffusers.DPMSolverMultistepScheduler(),
-    )

@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 
 import lavender
 from lavender.batches.collator import Collator
-from lavender.config import AlignmentConfig, TeacherConfig, TrainingConfig
+from lavender.config import AlignmentConfig, TrainingConfig
 from lavender.data.samples import Sample, read_samples
 from lavender.errors import DataError, ModelError, TargetError
+from lavender.images import image_sha256
 from lavender.miniworld import write_dataset
-from lavender.targets.store import Target, TargetStore, TargetWriter, image_sha256
+from lavender.targets.manifest import StoreConfig
+from lavender.targets.store import Target, TargetStore, TargetWriter
 from lavender.training.train import fine_tune, load_aligner, load_student
 from lavender.types import WordMaps
 from lavender.words import words_of
@@ -27,7 +29,7 @@ TRAINING = TrainingConfig(steps=4, batch_size=4, learning_rate=1e-3, save_steps=
 
 def write_targets(folder, scenes, ids):
     """Exact masks as targets: no teacher is needed to train."""
-    writer = TargetWriter(folder, TeacherConfig(map_size=16), {"model": "masks", "weights": "masks"})
+    writer = TargetWriter(folder, {"model": "masks", "weights": "masks"}, StoreConfig(map_size=16))
     for scene, sample_id in zip(scenes, ids, strict=True):
         words = words_of(scene.caption)
         masks = {(r.start, r.end): scene.word_mask(r)[::4, ::4] for r in scene.referents}

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import os
+import posixpath
+import stat
+import subprocess
+import sys
+from urllib.parse import unquote
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lavender.errors import DataError
+from lavender.files import path_within, write_atomically
+
+NAMES = st.lists(
+    st.sampled_from(["..", ".", "a", "b", "", "/", "~", "%2e%2e", "%2f", "..\\", "\0", "é", "root", "file://", "::"]), max_size=8
+)
+
+
+@settings(deadline=None, max_examples=400)
+@given(parts=NAMES, joint=st.sampled_from(["/", "", "//"]), absolute=st.sampled_from(["", "/", "root"]))
+def test_no_path_leaves_the_root(tmp_path_factory, parts, joint, absolute):
+    """Against what the operating system makes of it."""
+    root = tmp_path_factory.getbasetemp() / "root"
+    name = {"": "", "/": "/", "root": f"{root}/"}[absolute] + joint.join(parts)
+    oracle = os.path.realpath(os.path.join(root, name)) if "\0" not in name else "/"
+    inside = oracle == str(root) or oracle.startswith(f"{root}/")
+    if not inside or "://" in name:
+        with pytest.raises(DataError, match=r"line 1: .* is not in .*root, where .*--images"):
+            path_within(root, name, "line 1")
+    else:
+        assert os.path.realpath(path_within(root, name, "line 1")) == oracle
+
+
+@settings(deadline=None, max_examples=400)
+@given(parts=NAMES, joint=st.sampled_from(["/", ""]), whole=st.booleans())
+def test_no_path_leaves_a_url(parts, joint, whole):
+    root = "https://host/data/root"
+    name = (f"{root}/" if whole else "") + joint.join(parts)
+    try:
+        found = path_within(root, name, "line 1")
+    except DataError:
+        return
+    assert "::" not in found
+    for path in (found, unquote(found), unquote(found).replace("\\", "/")):
+        reached = posixpath.normpath(path.removeprefix("https://"))
+        assert reached == "host/data/root" or reached.startswith("host/data/root/")
+
+
+@pytest.mark.parametrize("name", ["https://evil/a.png", "file:///etc/passwd", "s3://other/a.png", "https://host/database/a.png"])
+def test_urls_are_taken_from_their_own_root_alone(tmp_path, name):
+    for root in (tmp_path, "https://host/data"):
+        with pytest.raises(DataError, match="--images"):
+            path_within(root, name, "line 1")
+    assert path_within("https://host/data/", "https://host/data/b/../a.png", "line 1") == "https://host/data/a.png"
+
+
+def test_a_link_inside_the_root_is_the_users_own_but_dots_behind_it_lead_nowhere_else(tmp_path):
+    (tmp_path / "elsewhere/deep").mkdir(parents=True)
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/link").symlink_to(tmp_path / "elsewhere/deep")
+    assert path_within(tmp_path / "root", "link/a.png", "line 1") == tmp_path / "root/link/a.png"
+    assert path_within(tmp_path / "root", "link/../a.png", "line 1") == tmp_path / "root/a.png"
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    for data in ("größer\n", b"\0\xff", memoryview(b"abc")):
+        write_atomically(path, data)
+        assert path.read_bytes() == (data.encode() if isinstance(data, str) else bytes(data))
+    for step in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, step, lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            with pytest.raises(OSError, match="No space left"):
+                write_atomically(path, "new")
+        assert path.read_bytes() == b"abc"
+        assert list(tmp_path.iterdir()) == [path]
+
+
+def test_everything_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+    """The file's bytes before its name, the folder's entry last: a power cut shows the old file or the new one."""
+    steps = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted(number):
+        steps.append("folder" if stat.S_ISDIR(os.fstat(number).st_mode) else "file")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", lambda *paths: (steps.append("replace"), replace(*paths)))
+    write_atomically(tmp_path / "a", "text")
+    assert steps == ["file", "replace", "folder"]
+
+
+def test_a_device_or_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    code = "from pathlib import Path; from lavender.files import write_atomically; write_atomically(Path('/dev/stdout'), 'said')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "said"
