@@ -292,7 +292,7 @@ def best_constant_error(targets: np.ndarray, normalization: str) -> float:
     `targets` is [K, y, x]. The error's minimizer over one map that stays as it is (no second normalization) is the mean of the
     normalized targets; its error is a lower bound for every constant map.
     """
-    from ..kernels.map_loss.api import normalize
+    from ..kernels.map_loss import normalize
 
     normalized = normalize(torch.from_numpy(targets).double(), normalization)
     return float((normalized - normalized.mean(dim=0)).square().mean())
@@ -304,7 +304,7 @@ def alignment_error(
     config: AlignmentConfig,
 ) -> float:
     """Alignment loss of given maps against targets, mean over the words that both have."""
-    from ..kernels.map_loss.api import map_loss
+    from ..kernels.map_loss import map_loss
 
     errors = []
     for ours, theirs in zip(aligned, targets, strict=True):

@@ -19,7 +19,7 @@ from ..config import Offload, TeacherConfig
 from ..data.samples import require_unicode
 from ..errors import ConfigError, DataError, ModelError
 from ..images import load_image
-from ..kernels.map_loss.api import normalize
+from ..kernels.map_loss import normalize
 from ..targets.shards import image_sha256
 from ..types import Box, Word, WordMaps
 from ..words import words_of

@@ -64,7 +64,7 @@ class _Compiled:
 
 
 def row_maps_cases(compiled: _Compiled) -> None:
-    from lavender.kernels.row_maps.api import _bias_of_rows
+    from lavender.kernels.row_maps.call import RowCall
     from lavender.kernels.row_maps.triton_kernels import row_maps_triton
 
     for dtype, width, weighted, masked, causal in [
@@ -85,15 +85,16 @@ def row_maps_cases(compiled: _Compiled) -> None:
         query = torch.zeros(1, length, heads, width, dtype=dtype).transpose(1, 2).requires_grad_()
         key = torch.zeros(1, length, 2, width, dtype=dtype).transpose(1, 2).requires_grad_()
         rows = collate_rows([[[3 * w, 3 * w + 1, 3 * w + 2] for w in range(20)]])
-        mask = torch.zeros(1, 1, 1, length) if masked else None
+        bias = torch.zeros(1, 1, 1, length) if masked else None
         head_weights = torch.ones(heads) if weighted else None
         columns = torch.arange(length)[None]
-        bias = _bias_of_rows(mask, rows.rows, torch.float32)
-        maps = row_maps_triton(query, key, rows, columns, bias, causal, 0.1, head_weights, None)
+        words = (rows.rows, rows.words, rows.weights, columns, rows.num_words)
+        maps = row_maps_triton(RowCall(query, key, *words, bias, causal, 0.1, head_weights, None))
         torch.autograd.grad(maps.sum(), (query, key))
 
 
 def column_maps_cases(compiled: _Compiled) -> None:
+    from lavender.kernels.column_maps.call import ColumnCall
     from lavender.kernels.column_maps.triton_kernels import column_maps_triton
 
     for dtype, width, keys, weighted, masked, has_value in [
@@ -116,11 +117,12 @@ def column_maps_cases(compiled: _Compiled) -> None:
         value = value if has_value else key.detach()[..., :0]
         bias = torch.zeros(1, 1, 1, keys) if masked else None
         head_weights = torch.ones(heads) if weighted else None
-        output, maps = column_maps_triton(query, key, value, torch.ones(1, 16, keys), bias, 0.1, head_weights)
+        output, maps = column_maps_triton(ColumnCall(query, key, value, torch.ones(1, 16, keys), bias, 0.1, head_weights))
         torch.autograd.grad(output.sum() + maps.sum(), (query, key))
 
 
 def map_loss_cases(compiled: _Compiled) -> None:
+    from lavender.kernels.map_loss.call import LossCall
     from lavender.kernels.map_loss.triton_kernels import map_loss_triton
 
     for normalization, distance, grid, target_grid in [
@@ -137,9 +139,8 @@ def map_loss_cases(compiled: _Compiled) -> None:
     ]:
         resampled = grid != target_grid
         compiled.label = f"{normalization} {distance} {grid} to {target_grid}, {'' if resampled else 'not '}resampled"
-        matrices = tuple(torch.zeros(new, old) for new, old in zip(target_grid, grid, strict=True)) if resampled else None
         maps, target = torch.zeros(1, 2, *grid), torch.zeros(1, 2, *target_grid)
-        map_loss_triton(maps, target, torch.ones(1, 2, dtype=torch.bool), normalization, distance, matrices)
+        map_loss_triton(LossCall(maps, target, torch.ones(1, 2, dtype=torch.bool), normalization, distance))
 
 
 def usage(kernel: object) -> dict[str, int]:

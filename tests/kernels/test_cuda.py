@@ -10,11 +10,11 @@ import torch
 
 from lavender.errors import ConfigError
 from lavender.kernels import grids
-from lavender.kernels.column_maps.api import column_attention, column_maps
+from lavender.kernels.column_maps import column_attention, column_maps
 from lavender.kernels.cuda import driver as cuda
 from lavender.kernels.dispatch import HAS_TRITON, cuda_reasons
 from lavender.kernels.row_map_loss import row_map_loss
-from lavender.kernels.row_maps.api import row_maps
+from lavender.kernels.row_maps import row_maps
 
 from .budget import DEVICE, poison_fresh_memory, relative_error
 from .emulator import Emulator, EmulatorError, whole
@@ -288,7 +288,7 @@ def test_planted_faults_are_caught(emulate, probe, old, new):
 
 
 def test_a_softmax_without_its_peak_is_caught(emulate):
-    emulate(fault=replaced("sum.add(scores);", "sum.peak = 0; for (float s : scores) sum.total += exp2f(s);"))
+    emulate(fault=replaced("sum.add(scores);", "sum.row_max = 0; for (float s : scores) sum.total += exp2f(s);"))
     with pytest.raises(AssertionError):
         with_large_logits()
 

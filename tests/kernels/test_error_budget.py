@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lavender.kernels.column_maps import api as columns_module
-from lavender.kernels.column_maps.api import column_attention, column_maps
+from lavender.kernels.column_maps import chunked as chunked_columns
+from lavender.kernels.column_maps import column_attention, column_maps
 from lavender.kernels.dispatch import HAS_TRITON
-from lavender.kernels.map_loss.api import NORMALIZATIONS, map_loss
+from lavender.kernels.map_loss import map_loss
+from lavender.kernels.map_loss.normalization import NORMALIZATIONS
 from lavender.kernels.row_map_loss import row_map_loss
-from lavender.kernels.row_maps.api import row_maps
+from lavender.kernels.row_maps import row_maps
 from lavender.words import collate_rows
 
 from .budget import DEVICE, assert_within_budget, poison_fresh_memory
@@ -413,7 +414,7 @@ def test_columns_of_any_shape(impl, seed, data):
 
 
 def test_one_heads_queries_in_several_chunks(monkeypatch):
-    monkeypatch.setattr(columns_module, "BYTE_BUDGET", 2**12)
+    monkeypatch.setattr(chunked_columns, "BYTE_BUDGET", 2**12)
     mask = torch.rand(2, 2, 50, 77, generator=torch.Generator().manual_seed(2)) < 0.5
     check_columns("torch", torch.float32, mask=mask.to(DEVICE))
 

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 CHILD = f"""
 import hashlib, logging, resource, signal, sys
-from lavender.kernels import nvrtc
+from lavender.kernels.cuda import nvrtc
 logging.basicConfig(format="WARNED %(message)s", level=logging.WARNING)
 if sys.argv[1] == "full":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lavender.kernels.column_maps.api import column_attention
-from lavender.kernels.map_loss.api import map_loss
-from lavender.kernels.row_maps.api import row_maps
+from lavender.kernels.column_maps import column_attention
+from lavender.kernels.map_loss import map_loss
+from lavender.kernels.row_maps import row_maps
 from lavender.words import collate_rows
 
 from .budget import DEVICE

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from lavender.errors import ConfigError
-from lavender.kernels.row_maps import api as module
-from lavender.kernels.row_maps.api import row_maps
+from lavender.kernels.row_maps import chunked, row_maps
 from lavender.types import WordRows
 from lavender.words import collate_rows
 
@@ -157,10 +156,10 @@ def test_torch_equals_reference_on_any_shape(seed, heads, rows, keys, width, dat
 def test_chunks_change_nothing(monkeypatch):
     query, key, _ = draw(4, heads=8, groups=4)
     whole = row_maps(query, key, collate_rows(WORDS), COLUMNS, impl="torch")
-    monkeypatch.setattr(module, "BYTE_BUDGET", 1)
-    chunked = row_maps(query, key, collate_rows(WORDS), COLUMNS, impl="torch")
-    torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-14)
-    gradients = [torch.autograd.grad(m.square().sum(), (query, key)) for m in (whole, chunked)]
+    monkeypatch.setattr(chunked, "BYTE_BUDGET", 1)
+    in_chunks = row_maps(query, key, collate_rows(WORDS), COLUMNS, impl="torch")
+    torch.testing.assert_close(in_chunks, whole, rtol=1e-12, atol=1e-14)
+    gradients = [torch.autograd.grad(m.square().sum(), (query, key)) for m in (whole, in_chunks)]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
@@ -190,8 +189,8 @@ def test_the_operation_is_registered_completely():
     bias = torch.zeros(1, 1, 1, 13)
     weights = torch.rand(4, requires_grad=True)
     lse = torch.rand(2, 4, rows.rows.shape[1])
-    for options in ((None, 0.3, None, None), (bias, 0.3, weights, None), (None, 0.3, weights, lse)):
-        arguments = (query, key, rows.rows, rows.indicator(torch.float32), COLUMNS, *options)
+    for options in ((None, True, 0.3, None, None), (bias, False, 0.3, weights, None), (None, False, 0.3, weights, lse)):
+        arguments = (query, key, rows.rows, rows.words, rows.weights, COLUMNS, rows.num_words, *options)
         torch.library.opcheck(torch.ops.lavender.row_maps_torch.default, arguments)
 
 
