@@ -119,12 +119,12 @@ DEVICE void masked_scores(float (&scores)[PER_LANE], const ColumnMaps& call, Mem
 
 // Whether any word has a share of the keys of a tile; the same answer in every thread.
 DEVICE bool words_have(const float* word_weights, const ColumnMaps& call, int start) {
-  bool found = false;
+  bool any = false;
   for (int e = threadIdx.x; e < call.num_words * KEYS; e += THREADS) {
     const int n = start + e % KEYS;
-    if (n < call.num_keys && word_weights[index_t(e / KEYS) * call.num_keys + n] != 0) found = true;
+    if (n < call.num_keys && word_weights[index_t(e / KEYS) * call.num_keys + n] != 0) any = true;
   }
-  return __syncthreads_or(found);
+  return __syncthreads_or(any);
 }
 
 // maps[w, i] += what the words' shares make of this lane's probabilities, for one tile of keys; by the whole block.
@@ -168,7 +168,7 @@ KERNEL(THREADS) column_maps(const ColumnMaps call) {
       masked_scores(scores, call, memory, query, tile * KEYS);
       sum.add(scores);
     }
-    const float found = sum.value(), lse = found == -infinity() ? infinity() : found;
+    const float value = sum.value(), lse = value == -infinity() ? infinity() : value;
     if (query.exists && threadIdx.x % LANES == 0) call.lse[query.place] = lse;
     Sums<ROWS, PADDED> outputs;
     for (int tile = 0; tile < tiles; ++tile) {

@@ -34,11 +34,11 @@ def test_maps_and_gradients_equal_the_definition(impl, mask):
     visible = torch.rand(2, 1, 20, 7, generator=generator) < 0.7
     visible[..., 0] = True
     if mask == "none":
-        expected, given_ = by_hand(query, key, weights), None
+        expected, mask_argument = by_hand(query, key, weights), None
     else:
         expected = by_hand(query, key, weights, visible)
-        given_ = visible if mask == "boolean" else torch.where(visible, 0.0, -1e9)
-    maps = column_maps(query, key, weights, mask=given_, impl=impl)
+        mask_argument = visible if mask == "boolean" else torch.where(visible, 0.0, -1e9)
+    maps = column_maps(query, key, weights, mask=mask_argument, impl=impl)
     torch.testing.assert_close(maps, expected, rtol=0, atol=1e-12)
     for ours, theirs in zip(
         torch.autograd.grad(maps.square().sum(), (query, key)),
@@ -73,8 +73,8 @@ def test_lower_precision_carries_float32s_error(dtype):
     exact, ours = by_hand(exact_query, exact_key, weights), column_maps(query, key, weights, impl="torch")
     assert (ours - exact).norm() / exact.norm() < 2e-6
     wanted = torch.autograd.grad(exact.square().sum(), (exact_query, exact_key))
-    given_ = torch.autograd.grad(ours.square().sum(), (query, key))
-    for one, other in zip(given_, wanted, strict=True):
+    gradients = torch.autograd.grad(ours.square().sum(), (query, key))
+    for one, other in zip(gradients, wanted, strict=True):
         assert (one.double() - other).norm() / other.norm() < 3e-6 + torch.finfo(dtype).eps
 
 

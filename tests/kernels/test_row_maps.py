@@ -64,8 +64,8 @@ def test_maps_and_gradients_equal_the_definition(impl, renormalize):
     torch.testing.assert_close(maps, expected, rtol=0, atol=1e-7)
     weight = torch.randn(maps.shape, generator=generator, dtype=torch.float64)
     wanted = torch.autograd.grad((expected * weight).sum(), (query, key))
-    given_ = torch.autograd.grad((maps * weight).sum(), (query, key))
-    for ours, theirs in zip(given_, wanted, strict=True):
+    gradients = torch.autograd.grad((maps * weight).sum(), (query, key))
+    for ours, theirs in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
 
 
@@ -124,9 +124,9 @@ def test_lower_precision_stays_within_twice_the_references_error(impl, dtype):
     gradients = torch.autograd.grad((ours * weight).sum(), (query, key))
     # Sums run in float32 whatever the inputs: maps carry float32's error, gradients one rounding to the inputs' dtype.
     assert (ours - exact).norm() / exact.norm() < 2e-6
-    for given_, wanted in zip(gradients, exact_gradients, strict=True):
-        assert given_.dtype == dtype
-        assert (given_.double() - wanted).norm() / wanted.norm() < 2e-6 + torch.finfo(dtype).eps
+    for gradient, wanted in zip(gradients, exact_gradients, strict=True):
+        assert gradient.dtype == dtype
+        assert (gradient.double() - wanted).norm() / wanted.norm() < 2e-6 + torch.finfo(dtype).eps
 
 
 @settings(max_examples=40, deadline=None)
@@ -209,7 +209,7 @@ def test_memory_is_that_of_the_word_rows():
 def broken(rows=None, words=None, weights=None, num_words=3):
     """The usual word rows with one part replaced."""
     whole = collate_rows(WORDS)
-    return {"rows": WordRows(*(own if new is None else new for own, new in (
+    return {"rows": WordRows(*(old if new is None else new for old, new in (
         (whole.rows, rows), (whole.words, words), (whole.weights, weights))), num_words)}  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch
 
 from ..cuda import driver
 from ..cuda.driver import LAYOUTS, Argument, Grid, Launch, Program, vectors
-from ..grids import head_parts, splits_for
+from ..grids import gradient_strides, head_parts, splits_for
 from .op import ColumnGradients, ColumnKernels, column_maps_operation
 
 TILES = LAYOUTS["column_maps"]
@@ -72,7 +72,7 @@ class _CudaColumns(ColumnKernels):
         return keys.sum(dim=0).half(), values.sum(dim=0).half()
 
     def _saved(self, saved: ColumnGradients) -> dict[str, Any]:
-        gradient_b, gradient_h = self.gradient_strides(saved.maps)
+        gradient_b, gradient_h = gradient_strides(saved.maps, self.heads)
         return {
             "lse": saved.lse, "gradient": saved.maps, "output_gradient": saved.output, "grad_scale": saved.grad_scale,
             "output_scale": saved.output_scale, "gradient_b": gradient_b, "gradient_h": gradient_h,

@@ -51,11 +51,6 @@ class ColumnKernels(ABC):
         self.bias = None if call.bias is None else call.bias.expand(self.batch, self.heads, self.num_queries, self.num_keys)
         self.bias_strides = (0, 0, 0, 0) if self.bias is None else self.bias.stride()
 
-    def gradient_strides(self, gradient: torch.Tensor) -> tuple[int, int]:
-        """Strides of samples and heads of the maps' gradient [B, C, W, Q]: zero from head to head where heads were summed."""
-        batch_stride, head_stride, *_ = gradient.expand(-1, self.heads, -1, -1).stride()
-        return batch_stride, head_stride
-
     @abstractmethod
     def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Output [B, H, Q, E], maps, float32 [B, C, W, Q], and the queries' base-2 log-sum-exp, float32 [B, H, Q].

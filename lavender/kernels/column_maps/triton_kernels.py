@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..grids import head_parts, splits_for
+from ..grids import gradient_strides, head_parts, splits_for
 from ..numerics import power_of_two
 
 from ..tiles import (  # isort: skip
@@ -427,7 +427,7 @@ class _TritonColumns(ColumnKernels):
     def gradient_sizes(self, saved: ColumnGradients) -> tuple[float, ...]:
         """Strides and sizes of both gradients' kernels."""
         sizes = (self.heads, self.num_queries, self.num_keys, self.num_words, self.scale)
-        return *self.strides, *self.gradient_strides(saved.maps), *sizes
+        return *self.strides, *gradient_strides(saved.maps, self.heads), *sizes
 
     def gradient_constants(self, saved: ColumnGradients) -> dict[str, int]:
         """Constants of both gradients' kernels."""

@@ -67,7 +67,7 @@ def row_maps(
         may see nothing, give zeros.
 
     Raises:
-        ConfigError: shapes, dtypes or devices do not fit, something is empty, an index is out of range (this is looked at on
+        ConfigError: shapes, dtypes or devices do not fit, something is empty, an index is out of range (this is checked on
             the CPU alone), `causal` comes with `mask`, or `impl` is unknown or cannot run here.
     """
     require_tensors(query=query, key=key, rows=rows.rows, columns=columns, mask=mask, head_weights=head_weights, lse=lse)
@@ -84,45 +84,29 @@ def row_maps(
     if lse is not None and lse.shape != query.shape[:3]:
         raise ConfigError(f"lse is {tuple(lse.shape)}; expected [B, H, T], {tuple(query.shape[:3])}")
     with in_full_precision(query):
-        call = _make_call(query, key, rows, columns, mask, causal, scale, renormalize, head_weights, lse)
+        dtype, index = accumulator(query), rows.rows.clamp_min(0)
+        if causal and renormalize:  # the columns are about to change places: let the mask go with them
+            causal = False
+            mask = torch.arange(key.shape[2], device=key.device) <= torch.arange(query.shape[2], device=key.device)[:, None]
+        bias = _bias_of_rows(mask, index, dtype)
+        if renormalize:
+            key, bias, columns = _columns_alone(key, bias, columns, dtype)
+        call = RowCall(
+            query=query,
+            key=key,
+            rows=rows.rows,
+            words=rows.words,
+            # Padding speaks for no word, whatever weight it was given.
+            weights=rows.weights.detach().masked_fill((rows.rows < 0) | (rows.words < 0), 0),
+            columns=columns,
+            num_words=rows.num_words,
+            bias=bias,
+            causal=causal,
+            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            head_weights=None if head_weights is None else head_weights.to(dtype),
+            lse=None if lse is None else lse.detach().gather(2, index[:, None].expand(-1, query.shape[1], -1)).to(dtype),
+        )
         return _run(call, impl)
-
-
-def _make_call(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    rows: WordRows,
-    columns: torch.Tensor,
-    mask: torch.Tensor | None,
-    causal: bool,
-    scale: float | None,
-    renormalize: bool,
-    head_weights: torch.Tensor | None,
-    lse: torch.Tensor | None,
-) -> RowCall:
-    """What the implementations share is done: masks and `lse` are those of the word rows, keys those of the softmax."""
-    dtype, index = accumulator(query), rows.rows.clamp_min(0)
-    if causal and renormalize:  # the columns are about to change places: let the mask go with them
-        causal = False
-        mask = torch.arange(key.shape[2], device=key.device) <= torch.arange(query.shape[2], device=key.device)[:, None]
-    bias = _bias_of_rows(mask, index, dtype)
-    if renormalize:
-        key, bias, columns = _columns_alone(key, bias, columns, dtype)
-    return RowCall(
-        query=query,
-        key=key,
-        rows=rows.rows,
-        words=rows.words,
-        # Padding speaks for no word, whatever weight it was given.
-        weights=rows.weights.detach().masked_fill((rows.rows < 0) | (rows.words < 0), 0),
-        columns=columns,
-        num_words=rows.num_words,
-        bias=bias,
-        causal=causal,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        head_weights=None if head_weights is None else head_weights.to(dtype),
-        lse=None if lse is None else lse.detach().gather(2, index[:, None].expand(-1, query.shape[1], -1)).to(dtype),
-    )
 
 
 def _run(call: RowCall, impl: str) -> torch.Tensor:

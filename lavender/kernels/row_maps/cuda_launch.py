@@ -9,7 +9,7 @@ import torch
 
 from ..cuda import driver
 from ..cuda.driver import LAYOUTS, Argument, Grid, Launch, Program, vectors
-from ..grids import head_parts, splits_for
+from ..grids import gradient_strides, head_parts, splits_for
 from .op import RowGradients, RowKernels, row_maps_operation
 
 TILES = LAYOUTS["row_maps"]
@@ -84,7 +84,7 @@ class _CudaRows(RowKernels):
         return {"lse": saved.lse, "delta": saved.delta, **self._gradient(saved.full)}
 
     def _gradient(self, gradient: torch.Tensor) -> dict[str, Any]:
-        gradient_b, gradient_h = self.gradient_strides(gradient)
+        gradient_b, gradient_h = gradient_strides(gradient, self.heads)
         return {"gradient": gradient, "gradient_b": gradient_b, "gradient_h": gradient_h}
 
 

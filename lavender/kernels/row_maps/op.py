@@ -55,11 +55,6 @@ class RowKernels(ABC):
         self.bias = None if call.bias is None else call.bias.expand(self.batch, self.heads, self.num_rows, self.num_keys)
         self.bias_strides = (0, 0, 0, 0) if self.bias is None else self.bias.stride()
 
-    def gradient_strides(self, gradient: torch.Tensor) -> tuple[int, int]:
-        """Strides of samples and heads of a gradient [B, C, W, ..]: zero from head to head where heads were summed."""
-        batch_stride, head_stride, *_ = gradient.expand(-1, self.heads, -1, -1).stride()
-        return batch_stride, head_stride
-
     @abstractmethod
     def lse(self) -> torch.Tensor:
         """Base-2 log-sum-exp of the word rows, float32 [B, H, R]; +inf where a row sees nothing."""

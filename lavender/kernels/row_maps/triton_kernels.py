@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..grids import head_parts, splits_for
+from ..grids import gradient_strides, head_parts, splits_for
 from ..numerics import power_of_two
 
 from ..tiles import (  # isort: skip
@@ -414,7 +414,7 @@ class _TritonRows(RowKernels):
         partial = lse.new_empty(grid[0], *lse.shape)
         _delta_kernel[grid](
             self.query, self.key, self.rows, self.words, self.weights, self.columns, self.bias_or_other, lse, gradient, partial,
-            *self.strides, *self.gradient_strides(gradient), self.groups, self.num_rows, self.num_columns, self.scale,
+            *self.strides, *gradient_strides(gradient, self.heads), self.groups, self.num_rows, self.num_columns, self.scale,
             **self.constants, **options,
         )  # fmt: skip
         return partial.sum(dim=0)
@@ -451,7 +451,7 @@ class _TritonRows(RowKernels):
 
     def gradient_sizes(self, saved: RowGradients) -> tuple[float, ...]:
         """Strides and sizes of both gradients' kernels."""
-        return *self.strides, *self.gradient_strides(saved.full), self.groups, self.num_rows, self.num_keys, self.scale
+        return *self.strides, *gradient_strides(saved.full, self.heads), self.groups, self.num_rows, self.num_keys, self.scale
 
 
 row_maps_triton = row_maps_operation("triton", _TritonRows)
