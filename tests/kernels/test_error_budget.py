@@ -275,8 +275,10 @@ def test_results_are_the_same_bits_every_time(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("has_value", [False, True])
+@pytest.mark.parametrize(
+    ("weighted", "has_value"),
+    [(False, True), (True, False), pytest.param(False, False, marks=FULL), pytest.param(True, True, marks=FULL)],
+)
 def test_columns(impl, dtype, weighted, has_value, monkeypatch):
     poison_fresh_memory(monkeypatch)
     check_columns(impl, dtype, weighted=weighted, has_value=has_value)
@@ -297,11 +299,14 @@ def test_columns_under_a_mask(impl, per_query):
     check_columns(impl, torch.float32, weighted=per_query, mask=mask)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("weighted", [False, pytest.param(True, marks=FULL)])
+@pytest.mark.parametrize(
+    ("impl", "weighted"),
+    [pytest.param(i, weighted, marks=[FULL] * (weighted and i == "triton")) for i in IMPLS for weighted in (False, True)],
+)
 def test_columns_of_joint_attention(impl, weighted):
     """More keys than one pass takes, most of them of no word."""
-    check_columns(impl, torch.float32, keys=200, queries=40, width=16, has_value=False, weighted=weighted)
+    heads = 2 if impl == "triton" else 8  # the gradient of two head weights alone is as wrong as its roundings happen to be
+    check_columns(impl, torch.float32, heads=heads, keys=200, queries=40, width=16, has_value=False, weighted=weighted)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
