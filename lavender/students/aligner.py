@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..config import NORM_GROUPS, AlignmentConfig
-from ..kernels.map_loss.api import map_loss
-from ..kernels.row_maps.api import row_maps
+from ..kernels.map_loss import map_loss
+from ..kernels.row_maps import row_maps
 from ..types import WordRows
 
 NUM_CONVOLUTIONS = {"light": 2, "sim": 3, "deep": 5}

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import CaptureError, ModelError
 from ..kernels.checks import as_attended
-from ..kernels.row_maps.api import row_maps
+from ..kernels.row_maps import row_maps
 from ..types import WordRows
 
 REQUEST = "lavender_request"

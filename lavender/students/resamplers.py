@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import CaptureError, ModelError
 from ..kernels.checks import as_attended
-from ..kernels.row_maps.api import row_maps
+from ..kernels.row_maps import row_maps
 from ..types import WordRows
 from .discovery import is_attention
 from .registry import REQUEST, mask_of, require_supported

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import lavender
 from lavender.config import Activation, Aggregation, AlignerKind, AlignmentConfig, Norm
-from lavender.kernels.map_loss.api import map_loss
+from lavender.kernels.map_loss import map_loss
 from lavender.students.aligner import Aligner, Alignment, HiddenStates, flow, keeps_heads
 from lavender.types import WordRows
 
