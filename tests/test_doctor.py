@@ -21,7 +21,7 @@ from lavender.kernels.cuda import driver as cuda
 from lavender.kernels.cuda import nvrtc
 from lavender.students.families import STUDENTS
 
-from .students.test_contract import NAMES, built
+from .students.zoo import built, families, sampled
 from .teachers.zoo import PIPELINES
 
 
@@ -53,7 +53,7 @@ def test_a_teachers_folder(teacher_folder):
     assert report["words"] == "tokenizer"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sampled(families()))
 def test_every_family_is_healthy(name):
     student = built(name)
     report = found(student.model)

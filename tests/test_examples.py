@@ -33,11 +33,11 @@ from lavender.config import AlignmentConfig, TeacherConfig
 from lavender.data.samples import read_samples
 from lavender.miniworld import STUDENT, write_dataset
 from lavender.targets.store import Target, TargetStore, TargetWriter, image_sha256
+from lavender.testing.student import noise_image
 from lavender.types import WordMaps
 from lavender.words import words_of
 
 from .conftest import without_lavender
-from .students.probe import noise
 from .students.zoo import students
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -106,7 +106,7 @@ def _write_student(name: str, folder: Path) -> None:
 def _write_noise(folder: Path) -> None:
     lines = []
     for number, (height, width, question, answer) in enumerate(PICTURES):
-        noise(height, width, seed=number).save(folder / f"{number}.png")
+        noise_image(height, width, seed=number).save(folder / f"{number}.png")
         lines.append(json.dumps({"image": f"{number}.png", "question": question, "answer": answer}))
     (folder / "captions.jsonl").write_text("\n".join(lines))
 
@@ -125,7 +125,7 @@ def _write_targets(case: Case) -> None:
 def run(script: str, monkeypatch, *arguments: Any, pictures: bool = False) -> Any:
     """Runs a script as a command does, and returns the handle of the model that it trained."""
     handles = []
-    patch, watch = lavender.patch, lavender.watch
+    patch, callback = lavender.patch, lavender.LavenderCallback
 
     def noted(*given: Any, **settings: Any) -> Any:
         handles.append(patch(*given, **settings))
@@ -133,7 +133,7 @@ def run(script: str, monkeypatch, *arguments: Any, pictures: bool = False) -> An
 
     with monkeypatch.context() as patched:
         patched.setattr(lavender, "patch", noted)
-        patched.setattr(lavender, "watch", watch if pictures else partial(watch, picture_steps=0))
+        patched.setattr(lavender, "LavenderCallback", callback if pictures else partial(callback, picture_steps=0))
         patched.setattr(sys, "argv", [script, *map(str, arguments)])
         patched.syspath_prepend(EXAMPLES)
         torch.manual_seed(0)
@@ -236,7 +236,7 @@ def test_trainers_follow_the_gradient_of_the_whole_loss(library, name, loss_type
     else:
         wrapped = get_peft_model(model, config) if lora else model
         trainer = Trainer(wrapped, TrainingArguments(**settings), noted, samples, callbacks=[gradients])
-    lavender.watch(trainer, picture_steps=0)
+    trainer.add_callback(lavender.LavenderCallback(trainer, picture_steps=0))
     weights = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     trainer.train()
 
