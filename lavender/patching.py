@@ -43,22 +43,20 @@ def patch(
     Args:
         model: a transformers image-text-to-text model (maybe wrapped by PEFT), or a diffusers text-to-image pipeline.
         config: with a config, the model is prepared for training: it gains the aligner as `model.lavender`, and batches of a
-            `lavender.Collator` that has targets add the alignment loss to `outputs.loss`. Patch before `get_peft_model`, which
-            must be told to train and save the aligner: `modules_to_save=["lavender"]`. Without a config attention can be
+            `lavender.Collator` that has targets add the alignment loss to `outputs.loss`. Patch before `get_peft_model`, and
+            pass it `modules_to_save=["lavender"]`, so that it trains and saves the aligner. Without a config attention can be
             captured, and nothing is added.
-        processor: transformers models only: the model's processor, with which `look` shows it pictures.
+        processor: transformers models only: the model's processor, which `look` needs.
         layers: pipelines only: the attention modules to read, as fragments of their names; empty for all.
-        heads: pipelines only: whether heads are kept apart. It takes memory times their number.
-        steps: pipelines only: whether denoising steps are kept apart. It takes memory times their number.
-        words: pipelines only: words to look for beside those that stand apart in a prompt: parts of a Chinese or Thai run, which
-            has no spaces.
+        heads: pipelines only: whether maps are kept per head. Memory grows by the number of heads.
+        steps: pipelines only: whether maps are kept per denoising step. Memory grows by the number of steps.
+        words: pipelines only: words to map beside those between spaces: parts of a Chinese or Thai run, which has no spaces.
 
     Returns:
-        A handle. Of a pipeline, `maps` has the heat maps of the words of whatever was drawn last; of a language model, those of
-        the answer that it gave when it was asked to `look`. `capture(...)` reads raw maps, `unpatch()` undoes everything, `with`
-        does so at the end. Patching a patched model again returns the handle that it has, and a `with` around that leaves the
-        first patch in place; with other settings, the first patch is undone and the model patched anew, unless an
-        aligner would be lost.
+        A handle. A pipeline's `maps` has the heat maps of the words of the prompt that was drawn last; a language model's, those
+        of the latest answer of `look`. `capture(...)` reads raw maps, `unpatch()` undoes everything, and so does the end of a
+        `with`. Patching a patched model again returns the handle that it has, and a `with` around that leaves the first patch in
+        place; with other settings, the first patch is undone and the model patched anew, unless an aligner would be lost.
 
     Raises:
         ModelError: the model is of no kind, family or attention implementation that lavender can read, or trains with another

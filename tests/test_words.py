@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lavender.words import FUNCTION_WORDS, collate_rows, locate_tokens, match_words, offsets_of_ids, tokens_of, words_of
+from lavender.words import FUNCTION_WORDS, Caption, collate_rows, locate_tokens, match_words, offsets_of_ids, tokens_of, words_of
 
 from .vocabularies import KINDS, tokenizer_of
 
@@ -469,3 +469,11 @@ def test_collated_rows_average_each_word(samples):
 def test_function_words_name_nothing():
     assert {"a", "the", "of", "to"} <= FUNCTION_WORDS
     assert not {"red", "circle", "large", "left"} & FUNCTION_WORDS
+
+
+def test_a_caption_is_split_once_and_matched_as_its_text():
+    text = "A cat on the Moon"
+    caption = Caption.of(text)
+    assert (caption.text, caption.words) == (text, words_of(text))
+    assert match_words(caption, ["moon", "on"]) == match_words(text, ["moon", "on"])
+    assert match_words(Caption(text, caption.words[:1]), ["moon"]) == [[]]

@@ -240,3 +240,12 @@ def test_a_compiled_student_trains_the_same(student, training_batch):
             if parameter.grad is not None:
                 torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-4, atol=1e-6)
     torch._dynamo.reset()
+
+
+def test_the_old_name_of_a_familys_setting_warns_once(monkeypatch):
+    monkeypatch.setattr(lavender.errors, "_warned", set())
+    with pytest.warns(FutureWarning, match=r"Family\(num_images=...\)"):
+        family = Family(boxes=list, pictures=(1, 1))
+    assert family == Family(boxes=list, num_images=(1, 1))
+    with pytest.warns(FutureWarning, match="use lavender.ProcessedImages"):
+        assert lavender.Pictures is ProcessedImages

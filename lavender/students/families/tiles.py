@@ -20,8 +20,8 @@ def layout_function(image_processor: Any, name: str) -> Callable[..., Any]:
     for cls in type(image_processor).__mro__:
         function = getattr(sys.modules[cls.__module__], name, None)
         if function is not None:
-            found: Callable[..., Any] = function
-            return found
+            layout: Callable[..., Any] = function
+            return layout
     raise ConfigError(f"{type(image_processor).__name__} has no {name}, which lays out its tiles; pass the model's own processor")
 
 

@@ -15,10 +15,6 @@ import sys
 from pathlib import Path
 
 os.environ.update(DS_ACCELERATOR="cpu", ACCELERATE_TORCH_DEVICE="cpu")
-RESTARTED = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-if RESTARTED:
-    # The launcher's store on one machine still has the addresses of the processes that died: meet at another one.
-    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=str(int(os.environ["MASTER_PORT"]) + 1))
 
 import torch.distributed as dist
 from accelerate import DistributedType, PartialState
@@ -31,6 +27,8 @@ from lavender.data.samples import read_samples
 from lavender.students.discovery import base_model_of
 from lavender.targets.store import TargetStore
 from lavender.training import train
+
+RESTARTED = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 class Witness(TrainerCallback):
@@ -94,6 +92,9 @@ def go_without_gpus(engine):
 
 
 def main(settings):
+    if RESTARTED:
+        # The launcher's store on one machine still has the addresses of the processes that died: meet at another one.
+        os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=str(int(os.environ["MASTER_PORT"]) + 1))
     engine = settings["engine"]
     arguments = {"logging_steps": 1} | go_without_gpus(engine)
     fit = train._train
