@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from lavender.miniworld.report import environment
 from lavender.miniworld.scenes import DESCRIBE, make_scenes
 from lavender.teachers.model import Teacher
 from lavender.training.train import load_student
+from lavender.types import WordBatch
 
 Row = dict[str, object]
 BATCH = 16
@@ -95,12 +97,13 @@ def student_ways() -> dict[str, Callable[[], object]]:
     scenes = list(make_scenes(seed=5, count=BATCH))
     samples = [Sample(str(i), scene.image, DESCRIBE, scene.caption) for i, scene in enumerate(scenes)]
     batch = Collator(processor)(samples)
-    size = (*batch["lavender_present"].shape, 32, 32)
-    targets = torch.rand(size, generator=torch.Generator().manual_seed(0))
+    inputs, words = WordBatch.split(batch)
+    assert words is not None
+    targets = torch.rand((*words.present.shape, 32, 32), generator=torch.Generator().manual_seed(0))
+    keys = replace(words, targets=targets).to_batch()
 
     def step(student: torch.nn.Module, maps: bool) -> None:
-        kept = {key: value for key, value in batch.items() if maps or not key.startswith("lavender_")}
-        student(**kept, **({"lavender_targets": targets} if maps else {})).loss.backward()
+        student(**inputs, **(keys if maps else {})).loss.backward()
         student.zero_grad()
 
     ways: dict[str, Callable[[], object]] = {}

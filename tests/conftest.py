@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,6 +18,7 @@ if not torch.cuda.is_available():
 from lavender.batches.collator import Collator
 from lavender.data.samples import Sample
 from lavender.miniworld.scenes import DESCRIBE, Scene, make_scenes
+from lavender.types import WordBatch
 
 
 @pytest.fixture(scope="session")
@@ -85,8 +87,28 @@ def batch(processor, samples):
 @pytest.fixture
 def training_batch(batch):
     torch.manual_seed(1)
-    return {**batch, "lavender_targets": torch.rand(*batch["lavender_present"].shape, 32, 32)}
+    return with_targets(batch, 32)
+
+
+def words_of_batch(batch) -> WordBatch:
+    """What lavender's keys in a batch hold."""
+    words = WordBatch.split(batch)[1]
+    assert words is not None
+    return words
 
 
 def without_lavender(batch):
-    return {key: value for key, value in batch.items() if not key.startswith("lavender_")}
+    """A batch without lavender's keys."""
+    return WordBatch.split(batch)[0]
+
+
+def with_targets(batch, size):
+    """A batch with random targets of `size` by `size`."""
+    present = words_of_batch(batch).present
+    return changed(batch, targets=torch.rand(*present.shape, size, size))
+
+
+def changed(batch, **fields):
+    """A batch whose `WordBatch` has other values in some fields; None takes a key away."""
+    inputs, words = WordBatch.split(batch)
+    return {**inputs, **replace(words, **fields).to_batch()}

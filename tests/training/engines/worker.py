@@ -3,6 +3,7 @@
     accelerate launch --config_file examples/engines/zero3.yaml ... worker.py settings.json
 
 It fails unless the engine really does what its name says. `words.RANK.json` in a run's folder has the process's own matched words.
+A run with `kill_after` is killed after so many steps where the launcher has not started the processes again yet.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 os.environ.update(DS_ACCELERATOR="cpu", ACCELERATE_TORCH_DEVICE="cpu")
 
+import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -26,9 +28,11 @@ from lavender.students.discovery import base_model_of
 from lavender.targets.store import TargetStore
 from lavender.training import train
 
+RESTARTED = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
 
 class Witness(TrainerCallback):
-    """Sees that the engine is at work, counts words, and kills the process when it is told to."""
+    """Asserts that the engine is at work, counts words, and kills the process at the end of step `kill_after`."""
 
     def __init__(self, engine, trainer, out, kill_after):
         self.engine, self.trainer, self.out, self.kill_after = engine, trainer, out, kill_after
@@ -64,8 +68,8 @@ class Witness(TrainerCallback):
                 assert sum(p.to_local().numel() for p in aligner) < sum(p.numel() for p in aligner)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.words.append(int(self.patch.last.present.sum()))
-        if state.global_step == self.kill_after:
+        self.words.append(int(self.patch.last.batch.present.sum()))
+        if state.global_step == self.kill_after and not RESTARTED:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -88,6 +92,9 @@ def go_without_gpus(engine):
 
 
 def main(settings):
+    if RESTARTED:
+        # The launcher's store on one machine still has the addresses of the processes that died: meet at another one.
+        os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=str(int(os.environ["MASTER_PORT"]) + 1))
     engine = settings["engine"]
     arguments = {"logging_steps": 1} | go_without_gpus(engine)
     fit = train._train
@@ -112,3 +119,6 @@ def main(settings):
 
 if __name__ == "__main__":
     main(json.loads(Path(sys.argv[1]).read_text()))
+    if dist.is_initialized():
+        # Its threads would run into the end of the interpreter.
+        dist.destroy_process_group()
