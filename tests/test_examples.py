@@ -45,6 +45,12 @@ from .students.zoo import students
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = ("trainer", "trl_sft", "plain_loop")
 TINY = ("mllama", "qwen2_5_vl", "llava")
+FAST = {("trl_sft", "small_world"), ("trainer", "mllama"), *(("plain_loop", name) for name in ("small_world", *TINY))}
+CASES = [
+    (script, name) if (script, name) in FAST else pytest.param(script, name, marks=pytest.mark.full)
+    for script in SCRIPTS
+    for name in ("small_world", *TINY)
+]
 PICTURES = [(60, 90, "what is this ?", "a red cat in the house"), (96, 48, "what is in the picture ?", "dog"),
             (64, 64, "what is in the picture ?", "a blue hat and a tree ."), (48, 80, "what is this ?", "green dog")]  # fmt: skip
 
@@ -144,8 +150,7 @@ def run(script: str, monkeypatch, *arguments: Any, pictures: bool = False) -> An
     return handle
 
 
-@pytest.mark.parametrize("name", ["small_world", *TINY])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("script", "name"), CASES)
 def test_a_script_aligns_and_saves_what_loads_without_lavender(script, name, case_of, tmp_path, monkeypatch):
     case = case_of(name)
     rate = 1e-3 if script == "plain_loop" else 1e-2

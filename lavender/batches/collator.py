@@ -105,13 +105,18 @@ class Collator:
         model_config: Any = None,
         max_length: int | None = None,
     ) -> None:
-        """`processor` is the student's; `targets` are needed for training only; `words` says which words are aligned.
+        """
+        Args:
+            processor: the student's.
+            targets: the teacher's maps, for training.
+            words: which words are aligned.
+            model_config: the student's `model.config`; families whose processor does not know the patch size (mllama) need it.
+            max_length: samples of more tokens, those of pictures included, are cut at their end; None cuts nothing.
 
-        `model_config` is the student's `model.config`; families whose processor does not know the patch size (mllama) need it.
-        Samples of more than `max_length` tokens, pictures included, are cut at their end; None cuts nothing.
-
-        Raises `ConfigError` when the processor has no chat template or no fast tokenizer, or is another model's than
-        `model_config`, and when `max_length` is below 1; `ModelError` when nobody knows where this family's image tokens lie.
+        Raises:
+            ConfigError: the processor has no chat template or no fast tokenizer, or is another model's than `model_config`; or
+                `max_length` is below 1.
+            ModelError: the family, and so the places of its image tokens, is unknown.
         """
         if not getattr(processor, "chat_template", None):
             raise ConfigError("the processor has no chat template; set processor.chat_template to the model's")

@@ -1,7 +1,7 @@
-"""Reading word rows from a transformers model: the patch that asks its attention to listen.
+"""The patch of a transformers model: it reads word rows from its attention.
 
 A hook before each decoder layer adds a request to the layer's keyword arguments; it travels to the attention function, where
-`registry` answers it. So outputs are bit-identical, vision towers are untouched, and nothing is remembered between forwards.
+`registry` answers it. So outputs are bit-identical, vision towers are untouched, and no state is kept between forwards.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class StudentPatch(Handle):
         trains: whether the model was prepared for training.
         num_layers: L, the number of captured layers.
         crosses: whether the text reads the picture by cross-attention.
-        family: what places the model's image tokens; None where nobody knows, and maps have no grid.
+        family: what places the model's image tokens; None where the family is unknown, and maps have no grid.
         decoder: the text tower.
         progress: how far the training is, 0 to 1, for a lambda that falls; `lavender.LavenderCallback` sets it.
         last: what the latest forward with targets compared; None before the first.
@@ -202,17 +202,16 @@ class StudentPatch(Handle):
         words: tuple[str, ...] = (),
         **options: Any,
     ) -> Maps:
-        """Lets the model answer a question about a picture, and reads where each word of the answer looked.
+        """Lets the model answer a question about a picture, and maps the attention of each word of the answer.
 
-        The model generates undisturbed; then one forward over prompt and answer is captured, without gradient.
+        The model generates as without lavender; then one forward over prompt and answer is captured, without gradient.
 
         Args:
             image: a path, encoded bytes or a PIL image; read upright, as the Collator reads it.
             question: what the user asks, put into the processor's chat template; "Describe the picture." by default.
             answer: a text to read in place of the model's own answer.
             prompt: the whole prompt as the processor takes it, placeholder included, in place of `question` and template.
-            words: words to look for beside those that stand apart in the answer: parts of a Chinese or Thai run, which has no
-                spaces.
+            words: words to map beside those between spaces: parts of a Chinese or Thai run, which has no spaces.
             options: arguments of `model.generate`, such as `max_new_tokens`.
 
         Returns:
@@ -220,7 +219,7 @@ class StudentPatch(Handle):
 
         Raises:
             ConfigError: the patch has no processor, or the processor no chat template and there is no `prompt`.
-            ModelError: nobody knows where this model's image tokens lie.
+            ModelError: the model's family, and so the places of its image tokens, is unknown.
             CaptureError: the answer has no words.
         """
         if not self.is_patched:

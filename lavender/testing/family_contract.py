@@ -40,8 +40,8 @@ def check_capture(student: Student) -> None:
         with patch(model) as handle:
             assert torch.equal(_logits(model, inputs), plain), "patching changes the model's outputs"
             assert torch.equal(_logits(model, {**inputs, **words.to_batch()}), plain), "capturing changes the model's outputs"
-            maps = handle.capture(**inputs, **replace(words, boxes=None).to_batch())
-            placed = handle.capture(**inputs, **words.to_batch())
+            maps = handle.capture(**{**inputs, **replace(words, boxes=None).to_batch()})
+            placed = handle.capture(**{**inputs, **words.to_batch()})
         assert torch.equal(_logits(model, inputs), plain), "a patch that was undone changes the model's outputs"
     expected = eager_maps(model, inputs, words)
     assert maps.shape == expected.shape, f"maps have the shape {tuple(maps.shape)}; expected {tuple(expected.shape)}"
