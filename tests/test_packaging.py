@@ -80,7 +80,7 @@ def test_an_sdist_gives_the_same_wheel(checkout, wheel, sdist, tmp_path):
 def test_installed_kernels_are_the_packages_own(checkout, wheel, tmp_path):
     target = tmp_path / "installed"
     run(["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)], tmp_path)
-    code = "from lavender.kernels import cuda; print(cuda.sources()); print(cuda.source('row_maps.cuh'), end='')"
+    code = "from lavender.kernels.cuda import driver as cuda; print(cuda.sources()); print(cuda.source('row_maps.cuh'), end='')"
     folder, _, text = run(["-c", code], tmp_path, PYTHONPATH=str(target)).partition("\n")
     assert Path(folder) == target / "lavender" / "csrc"
     assert text == (checkout / "csrc" / "row_maps.cuh").read_text()
