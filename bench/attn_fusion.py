@@ -267,8 +267,10 @@ def main() -> int:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     if arguments.dry_run:
-        if not torch.cuda.is_available():
-            os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels then run on the CPU
+        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+            # Kernels then run on the CPU. Triton reads this when it is imported, which torch has done by now.
+            os.environ["TRITON_INTERPRET"] = "1"
+            os.execv(sys.executable, [sys.executable, *sys.argv])
         return 1 if dry_run(arguments.shape, arguments.provider) else 0
     device = torch.device(arguments.device)
     dtype = getattr(torch, arguments.dtype or default_dtype(device))
