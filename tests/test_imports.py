@@ -19,7 +19,7 @@ RANKS = [
     {"data", "maps"},
     {"students", "teachers", "targets"},
     {"batches", "extraction", "evaluation", "patching", "doctor"},
-    {"training"},
+    {"training", "testing"},
     {"miniworld"},
     {"cli"},
 ]
