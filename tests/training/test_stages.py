@@ -15,18 +15,12 @@ from lavender.config import AlignmentConfig, TrainingConfig, WordsConfig, overri
 from lavender.data.samples import read_samples
 from lavender.errors import ConfigError, DataError, ModelError, TargetError
 from lavender.miniworld import write_dataset
-from lavender.training.callback import LavenderCallback
 from lavender.training.train import fine_tune, load_student
 
 from .test_train import write_targets
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 TRAINING = TrainingConfig(steps=2, batch_size=4, learning_rate=1e-3, save_steps=2, warmup_steps=0, lora_dropout=0.0)
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Drawing maps takes longer than a step of this student."""
-    monkeypatch.setattr(LavenderCallback, "_draw", lambda *_: None)
 
 
 @pytest.fixture
