@@ -13,7 +13,7 @@ import lavender
 from lavender.students.discovery import attention_modules, text_tower
 from lavender.testing.family_contract import CHECKS, check_capture, check_cross_attention, check_family, check_peft, check_undo
 
-from ..students.zoo import MODULES, NUM_SAMPLED, _by_rule, built, families, sample_of, sampled
+from ..students.zoo import MODULES, NUM_SAMPLED, builders_by_rule, built, families, sample_of, sampled
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -80,5 +80,5 @@ def test_a_commits_sample_has_every_grid_rule_and_another_commit_has_another():
     assert len({*samples}) == 3
     for sample in samples:
         assert len(sample) == NUM_SAMPLED
-        assert all(sample & builders.keys() for builders in _by_rule().values())
-    assert len(_by_rule()) == len(MODULES)
+        assert all(sample & builders.keys() for builders in builders_by_rule().values())
+    assert len(builders_by_rule()) == len(MODULES)

@@ -18,6 +18,7 @@ from lavender.training.train import fine_tune, load_student
 
 from .test_train import write_targets
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 TRAINING = TrainingConfig(steps=2, batch_size=4, learning_rate=1e-3, save_steps=2, warmup_steps=0, lora_dropout=0.0)
 
 

@@ -26,6 +26,7 @@ from lavender.words import words_of
 
 from ..conftest import without_lavender
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 TRAINING = TrainingConfig(steps=4, batch_size=4, learning_rate=1e-3, save_steps=2)
 
 

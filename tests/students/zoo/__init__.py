@@ -63,7 +63,7 @@ NUM_SAMPLED = 12
 
 def students() -> dict[str, Callable[[], Student]]:
     """Every tiny model's builder by name: the model type, or `type/variant`."""
-    return {name: builder for builders in _by_rule().values() for name, builder in builders.items()}
+    return {name: builder for builders in builders_by_rule().values() for name, builder in builders.items()}
 
 
 @cache
@@ -93,13 +93,13 @@ def sample_of(commit: str) -> frozenset[str]:
     def order(name: str) -> bytes:
         return hashlib.sha256(f"{commit} {name}".encode()).digest()
 
-    chosen = {min(builders, key=order) for builders in _by_rule().values()}
+    chosen = {min(builders, key=order) for builders in builders_by_rule().values()}
     rest = sorted(students().keys() - chosen, key=order)
     return frozenset(chosen | {*rest[: NUM_SAMPLED - len(chosen)]})
 
 
 @cache
-def _by_rule() -> dict[str, dict[str, Callable[[], Student]]]:
+def builders_by_rule() -> dict[str, dict[str, Callable[[], Student]]]:
     return {module: import_module(f"{__name__}.{module}").STUDENTS for module in MODULES}
 
 

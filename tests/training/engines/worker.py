@@ -28,6 +28,7 @@ from lavender.data.samples import read_samples
 from lavender.students.discovery import base_model_of
 from lavender.targets.store import TargetStore
 from lavender.training import train
+from lavender.training.callback import LavenderCallback
 
 
 class Witness(TrainerCallback):
@@ -107,6 +108,9 @@ def fine_tune(run, settings, arguments, kill_after=None):
     def witnessed(trainer, checkpoint):
         out = Path(trainer.args.output_dir).parent
         trainer.add_callback(Witness(settings["engine"], trainer, out, kill_after))
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, LavenderCallback):
+                callback.picture_steps = 0  # drawing takes longer than a step of this student
         fit(trainer, checkpoint)
 
     train._train = witnessed
