@@ -4,17 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint bench study clean
+.PHONY: help demo test test-all test-rest lint bench study clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 demo: $(STAMP)  ## Run the main job on the small world; writes runs/demo/report.html
 	$(BIN)/lavender demo --out runs/demo
 
-test: $(STAMP)  ## Run every test, on two cores
-	$(BIN)/python -m pytest --numprocesses 2
+test: $(STAMP)  ## Test what must hold for a change, on two cores (under 10 minutes)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m "not full"
+
+test-all: test test-rest  ## Run every test, on two cores (under 25 minutes), and note that they passed
+
+test-rest: $(STAMP)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m full
+	$(BIN)/python -m tests.content --record
 
 lint: $(STAMP)  ## Check format, style and types
 	$(BIN)/ruff format --check .

@@ -25,10 +25,9 @@ from lavender.config import TeacherConfig
 from lavender.images import Picture
 from lavender.miniworld import TEACHER
 from lavender.miniworld.report import environment
-from lavender.miniworld.teacher import make_scheduler, make_text_encoder, train_tokenizer
 from lavender.teachers import model as teaching
 from lavender.teachers.bound_denoiser import BoundDenoiser
-from lavender.teachers.model import Teacher
+from lavender.teachers.model import Teacher, load_pipeline
 from lavender.words import Caption
 
 CAPTION = "A large red circle above a small green square to the left of a blue star."
@@ -36,15 +35,17 @@ CAPTION = "A large red circle above a small green square to the left of a blue s
 
 
 def sd15(width: int, device: str) -> StableDiffusionPipeline:
-    """Stable Diffusion 1.5's layers with random weights, `width` channels at the finest level (320 in the real one)."""
+    """Stable Diffusion 1.5's layers with random weights, `width` channels at the finest level (320 in the real one).
+
+    Text encoder and scheduler are the small world's.
+    """
     torch.manual_seed(0)
-    tokenizer = train_tokenizer([CAPTION] * 8)
-    text_encoder = make_text_encoder(tokenizer)
+    embedded = load_pipeline(TEACHER)
     unet = UNet2DConditionModel(
         sample_size=64,
         block_out_channels=(width, 2 * width, 4 * width, 4 * width),
         attention_head_dim=8,
-        cross_attention_dim=text_encoder.config.hidden_size,
+        cross_attention_dim=embedded.text_encoder.config.hidden_size,
     )
     vae = AutoencoderKL(
         block_out_channels=(32, 64, 64, 64) if device == "cpu" else (128, 256, 512, 512),
@@ -54,16 +55,7 @@ def sd15(width: int, device: str) -> StableDiffusionPipeline:
         latent_channels=4,
         sample_size=512,
     )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    return StableDiffusionPipeline(**embedded.components | {"vae": vae, "unet": unet}, requires_safety_checker=False)
 
 
 class _WithoutMaps(BoundDenoiser):

@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,11 +25,12 @@ import lavender
 from lavender.batches.collator import Collator
 from lavender.config import AlignmentConfig, TeacherConfig
 from lavender.data.samples import Sample
-from lavender.miniworld.experiment import STUDENT, TEACHER
+from lavender.miniworld import STUDENT, TEACHER
 from lavender.miniworld.report import environment
 from lavender.miniworld.scenes import DESCRIBE, make_scenes
 from lavender.teachers.model import Teacher
 from lavender.training.train import load_student
+from lavender.types import WordBatch
 
 Row = dict[str, object]
 BATCH = 16
@@ -49,19 +51,19 @@ def compare(job: str, ways: dict[str, Callable[[], object]], repeats: int) -> li
         {
             "job": job,
             "way": name,
-            "median_ms": round(statistics.median(found), 2),
-            "x_plain": round(statistics.median(a / b for a, b in zip(found, plain, strict=True)), 3),
+            "median_ms": round(statistics.median(milliseconds), 2),
+            "x_plain": round(statistics.median(a / b for a, b in zip(milliseconds, plain, strict=True)), 3),
             "share_of_capture": round(share_of_capture(ways[name]), 4),
         }
-        for name, found in times.items()
+        for name, milliseconds in times.items()
     ]
 
 
 def share_of_capture(way: Callable[[], object]) -> float:
     """The part of the processor's time spent inside lavender's operations, forward and backward."""
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         way()
-    averages = found.key_averages()
+    averages = profiler.key_averages()
     total = sum(event.self_cpu_time_total for event in averages)
     return sum(event.cpu_time_total for event in averages if event.key.startswith("lavender::")) / total
 
@@ -95,12 +97,13 @@ def student_ways() -> dict[str, Callable[[], object]]:
     scenes = list(make_scenes(seed=5, count=BATCH))
     samples = [Sample(str(i), scene.image, DESCRIBE, scene.caption) for i, scene in enumerate(scenes)]
     batch = Collator(processor)(samples)
-    size = (*batch["lavender_present"].shape, 32, 32)
-    targets = torch.rand(size, generator=torch.Generator().manual_seed(0))
+    inputs, words = WordBatch.split(batch)
+    assert words is not None
+    targets = torch.rand((*words.present.shape, 32, 32), generator=torch.Generator().manual_seed(0))
+    keys = replace(words, targets=targets).to_batch()
 
     def step(student: torch.nn.Module, maps: bool) -> None:
-        kept = {key: value for key, value in batch.items() if maps or not key.startswith("lavender_")}
-        student(**kept, **({"lavender_targets": targets} if maps else {})).loss.backward()
+        student(**inputs, **(keys if maps else {})).loss.backward()
         student.zero_grad()
 
     ways: dict[str, Callable[[], object]] = {}

@@ -15,9 +15,9 @@ from miniworld_study import mean_and_interval
 from peft import PeftModel
 
 import lavender
-from lavender.evaluation.localization import evaluate_answers, evaluate_attention
 from lavender.miniworld import STUDENT
 from lavender.miniworld.experiment import held_out_scenes
+from lavender.miniworld.measures import evaluate_answers, evaluate_attention
 from lavender.miniworld.report import environment
 from lavender.training.train import load_student
 
@@ -44,12 +44,12 @@ def main() -> None:
     seeds = sorted(study.glob("seed*"))
     runs = {arm: [measure(seed / arm / "adapter") for seed in seeds] for arm in ARMS}
     summary: dict[str, Any] = {}
-    for arm, found in runs.items():
+    for arm, figures in runs.items():
         summary[arm] = {}
-        for name in found[0]:
-            summary[arm][name] = mean_and_interval([run[name] for run in found])
+        for name in figures[0]:
+            summary[arm][name] = mean_and_interval([run[name] for run in figures])
             if arm != "none":
-                differences = [run[name] - plain[name] for run, plain in zip(found, runs["none"], strict=True)]
+                differences = [run[name] - plain[name] for run, plain in zip(figures, runs["none"], strict=True)]
                 summary[arm][name]["minus_none"] = mean_and_interval(differences)
     record = {"environment": environment(), "scenes": NUM_SCENES, "scene_seed": FRESH_SEED, "summary": summary, "runs": runs}
     out.write_text(json.dumps(record, indent=1) + "\n")

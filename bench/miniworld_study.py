@@ -81,7 +81,7 @@ def run_arm(folder: Path, arm: str, config: ExperimentConfig, measured_seed: int
     teacher = None
     if measured_seed is None:
         store = TargetStore(folder.parent / "held_out" / "targets")
-        teacher = target_maps(store, store)
+        teacher = target_maps(store)
     result = {"arm": arm, "seed": config.seed, **measure(handle, processor, held_out, config.alignment.rows, teacher)}
     handle.unpatch()
     partial = result_path.with_suffix(".partial")
@@ -108,12 +108,12 @@ def prepare_held_out(folder: Path, config: ExperimentConfig) -> None:
 def run_seed(folder: Path, config: ExperimentConfig) -> dict[str, dict[str, Any]]:
     """Every arm of one seed, and the teacher arm with every other candidate for lambda."""
     prepare(folder, config)
-    found = {arm: run_arm(folder, arm, config, None) for arm in ARMS}
+    results = {arm: run_arm(folder, arm, config, None) for arm in ARMS}
     for weight in LAMBDAS:
         if weight != config.alignment.weight:
             other = replace(config, alignment=replace(config.alignment, weight=weight))
-            found[f"teacher-{weight:g}"] = run_arm(folder, f"teacher-{weight:g}", other, None)
-    return found
+            results[f"teacher-{weight:g}"] = run_arm(folder, f"teacher-{weight:g}", other, None)
+    return results
 
 
 def choose_lambda(out: Path, config: ExperimentConfig, pool: ProcessPoolExecutor) -> tuple[float, list[dict[str, float]]]:

@@ -17,11 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 from lavender.kernels.column_maps import api as column_module
-from lavender.kernels.column_maps.api import column_attention
+from lavender.kernels.column_maps import column_attention
 from lavender.kernels.dispatch import cuda_reasons, triton_reasons
-from lavender.kernels.map_loss.api import LONGEST_SIDE, map_loss
+from lavender.kernels.map_loss import map_loss
+from lavender.kernels.map_loss.api import LONGEST_SIDE
 from lavender.kernels.row_maps import api as row_module
-from lavender.kernels.row_maps.api import row_maps
+from lavender.kernels.row_maps import row_maps
 from lavender.types import WordRows
 from lavender.words import collate_rows
 

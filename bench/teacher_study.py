@@ -1,8 +1,8 @@
 """How a teacher should be asked: inversions, timesteps, layers and heads compared on the small world, with what each costs.
 
-Every way reads the same held-out scenes, whose masks are exact. Written are the four measures of `lavender.evaluation` with the
-word-agnostic control, 95 % intervals by resampling scenes, forwards and seconds a picture (one thread), and a plot. Controls: a
-U-Net of random weights, and chance.
+Every way reads the same held-out scenes, whose masks are exact. The results are the four measures of `lavender.evaluation` with
+the word-agnostic control, 95 % intervals by resampling scenes, forwards and seconds per picture (one thread), and a plot.
+Controls: a U-Net of random weights, and chance.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
 from lavender.config import TeacherConfig, to_dict
-from lavender.evaluation.localization import MEASURED_KINDS, compare, measured_words, teacher_maps
+from lavender.evaluation.localization import compare
 from lavender.miniworld import TEACHER
 from lavender.miniworld.experiment import held_out_scenes
+from lavender.miniworld.measures import scene_words, teacher_maps
 from lavender.miniworld.report import environment
-from lavender.miniworld.teacher import make_unet
 from lavender.teachers.model import Teacher, load_pipeline
 
 SCENE_SEED = 6060
@@ -73,32 +74,27 @@ def measure(teacher: Teacher, scenes: list[Any]) -> dict[str, Any]:
     maps = teacher_maps(teacher, scenes)
     seconds = time.perf_counter() - started
     handle.remove()
-    per_scene = [
-        measured_words(
-            scene.masks, [(own.get((r.start, r.end)), r.object_index) for r in scene.referents if r.kind in MEASURED_KINDS]
-        )
-        for scene, own in zip(scenes, maps, strict=True)
-    ]
-    found: dict[str, Any] = compare(per_scene)
-    found["intervals"] = _intervals(per_scene)
-    return found | {"forwards": round(forwards / len(scenes), 1), "seconds": round(seconds / len(scenes), 4)}
+    per_scene = [scene_words(scene, maps_of_scene) for scene, maps_of_scene in zip(scenes, maps, strict=True)]
+    figures: dict[str, Any] = compare(per_scene)
+    figures["intervals"] = _intervals(per_scene)
+    return figures | {"forwards": round(forwards / len(scenes), 1), "seconds": round(seconds / len(scenes), 4)}
 
 
 def _intervals(per_scene: list[Any]) -> dict[str, list[float]]:
     """95 % intervals of pointing and own object, by resampling scenes."""
     scores = {"pointing": [], "own_object": []}  # type: dict[str, list[tuple[float, int]]]
     for words in per_scene:
-        own = compare([words])["maps"] if words else None
+        figures = compare([words])["maps"] if words else None
         for name, values in scores.items():
-            known = own is not None and not np.isnan(own[name])
-            values.append((own[name] * own["words"], own["words"]) if known else (0.0, 0))  # type: ignore[index]
+            measured = figures is not None and not np.isnan(figures[name])
+            values.append((figures[name] * figures["words"], figures["words"]) if measured else (0.0, 0))  # type: ignore[index]
     chosen = np.random.default_rng(0).integers(len(per_scene), size=(RESAMPLES, len(per_scene)))
-    found = {}
+    intervals = {}
     for name, values in scores.items():
         hits, counts = np.array(values).T
         shares = hits[chosen].sum(axis=1) / counts[chosen].sum(axis=1)
-        found[name] = [round(float(edge), 4) for edge in np.percentile(shares, [2.5, 97.5])]
-    return found
+        intervals[name] = [round(float(edge), 4) for edge in np.percentile(shares, [2.5, 97.5])]
+    return intervals
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
@@ -110,15 +106,17 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(11, 0.26 * sum(heights) + 1), layout="constrained")
     axes = figure.subplots(len(groups), 2, gridspec_kw={"height_ratios": heights}, sharex=True, squeeze=False)
     for row, group in zip(axes, groups, strict=True):
-        own = [r for r in results if r["group"] == group] + [r for r in results if r["group"] == "control"]
-        places = np.arange(len(own))
+        shown = [r for r in results if r["group"] == group] + [r for r in results if r["group"] == "control"]
+        places = np.arange(len(shown))
         for ax, name in zip(row, ("pointing", "own_object"), strict=True):
-            values = np.array([r["maps"][name] for r in own])
-            edges = np.array([r["intervals"][name] for r in own])
+            values = np.array([r["maps"][name] for r in shown])
+            edges = np.array([r["intervals"][name] for r in shown])
             ax.errorbar(values, places, xerr=abs(edges.T - values), fmt="o", color="#b33", label="word maps", capsize=2)
-            ax.plot([r["control"][name] for r in own], places, "x", color="#888", label="word-agnostic control")
-            ax.axvline(own[0]["chance"][name], color="#bbb", linestyle=":", label="chance")
-            ax.set_yticks(places, [f"{r['name']}  ({r['forwards']:g} fwd, {1000 * r['seconds']:.0f} ms)" for r in own], fontsize=7)
+            ax.plot([r["control"][name] for r in shown], places, "x", color="#888", label="word-agnostic control")
+            ax.axvline(shown[0]["chance"][name], color="#bbb", linestyle=":", label="chance")
+            ax.set_yticks(
+                places, [f"{r['name']}  ({r['forwards']:g} fwd, {1000 * r['seconds']:.0f} ms)" for r in shown], fontsize=7
+            )
             ax.invert_yaxis()
             ax.set_xlim(0, 1.02)
             ax.grid(axis="x", alpha=0.3)
@@ -141,8 +139,8 @@ def main() -> None:
     first.close()
     results: list[dict[str, Any]] = []
 
-    def run(group: str, name: str, own: Any, config: TeacherConfig) -> None:
-        teacher = Teacher(own, config)
+    def run(group: str, name: str, model: Any, config: TeacherConfig) -> None:
+        teacher = Teacher(model, config)
         results.append({"group": group, "name": name, "config": to_dict(config), **measure(teacher, scenes)})
         teacher.close()
 
@@ -150,7 +148,7 @@ def main() -> None:
         run(group, name, pipe, config)
     untrained = copy.copy(pipe)
     torch.manual_seed(0)
-    untrained.unet = make_unet()
+    untrained.unet = UNet2DConditionModel.from_config(pipe.unet.config).to(memory_format=torch.channels_last)
     run("control", "untrained U-Net, noise 51, 151, 301", untrained, TeacherConfig(inversion="noise"))
     record = {"environment": environment(), "scenes": args.scenes, "scene_seed": SCENE_SEED, "results": results}
     args.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")

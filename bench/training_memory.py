@@ -23,6 +23,7 @@ import lavender
 from lavender.config import AlignmentConfig
 from lavender.miniworld.report import environment
 from lavender.students.boxes import square_boxes, tiled_boxes
+from lavender.types import WordBatch
 
 TEXT, TILES, SIDE, WORDS, VOCABULARY = 1024, 4, 40, 16, 8192
 KEYS = TILES * (1 + SIDE * SIDE)
@@ -54,8 +55,8 @@ def student() -> MllamaForConditionalGeneration:
     return model.train()
 
 
-def batch_for(model: MllamaForConditionalGeneration) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """One sample's inputs, its picture already encoded, and lavender's keys."""
+def batch_for(model: MllamaForConditionalGeneration) -> tuple[dict[str, torch.Tensor], WordBatch]:
+    """One sample's inputs, its picture already encoded, and its words."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, VOCABULARY, (1, TEXT), generator=generator)
     inputs = {
@@ -66,34 +67,34 @@ def batch_for(model: MllamaForConditionalGeneration) -> tuple[dict[str, torch.Te
     }
     boxes = torch.full((TILES, 1 + SIDE * SIDE, 4), torch.nan)
     boxes[:, 1:] = tiled_boxes(2, 2, square_boxes(SIDE, SIDE)).view(TILES, -1, 4)
-    keys = {
-        "lavender_tokens": torch.arange(TEXT - WORDS, TEXT)[None],
-        "lavender_token_words": torch.arange(WORDS)[None],
-        "lavender_token_weights": torch.ones(1, WORDS),
-        "lavender_columns": torch.arange(KEYS)[None],
-        "lavender_boxes": boxes.flatten(0, 1)[None],
-        "lavender_present": torch.ones(1, WORDS, dtype=torch.bool),
-        "lavender_targets": torch.rand(1, WORDS, 32, 32, generator=generator),
-    }
-    return inputs, keys
+    words = WordBatch(
+        tokens=torch.arange(TEXT - WORDS, TEXT)[None],
+        token_words=torch.arange(WORDS)[None],
+        token_weights=torch.ones(1, WORDS),
+        image_positions=torch.arange(KEYS)[None],
+        present=torch.ones(1, WORDS, dtype=torch.bool),
+        boxes=boxes.flatten(0, 1)[None],
+        targets=torch.rand(1, WORDS, 32, 32, generator=generator),
+    )
+    return inputs, words
 
 
 def ways() -> dict[str, Callable[[], object]]:
     """A forward and backward pass, plain and with maps by one or the other way."""
     model = student()
-    inputs, keys = batch_for(model)
+    inputs, words = batch_for(model)
 
     def step(**given: torch.Tensor) -> None:
         model(**inputs, **given).loss.backward()
 
     def aligned(aligner: str) -> None:
         with lavender.patch(model, AlignmentConfig(aligner=aligner)):
-            step(**keys)
+            step(**words.to_batch())
 
     def eager() -> None:
         model.set_attn_implementation("eager")
         output = model(**inputs, output_attentions=True)
-        maps = output.attentions[3][:, :, keys["lavender_tokens"][0] - 1]
+        maps = output.attentions[3][:, :, words.tokens[0] - 1]
         (output.loss + maps.square().sum()).backward()
         model.set_attn_implementation("sdpa")
 

@@ -1,4 +1,4 @@
-// `column_maps`: words own key columns, their maps run over queries. The contract and the formulas: lavender/kernels/column_maps.py.
+// `column_maps`: words own key columns, their maps run over queries. The contract and the formulas: lavender/kernels/column_maps/api.py.
 //
 // Every output has one writer and every sum a fixed order. One tile holds the keys of a text encoder's window; then each score is
 // computed once, and heads are summed in registers. With more keys a query's log-sum-exp comes first, and scores a second time.
@@ -15,8 +15,8 @@ struct ColumnMaps {
   const float* gradient;          // of the maps [B, C, W, Q]
   const half_t* output_gradient;  // [B, H, Q, WIDTH]
   const float* delta;             // [B, H, Q]
-  const float* peak;              // what the maps' gradient was divided by, one number
-  const float* output_peak;       // what the output's gradient was divided by, one number
+  const float* grad_scale;        // what the maps' gradient was divided by, one number
+  const float* output_scale;      // what the output's gradient was divided by, one number
   half_t* output;                 // [B, H, Q, WIDTH]
   float* maps;                    // [B, parts, W, Q], zeros before
   float* lse;                     // [B, H, Q] in base 2, +inf where nothing is seen
@@ -119,12 +119,12 @@ DEVICE void masked_scores(float (&scores)[PER_LANE], const ColumnMaps& call, Mem
 
 // Whether any word has a share of the keys of a tile; the same answer in every thread.
 DEVICE bool words_have(const float* word_weights, const ColumnMaps& call, int start) {
-  bool found = false;
+  bool any = false;
   for (int e = threadIdx.x; e < call.num_words * KEYS; e += THREADS) {
     const int n = start + e % KEYS;
-    if (n < call.num_keys && word_weights[index_t(e / KEYS) * call.num_keys + n] != 0) found = true;
+    if (n < call.num_keys && word_weights[index_t(e / KEYS) * call.num_keys + n] != 0) any = true;
   }
-  return __syncthreads_or(found);
+  return __syncthreads_or(any);
 }
 
 // maps[w, i] += what the words' shares make of this lane's probabilities, for one tile of keys; by the whole block.
@@ -168,7 +168,7 @@ KERNEL(THREADS) column_maps(const ColumnMaps call) {
       masked_scores(scores, call, memory, query, tile * KEYS);
       sum.add(scores);
     }
-    const float found = sum.value(), lse = found == -infinity() ? infinity() : found;
+    const float value = sum.value(), lse = value == -infinity() ? infinity() : value;
     if (query.exists && threadIdx.x % LANES == 0) call.lse[query.place] = lse;
     Sums<ROWS, PADDED> outputs;
     for (int tile = 0; tile < tiles; ++tile) {
@@ -233,7 +233,7 @@ DEVICE void gradients_of_probabilities(
     load_values(call, memory.keys, b, h, start);
     score_tile(memory.scores, memory.pulls, memory.keys);
   }
-  const float output_weight = call.value ? *call.output_peak / *call.peak : 0;
+  const float output_weight = call.value ? *call.output_scale / *call.grad_scale : 0;
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j) wanted[j] = by_words[j] * head_weight + (call.value ? lanes_scores(memory)[j * LANES] * output_weight : 0);
 }
@@ -276,7 +276,7 @@ KERNEL(THREADS) column_query_gradient(const ColumnMaps call) {
   sums.for_each(reinterpret_cast<float*>(memory.rows), [&](int i, int d, float value) {
     if (block * ROWS + i >= call.num_queries || d >= WIDTH) return;
     const index_t place = (index_t(b) * call.num_heads + h) * call.num_queries + block * ROWS + i;
-    call.query_gradient[place * WIDTH + d] = to_half(value * call.scale * *call.peak);
+    call.query_gradient[place * WIDTH + d] = to_half(value * call.scale * *call.grad_scale);
   });
 }
 
@@ -309,10 +309,10 @@ KERNEL(THREADS) column_key_gradient(const ColumnMaps call) {
   }
   const index_t first = ((index_t(split) * (gridDim.z / call.num_heads) + b) * call.num_heads + h) * call.num_keys + start;
   keys.for_each(reinterpret_cast<float*>(memory.rows), [&](int i, int d, float value) {
-    if (start + i < call.num_keys && d < WIDTH) call.key_partial[(first + i) * WIDTH + d] = value * call.scale * *call.peak;
+    if (start + i < call.num_keys && d < WIDTH) call.key_partial[(first + i) * WIDTH + d] = value * call.scale * *call.grad_scale;
   });
   if (!call.value) return;
   values.for_each(reinterpret_cast<float*>(memory.rows), [&](int i, int d, float value) {
-    if (start + i < call.num_keys && d < WIDTH) call.value_partial[(first + i) * WIDTH + d] = value * *call.output_peak;
+    if (start + i < call.num_keys && d < WIDTH) call.value_partial[(first + i) * WIDTH + d] = value * *call.output_scale;
   });
 }

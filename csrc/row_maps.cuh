@@ -1,4 +1,4 @@
-// `row_maps`: words own query rows, their maps run over keys. The contract and the formulas: lavender/kernels/row_maps.py.
+// `row_maps`: words own query rows, their maps run over keys. The contract and the formulas: lavender/kernels/row_maps/api.py.
 //
 // Every output has one writer and every sum a fixed order. Indices outside their ranges, which a GPU's callers are not asked about,
 // read and write nothing of others. Where a kernel walks along the keys, the entries (one row of one word
@@ -19,7 +19,7 @@ struct RowMaps {
   const float* lse;           // [B, H, R] in base 2, +inf where nothing is seen
   const float* delta;         // [B, H, R]
   const float* gradient;      // of the maps [B, C, W, M]; the gradients of query and key: over every key, [B, C, W, N]
-  const float* peak;          // what gradients were divided by, one number
+  const float* grad_scale;    // what gradients were divided by, one number
   float* partial;             // [splits, B, H, R], of the query's gradient [.., WIDTH]
   float* maps;                // [B, parts, W, M], zeros before
   half_t* out;                // the finished gradient, contiguous
@@ -233,7 +233,7 @@ KERNEL(THREADS) row_delta(const RowMaps call) {
   if (entry.exists && lane == 0) call.partial[blockIdx.x * size + entry.place] = delta * entry.weight;
 }
 
-// dS of the loaded tiles, whose keys begin at `start`, as float16 in the scores' place; the softmax scale and the peak left out.
+// dS of the loaded tiles, whose keys begin at `start`, as float16 in the scores' place; the softmax scale and `grad_scale` left out.
 DEVICE void put_scores_gradient(const RowMaps& call, Memory& memory, const Entry& entry, int b, int start) {
   score_tile(memory.scores, memory.rows, memory.keys);
   const float lse = entry.exists ? call.lse[entry.place] : infinity();
@@ -288,7 +288,7 @@ KERNEL(THREADS) row_sum(const RowMaps call) {
     for (int split = 0; split < call.num_splits; ++split)
       total += call.partial[(split * size + index_t(blockIdx.y) * call.num_rows + other) * WIDTH + d];
   }
-  call.out[((index_t(b) * call.num_heads + h) * call.num_queries + row) * WIDTH + d] = to_half(total * call.scale * *call.peak);
+  call.out[((index_t(b) * call.num_heads + h) * call.num_queries + row) * WIDTH + d] = to_half(total * call.scale * *call.grad_scale);
 }
 
 // out[b, g, n, :]: scale dS^T q over the entries of the group's heads.
@@ -309,6 +309,6 @@ KERNEL(THREADS) row_key_gradient(const RowMaps call) {
   sums.for_each(memory.scores, [&](int i, int d, float value) {
     if (start + i >= call.num_keys || d >= WIDTH) return;
     const index_t place = (index_t(b) * call.num_groups + g) * call.num_keys + start + i;
-    call.out[place * WIDTH + d] = to_half(value * call.scale * *call.peak);
+    call.out[place * WIDTH + d] = to_half(value * call.scale * *call.grad_scale);
   });
 }

@@ -117,21 +117,21 @@ DEVICE void put_halves(float* scores, const float (&values)[PER_LANE]) {
 
 // One row's log-sum-exp in base 2 as its scores come by, each lane for its own elements.
 struct LogSumExp {
-  float peak = -infinity(), total = 0;
+  float row_max = -infinity(), total = 0;
 
   DEVICE void add(const float (&scores)[PER_LANE]) {
-    float risen = peak;
-    for (int j = 0; j < PER_LANE; ++j) risen = fmaxf(risen, scores[j]);
-    const float base = risen == -infinity() ? 0 : risen;
-    total *= exp2f(peak - base);
+    float higher = row_max;
+    for (int j = 0; j < PER_LANE; ++j) higher = fmaxf(higher, scores[j]);
+    const float base = higher == -infinity() ? 0 : higher;
+    total *= exp2f(row_max - base);
     for (int j = 0; j < PER_LANE; ++j) total += exp2f(scores[j] - base);
-    peak = risen;
+    row_max = higher;
   }
 
   // Of all lanes together; -inf where no score was finite, NaN where one was no number.
   DEVICE float value() const {
-    const float highest = max_over_row(peak);
-    const float sum = sum_over_row(highest == -infinity() ? total : total * exp2f(peak - highest));
+    const float highest = max_over_row(row_max);
+    const float sum = sum_over_row(highest == -infinity() ? total : total * exp2f(row_max - highest));
     return sum == 0 ? -infinity() : highest + log2f(sum);
   }
 };

@@ -52,7 +52,8 @@ def main():
         remove_unused_columns=False,  # the collator reads the samples' own fields
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=read_samples(args.data), data_collator=collator)
-    lavender.watch(trainer)  # a third line, if you like: loss parts, matched words and pictures of the maps in the Trainer's log
+    # A third line, if you like: loss parts, matched words and pictures of the maps in the Trainer's log.
+    trainer.add_callback(lavender.LavenderCallback(trainer))
     trainer.train()
     patch.unpatch()  # the aligner has served: what is saved is an adapter as PEFT knows it
     trainer.save_model()

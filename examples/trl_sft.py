@@ -65,7 +65,8 @@ def main():
         processing_class=processor,
         peft_config=LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"], modules_to_save=["lavender"]),
     )
-    lavender.watch(trainer)  # a third line, if you like: loss parts, matched words and pictures of the maps in the Trainer's log
+    # A third line, if you like: loss parts, matched words and pictures of the maps in the Trainer's log.
+    trainer.add_callback(lavender.LavenderCallback(trainer))
     trainer.train()
     patch.unpatch()  # the aligner has served: what is saved is an adapter as PEFT knows it
     trainer.save_model()

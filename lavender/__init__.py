@@ -19,9 +19,10 @@ _HOME = {
     "Conversation": "data.samples",
     "Family": "students.families",
     "HeatMap": "maps",
+    "LavenderCallback": "training.callback",
     "Maps": "maps",
     "Message": "data.samples",
-    "Pictures": "students.families",
+    "ProcessedImages": "students.families",
     "TargetStore": "targets.store",
     "Word": "types",
     "WordsConfig": "config",
@@ -31,11 +32,11 @@ _HOME = {
     "patch": "patching",
     "register_family": "students.families",
     "fine_tune": "training.train",
-    "watch": "training.callback",
+    "watch": "training.callback",  # deprecated
     "words_of": "words",
 }
 
-_RENAMED: dict[str, str] = {}
+_RENAMED = {"Pictures": "ProcessedImages"}
 """Deprecated public names, and the names that replaced them."""
 
 __all__ = [
@@ -45,10 +46,11 @@ __all__ = [
     "ExtractionConfig",
     "Family",
     "HeatMap",
+    "LavenderCallback",
     "LavenderError",
     "Maps",
     "Message",
-    "Pictures",
+    "ProcessedImages",
     "TargetStore",
     "TeacherConfig",
     "TrainingConfig",
@@ -61,7 +63,6 @@ __all__ = [
     "open_pairs",
     "patch",
     "register_family",
-    "watch",
     "words_of",
 ]
 
@@ -74,9 +75,9 @@ if TYPE_CHECKING:
     from .extraction.extract import extract
     from .maps import HeatMap, Maps
     from .patching import patch
-    from .students.families import Family, Pictures, register_family
+    from .students.families import Family, ProcessedImages, register_family
     from .targets.store import TargetStore
-    from .training.callback import watch
+    from .training.callback import LavenderCallback
     from .training.train import fine_tune
     from .types import Word, WordMaps
     from .words import words_of

@@ -1,6 +1,7 @@
-"""`lavender doctor`: what lavender finds in a model or on a machine, what it can do with it, and what is missing.
+"""`lavender doctor`: what lavender finds in a model or on a machine, what it can do with it, and what
+is missing.
 
-The machine is looked at even where torch is not installed: what imports it is imported where it is needed.
+The machine is examined even if torch is not installed: functions import what needs torch.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
 from .errors import LavenderError, ModelError
 
 if TYPE_CHECKING:
@@ -32,25 +33,26 @@ _OPTIONAL = {
     "datasets": ("train", "training, and data sets of the hub"),
     "deepspeed": ("deepspeed", "training under DeepSpeed"),
 }
-"""The extra that brings each package, and what it is for."""
+"""The extra that installs each package, and what needs it."""
 _WIDTH = 64
-"""Of the heads that a machine's kernels are told for."""
+"""The head width for which a machine's kernels are reported."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of a diagnosis: a topic, what was found, and, where something is missing, what to do about it."""
+    """One line of a diagnosis: a topic, the result, and what to do if something is missing."""
 
     topic: str
-    found: str
+    result: str
     remedy: str = ""
 
 
 def examine(model: str | Path | Any) -> list[Finding]:
-    """Looks at a model's structure; weights are not loaded.
+    """Reports what lavender finds in a model's structure. Loads no weights.
 
     Args:
-        model: a folder or hub id of a transformers image-text-to-text model or a diffusers pipeline; or a loaded one.
+        model: a transformers image-text-to-text model or a diffusers pipeline: a folder, a hub id, or
+            a loaded one.
 
     Raises:
         ModelError: there is no such model, or it is of neither kind.
@@ -74,12 +76,13 @@ def examine(model: str | Path | Any) -> list[Finding]:
 
 
 def examine_machine() -> list[Finding]:
-    """Says what of lavender runs on this machine, and by which kernels. What is missing has a remedy only if lavender needs it."""
+    """Reports what of lavender runs on this machine, and by which kernels. A missing part has a remedy
+    only if lavender needs it."""
     return list(_examine_machine())
 
 
 def _pipeline_index(model: str) -> dict[str, Any] | None:
-    """A pipeline's model_index.json, from a folder or the hub; None if there is none."""
+    """A pipeline's model_index.json from a folder or the hub, or None."""
     if Path(model).is_dir():
         file = Path(model) / "model_index.json"
         return json.loads(file.read_text()) if file.is_file() else None
@@ -87,10 +90,10 @@ def _pipeline_index(model: str) -> dict[str, Any] | None:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        found = hf_hub_download(model, "model_index.json")
+        path = hf_hub_download(model, "model_index.json")
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
-        return None  # no such file, or no such model: then transformers says what it finds
-    index: dict[str, Any] = json.loads(Path(found).read_text())
+        return None  # no such file, or no such model: transformers reports the latter
+    index: dict[str, Any] = json.loads(Path(path).read_text())
     return index
 
 
@@ -111,13 +114,13 @@ def _empty_student(model: str) -> nn.Module:
 
 
 def _processor(model: str) -> Any:
-    """The model's processor, or the error that kept it from loading."""
+    """The model's processor, or the error that loading it raised."""
     from transformers import AutoProcessor
 
     try:
-        found = AutoProcessor.from_pretrained(model)
-        # transformers falls back to the tokenizer alone where a part of the processor cannot be loaded.
-        return found if hasattr(found, "tokenizer") else ImportError(f"only a {type(found).__name__} could be loaded")
+        processor = AutoProcessor.from_pretrained(model)
+        # transformers falls back to the tokenizer alone if a part of the processor cannot be loaded.
+        return processor if hasattr(processor, "tokenizer") else ImportError(f"only a {type(processor).__name__} could be loaded")
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         return error
 
@@ -139,14 +142,14 @@ def _examine_student(model: Any, processor: Any) -> Iterator[Finding]:
     except ModelError as error:
         yield Finding("attention", str(error), "lavender cannot capture this model; its attention must go through the registry")
         return
-    yield Finding("text tower", f"{type(decoder).__name__}{_path(model, decoder)}")
+    yield Finding("text tower", f"{type(decoder).__name__}{_name_path(model, decoder)}")
     names = {module: name for name, module in decoder.named_modules()}
     kinds = Counter(type(module).__name__ for module in modules)
-    crossing = any(is_cross(names[module], module) for module in modules)
+    has_cross = any(is_cross(names[module], module) for module in modules)
     yield Finding(
         "attention layers",
         f"{len(modules)} ({', '.join(f'{n} x {kind}' for kind, n in kinds.items())}), "
-        + ("cross-attention to the picture" if crossing else "the picture's tokens stand in the text"),
+        + ("cross-attention to the picture" if has_cross else "the picture's tokens stand in the text"),
     )
     name = decoder.config._attn_implementation
     try:
@@ -166,23 +169,20 @@ def _grid(model: Any, model_type: str | None, processor: Any) -> Finding:
     from .students.families import STUDENTS, Family, known_family
     from .students.image_tokens import model_type_of
 
-    served = model_type
     if processor is not None and not isinstance(processor, Exception):
-        try:
-            served = model_type_of(processor, model.config)
-        except LavenderError:
-            served = model_type
-    family = known_family(served or "")
+        with suppress(LavenderError):
+            model_type = model_type_of(processor, model.config)
+    family = known_family(model_type or "")
     if family is None:
         return Finding(
             "grid rule",
-            f"unknown for model type {served!r}: attention is captured per image token, without places",
+            f"unknown for model type {model_type!r}: attention is captured per image token, without places",
             "write a Family with boxes, one per image token, and lavender.register_family it: see docs/add-a-family.md",
         )
-    entry = STUDENTS[str(served)]
+    entry = STUDENTS[str(model_type)]
     rule = "registered by you" if isinstance(entry, Family) else entry.split(":")[0]
-    more = ", carried through its resampler" if family.resamplers is not None else ""
-    return Finding("grid rule", f"{rule}{more} (model type {served!r})")
+    resampled = ", carried through its resampler" if family.resamplers is not None else ""
+    return Finding("grid rule", f"{rule}{resampled} (model type {model_type!r})")
 
 
 def _examine_processor(model: Any, processor: Any) -> Iterator[Finding]:
@@ -262,7 +262,7 @@ def _examine_teacher(pipe: Any, denoiser: Any) -> Iterator[Finding]:
 
 
 def _kernels(operation: str, width: int | None, dtype: torch.dtype) -> Finding:
-    """Which implementation the operation would run by on this machine, and why not by the faster ones."""
+    """The implementation of an operation that runs on this machine, and why no faster one does."""
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -273,14 +273,14 @@ def _kernels(operation: str, width: int | None, dtype: torch.dtype) -> Finding:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """What the choice of an implementation looks at in a tensor; nothing is allocated on the device."""
+    """The part of a tensor that decides the implementation; nothing is allocated on the device."""
 
     dtype: torch.dtype
     device: torch.device
 
 
 def _choice(operation: str, width: int, dtype: torch.dtype, device: torch.device) -> tuple[str, list[str]]:
-    """The implementation that `impl="auto"` takes for heads of this width, and why not the faster ones."""
+    """The implementation that `impl="auto"` takes for heads of this width, and why no faster one."""
     from .kernels.column_maps import api as column_maps
     from .kernels.dispatch import cuda_reasons, triton_reasons
     from .kernels.row_maps import api as row_maps
@@ -301,23 +301,22 @@ def _choice(operation: str, width: int, dtype: torch.dtype, device: torch.device
 
 
 def _examine_machine() -> Iterator[Finding]:
-    yield Finding("lavender", f"{__version__} in {Path(__file__).parent}")
+    yield Finding("lavender", f"{_version('lavender-attention') or 'not installed'} in {Path(__file__).parent}")
     yield Finding("python", f"{platform.python_version()} ({sys.executable}) on {platform.system()} {platform.machine()}")
     try:
         import torch
 
-        number = str(torch.__version__)
-    except Exception as error:  # a half-removed or broken torch fails in many ways, which are to be told
+        version = str(torch.__version__)
+    except Exception as error:  # a half-removed or broken torch fails in many ways: report each
         if isinstance(error, ModuleNotFoundError) and error.name == "torch":
             yield Finding("torch", "not installed: nothing of lavender runs without it", "pip install torch")
         else:
             yield Finding("torch", f"does not load ({_first_line(error)})", "pip install --force-reinstall torch")
     else:
-        yield Finding("torch", f"{number}, built for {_platform_of_torch()}")
+        yield Finding("torch", f"{version}, built for {_platform_of_torch()}")
         yield from _examine_device()
     for name in _NEEDED:
-        version = _version(name)
-        yield Finding(name, version or "not installed", "" if version else f"pip install {name}")
+        yield Finding(name, _version(name) or "not installed", "" if _version(name) else f"pip install {name}")
     for name, (extra, use) in _OPTIONAL.items():
         yield Finding(name, _version(name) or f"not installed; for {use}: pip install 'lavender-attention[{extra}]'")
 
@@ -346,13 +345,13 @@ def _examine_device() -> Iterator[Finding]:
             major, minor = torch.cuda.get_device_capability(index)
             memory = torch.cuda.get_device_properties(index).total_memory / 2**30
             name = torch.cuda.get_device_name(index)
-            found = f"{name}, compute capability {major}.{minor}, {memory:.1f} GiB"
+            card = f"{name}, compute capability {major}.{minor}, {memory:.1f} GiB"
             if _torch_knows(major, minor):
-                yield Finding(f"cuda:{index}", found)
+                yield Finding(f"cuda:{index}", card)
             else:
-                found += f"; this torch has no kernels for it, but for {', '.join(torch.cuda.get_arch_list())}"
+                card += f"; this torch has no kernels for it, but for {', '.join(torch.cuda.get_arch_list())}"
                 remedy = "PyTorch's index for CUDA 12.6 (cu126), torch<2.15" if major == 7 else "another index of PyTorch's"
-                yield Finding(f"cuda:{index}", found, f"install a torch that knows the card: {remedy}")
+                yield Finding(f"cuda:{index}", card, f"install a torch that knows the card: {remedy}")
     else:
         yield Finding("CUDA device", "none: the kernels run by 'torch', on the CPU, without triton, NVRTC or a driver")
     half: Any = _Tensor(torch.float16, device)
@@ -370,13 +369,14 @@ def _examine_device() -> Iterator[Finding]:
             for dtype in (torch.float16, torch.bfloat16, torch.float32):
                 chosen, reasons = _choice(operation, _WIDTH, dtype, device)
                 refused = compiles and dtype == torch.float16 and chosen == "torch"
-                found = "; ".join([f"by {chosen!r}", *(reasons if device.type == "cuda" else ())])
+                result = "; ".join([f"by {chosen!r}", *(reasons if device.type == "cuda" else ())])
                 remedy = "the card could run its own kernels: mend what refuses them" if refused else ""
-                yield Finding(f"{operation} {str(dtype).removeprefix('torch.')}", found, remedy)
+                yield Finding(f"{operation} {str(dtype).removeprefix('torch.')}", result, remedy)
 
 
 def _torch_knows(major: int, minor: int) -> bool:
-    """Whether torch's own kernels run on a card: they were built for its capability, an older one of the same major, or as PTX."""
+    """Whether torch's own kernels run on a card: torch was built for its capability, for an older one of
+    the same major version, or with PTX."""
     import torch
 
     known = [(kind, int(number.rstrip("af"))) for kind, _, number in (arch.partition("_") for arch in torch.cuda.get_arch_list())]
@@ -387,14 +387,14 @@ def _torch_knows(major: int, minor: int) -> bool:
 
 
 def _examine_cuda(architecture: int | None, needed: bool) -> Iterator[Finding]:
-    """What the CUDA C++ kernels are compiled and loaded with; with remedies if they are `needed`."""
+    """What the CUDA C++ kernels are compiled and loaded with. Missing parts have remedies if `needed`."""
     from .kernels.cuda import driver as cuda
     from .kernels.cuda import nvrtc
 
     try:
-        found = nvrtc.find_nvrtc(architecture)
-        known = ", ".join(f"{known // 10}.{known % 10}" for known in found.architectures)
-        yield Finding("NVRTC", f"{found.version[0]}.{found.version[1]} ({found.path}), for compute capability {known}")
+        library = nvrtc.find_nvrtc(architecture)
+        capabilities = ", ".join(f"{number // 10}.{number % 10}" for number in library.architectures)
+        yield Finding("NVRTC", f"{library.version[0]}.{library.version[1]} ({library.path}), for compute capability {capabilities}")
     except nvrtc.CompileError as error:
         yield Finding("NVRTC", str(error), "pip install --upgrade nvidia-cuda-nvrtc-cu12" if needed else "")
     version = ctypes.c_int()
@@ -416,7 +416,7 @@ def _examine_cuda(architecture: int | None, needed: bool) -> Iterator[Finding]:
 
 
 def _can_be_written(folder: Path) -> bool:
-    """Whether files can be put into a folder, which may have to be made first: it is tried."""
+    """Tries to write a file into a folder, which it makes if there is none."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -432,7 +432,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _path(model: nn.Module, part: nn.Module) -> str:
+def _name_path(model: nn.Module, part: nn.Module) -> str:
     name = next((name for name, module in model.named_modules() if module is part), "")
     return f" at {name}" if name else ""
 

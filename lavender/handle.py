@@ -1,4 +1,4 @@
-"""What every patch is to its user: a handle that undoes itself at the end of a `with`."""
+"""The handle that `lavender.patch` returns: it undoes the patch at the end of a `with`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ AnyHandle = TypeVar("AnyHandle", bound="Handle")
 
 
 class Handle(ABC):
-    """A patched model's handle. A patch that is asked for again is lent: the borrower's `with` leaves it in place."""
+    """A patched model's handle. Where a model is patched again, its handle is lent: the borrower's `with` leaves it in place."""
 
     _lent = False
     _entered: tuple[bool, ...] = ()

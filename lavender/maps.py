@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .errors import CaptureError, DataError, ModelError
 from .images import ImageSource, load_image
-from .kernels.map_loss.api import resample
+from .kernels.map_loss import resample
 from .types import Word, WordMaps
 from .words import match_words, words_of
 

@@ -1,18 +1,22 @@
 """Value types, and the shape legend of the package.
 
-Legend: B samples, L layers, H query heads, G key-value heads, T query rows, N keys, D head width, R word rows, M columns (the
-keys that show the picture), W words, C channels, Q queries of an image-side attention, y x height and width of a map.
+Legend: B samples, L layers, H query heads, G key-value heads, T query rows, N keys, D head width, R word rows, M image tokens
+(the keys that show the picture), W words, C channels, Q queries of an image-side attention, y x height and width of a map.
 A suffix like `maps_BWyx` on a tensor's name spells its axes. Maps are dimensionless; places in a picture are fractions of its
 height and width, y pointing down.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from .errors import CaptureError
 
 Span = tuple[int, int]
 """Characters `[start, end)` of a text."""
@@ -23,7 +27,7 @@ Box = tuple[float, float, float, float]
 WHOLE_PICTURE: Box = (0.0, 0.0, 1.0, 1.0)
 
 OUTCOMES = ("matched", "no target", "no word matched", "cut off")
-"""What becomes of a training sample, by the numbers in a batch's `lavender_outcomes`."""
+"""What becomes of a training sample, by the numbers in `WordBatch.outcomes`."""
 
 
 @dataclass(frozen=True)
@@ -80,3 +84,73 @@ class WordRows:
         matrix = self.weights.new_zeros(self.rows.shape[0], self.num_words, self.rows.shape[1], dtype=dtype)
         valid = ((self.rows >= 0) & (self.words >= 0)).to(dtype)
         return matrix.scatter_(1, self.words.clamp_min(0)[:, None], (self.weights.to(dtype) * valid)[:, None])
+
+
+@dataclass(frozen=True, eq=False)
+class WordBatch:
+    """The words and image tokens of a batch: what a collator adds to the model's inputs, and what a patched model reads.
+
+    In the batch, a mapping, each field has the key that `KEYS` names; a field that is None has none.
+
+    Attributes:
+        tokens: int64 [B, R], positions of the words' tokens in the text; -1 is padding.
+        token_words: int64 [B, R], the word in [0, W) that each token belongs to; -1 is padding.
+        token_weights: float32 [B, R], each token's share of its word; 0 in the padding.
+        image_positions: int64 [B, M], positions of the image tokens (keys of the cross-attention, if the model has one); -1 is
+            padding.
+        present: bool [B, W], the words that are compared.
+        boxes: float32 [B, M, 4], the image tokens' places in fractions of the picture, NaN where there is none; through a
+            resampler [B, K, 4], those of its K patches. Maps have no grid without them.
+        outcomes: int64 [B], what became of each sample, as an index into `OUTCOMES`.
+        targets: float32 [B, W, y, x], the teacher's maps. The loss is computed only with them.
+    """
+
+    tokens: torch.Tensor
+    token_words: torch.Tensor
+    token_weights: torch.Tensor
+    image_positions: torch.Tensor
+    present: torch.Tensor
+    boxes: torch.Tensor | None = None
+    outcomes: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
+
+    KEYS: ClassVar[dict[str, str]] = {
+        "tokens": "lavender_tokens",
+        "token_words": "lavender_token_words",
+        "token_weights": "lavender_token_weights",
+        "image_positions": "lavender_columns",
+        "present": "lavender_present",
+        "boxes": "lavender_boxes",
+        "outcomes": "lavender_outcomes",
+        "targets": "lavender_targets",
+    }
+    """Field -> its key in a batch."""
+
+    @classmethod
+    def split(cls, batch: Mapping[str, Any]) -> tuple[dict[str, Any], WordBatch | None]:
+        """A batch without lavender's keys, and what these hold; None if it has none of them.
+
+        MiniCPM-V takes its inputs in one mapping: the keys may be in there. Raises `CaptureError` where some keys are missing.
+        """
+        fields = {key: field for field, key in cls.KEYS.items()}
+        inputs: dict[str, Any] = {}
+        values: dict[str, Any] = {}
+        for name, value in batch.items():
+            if name in fields:
+                values[fields[name]] = value
+            elif isinstance(value, Mapping) and not fields.keys().isdisjoint(value):
+                values |= {fields[key]: inner for key, inner in value.items() if key in fields}
+                inputs[name] = {key: inner for key, inner in value.items() if key not in fields}
+            else:
+                inputs[name] = value
+        if not values:
+            return inputs, None
+        optional = () if values.get("targets") is not None else ("boxes",)
+        missing = [key for field, key in cls.KEYS.items() if field not in (*values, *optional, "outcomes", "targets")]
+        if missing:
+            raise CaptureError(f"the batch lacks {', '.join(missing)}; make it with lavender.Collator")
+        return inputs, cls(**values)
+
+    def to_batch(self) -> dict[str, Any]:
+        """The fields that are not None, by their keys."""
+        return {key: getattr(self, field) for field, key in self.KEYS.items() if getattr(self, field) is not None}

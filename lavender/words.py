@@ -48,6 +48,7 @@ class Caption:
 
     @classmethod
     def of(cls, text: str) -> Caption:
+        """A text with the words of `words_of`."""
         return cls(text, words_of(text))
 
 
@@ -67,18 +68,18 @@ def tokens_of(span: Span, offsets: Sequence[Span], text: str) -> list[int]:
         text: the text that both index.
     """
     start, end = span
-    found = []
-    for index, (left, right) in enumerate(_parted(offsets, text)):
+    tokens = []
+    for index, (left, right) in enumerate(_split_bytes(offsets, text)):
         while left < right and text[left].isspace():
             left += 1
         while left < right and text[right - 1].isspace():
             right -= 1
         if max(left, start) < min(right, end):
-            found.append(index)
-    return found
+            tokens.append(index)
+    return tokens
 
 
-def _parted(offsets: Sequence[Span], text: str) -> list[Span]:
+def _split_bytes(offsets: Sequence[Span], text: str) -> list[Span]:
     """Offsets where each byte has its own character: a Unigram gives all bytes of a run of unknown characters the whole run."""
     parted = list(offsets)
     first = 0
@@ -127,7 +128,7 @@ def offsets_of_ids(decode: Callable[[Sequence[int]], str], ids: Sequence[int]) -
     return text, offsets
 
 
-def align(tokens: Sequence[int], ids: Sequence[int]) -> list[int]:
+def locate_tokens(tokens: Sequence[int], ids: Sequence[int]) -> list[int]:
     """Where the tokens of a text stand in the sequence that a processor made of it: -1 for tokens that are not there.
 
     A processor expands a picture's placeholder to many tokens, with separators around them, and pads; the rest of the text keeps
@@ -141,7 +142,7 @@ def align(tokens: Sequence[int], ids: Sequence[int]) -> list[int]:
     """
     front = _shared(tokens, ids)
     back = _shared(tokens[front:][::-1], ids[front:][::-1])
-    inner = _align(tokens[front : len(tokens) - back], ids[front : len(ids) - back])
+    inner = _search(tokens[front : len(tokens) - back], ids[front : len(ids) - back])
     return [*range(front), *(-1 if place < 0 else front + place for place in inner), *range(len(ids) - back, len(ids))]
 
 
@@ -151,23 +152,23 @@ def _shared(tokens: Sequence[int], ids: Sequence[int]) -> int:
     return count if len(set(tokens[:count])) > 1 else 0
 
 
-def _align(tokens: Sequence[int], ids: Sequence[int]) -> list[int]:
-    """`align` without a short way, in time and memory (8 bytes) by `len(tokens) * len(ids)`."""
+def _search(tokens: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """`locate_tokens` without a short way, in time and memory (8 bytes) by `len(tokens) * len(ids)`."""
     gain, never = 2 * len(tokens) + 2, np.iinfo(np.int32).min // 2
-    given = np.asarray(ids, dtype=np.int64)
+    sequence = np.asarray(ids, dtype=np.int64)
     # The best scores: `gain` per token found, -2 per gap, -1 for one before or behind all tokens, as padding makes. `found[j]` is
     # where the latest token is the last of `ids[:j]`, `lost[j]` where it is missing and the others lie in `ids[:j]`.
-    found, lost = np.full((2, len(given) + 1), never, dtype=np.int32)
+    found, lost = np.full((2, len(sequence) + 1), never, dtype=np.int32)
     found[0] = 0
     steps = []
     for i, token in enumerate(tokens):
         reached = np.maximum.accumulate(found)
         before = np.maximum(np.maximum(found, reached - (2 if i else 1)), lost)[:-1]
         lost = np.maximum(lost, reached)
-        found = np.concatenate([[never], np.where(given == token, before + gain, never)], dtype=np.int32)
+        found = np.concatenate([[never], np.where(sequence == token, before + gain, never)], dtype=np.int32)
         steps.append((found, lost))
     places = [-1] * len(tokens)
-    limit, gap = len(given), 1
+    limit, gap = len(sequence), 1
     for i in reversed(range(len(tokens))):
         found, lost = steps[i]
         scores = found[: limit + 1] - np.int32(gap)
@@ -180,33 +181,34 @@ def _align(tokens: Sequence[int], ids: Sequence[int]) -> list[int]:
     return places
 
 
-def match_words(text: str, words: Iterable[str]) -> list[list[Word]]:
-    """Where each of the given words stands in a text, whatever its case: one list of occurrences per word, maybe empty.
+def match_words(text: str | Caption, words: Iterable[str]) -> list[list[Word]]:
+    """Where each of some words stands in a text, whatever its case: one list of occurrences per word, maybe empty.
 
     Only whole words count ("on" is not in "moon"), but in a script without spaces (see `words_of`) a part of a run counts too.
     Composed and decomposed letters are the same. What is not one word by `words_of` is nowhere.
     """
-    known = [(word, _folded(word.text)) for word in words_of(text)]
-    found = []
+    caption = text if isinstance(text, Caption) else Caption.of(text)
+    known = [(word, _fold(word.text)) for word in caption.words]
+    occurrences = []
     for sought in words:
-        folded = _folded(sought) if [word.text for word in words_of(sought)] == [sought] else ""
+        folded = _fold(sought) if [word.text for word in words_of(sought)] == [sought] else ""
         places: list[Word] = []
-        for word, own in known:
-            if own == folded:
+        for word, folded_word in known:
+            if folded_word == folded:
                 places.append(word)
-            elif folded and folded in own and _UNSPACED.search(word.text):
+            elif folded and folded in folded_word and _UNSPACED.search(word.text):
                 places.extend(_parts_of(word, folded))
-        found.append(places)
-    return found
+        occurrences.append(places)
+    return occurrences
 
 
 def words_and(text: str, more: Iterable[str]) -> tuple[Word, ...]:
     """The words of a text, then those of `more` that are parts of runs without spaces, each where it stands."""
     words = words_of(text)
-    return words + tuple(word for found in match_words(text, more) for word in found if word not in words)
+    return words + tuple(word for places in match_words(text, more) for word in places if word not in words)
 
 
-def _folded(text: str) -> str:
+def _fold(text: str) -> str:
     """What is left of a text if neither case nor the composition of its letters matters; it may be longer."""
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", text).casefold())
 
@@ -216,22 +218,22 @@ def _parts_of(word: Word, folded: str) -> list[Word]:
     marks = _same_marks(word.text)
     starts = [i for i in range(len(marks)) if i == 0 or marks[i] != "\u0300"]
     ends: dict[int, int] = {}  # places in the folded word -> in the word, of all places where a part may begin or end
-    own = ""
+    folded_word = ""
     for start, end in zip(starts, [*starts[1:], len(marks)], strict=True):
         if start == 0 or _UNSPACED.search(word.text[start - 1 : start + 1]):
-            ends[len(own)] = start
-        own += _folded(word.text[start:end])
-    ends[len(own)] = len(marks)
+            ends[len(folded_word)] = start
+        folded_word += _fold(word.text[start:end])
+    ends[len(folded_word)] = len(marks)
     parts = []
-    at = own.find(folded)
+    at = folded_word.find(folded)
     while at >= 0:
         after = at + len(folded)
         if at in ends and after in ends:
             start, end = ends[at], ends[after]
             parts.append(Word(word.text[start:end], word.start + start, word.start + end))
-            at = own.find(folded, after)
+            at = folded_word.find(folded, after)
         else:
-            at = own.find(folded, at + 1)
+            at = folded_word.find(folded, at + 1)
     return parts
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,6 +18,7 @@ if not torch.cuda.is_available():
 from lavender.batches.collator import Collator
 from lavender.data.samples import Sample
 from lavender.miniworld.scenes import DESCRIBE, Scene, make_scenes
+from lavender.types import WordBatch
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +28,7 @@ def scenes() -> list[Scene]:
 
 @pytest.fixture(scope="session")
 def processor(scenes):
-    from lavender.miniworld.student import make_processor
+    from recipes.student import make_processor
 
     return make_processor(scenes)
 
@@ -34,7 +36,7 @@ def processor(scenes):
 @pytest.fixture
 def student(processor):
     """A small Llava with random weights, in training mode off."""
-    from lavender.miniworld.student import make_model
+    from recipes.student import make_model
 
     torch.manual_seed(0)
     return make_model(processor).eval()
@@ -42,7 +44,7 @@ def student(processor):
 
 @pytest.fixture(scope="session")
 def student_folder(processor, tmp_path_factory):
-    from lavender.miniworld.student import make_model
+    from recipes.student import make_model
 
     folder = tmp_path_factory.mktemp("student")
     torch.manual_seed(0)
@@ -54,7 +56,7 @@ def student_folder(processor, tmp_path_factory):
 @pytest.fixture(scope="session")
 def teacher_folder(scenes, tmp_path_factory):
     """A Stable-Diffusion-like pipeline with random weights, as a diffusers folder."""
-    from lavender.miniworld.teacher import make_pipeline, train_tokenizer
+    from recipes.teacher import make_pipeline, train_tokenizer
 
     folder = tmp_path_factory.mktemp("teacher")
     torch.manual_seed(0)
@@ -85,8 +87,28 @@ def batch(processor, samples):
 @pytest.fixture
 def training_batch(batch):
     torch.manual_seed(1)
-    return {**batch, "lavender_targets": torch.rand(*batch["lavender_present"].shape, 32, 32)}
+    return with_targets(batch, 32)
+
+
+def words_of_batch(batch) -> WordBatch:
+    """What lavender's keys in a batch hold."""
+    words = WordBatch.split(batch)[1]
+    assert words is not None
+    return words
 
 
 def without_lavender(batch):
-    return {key: value for key, value in batch.items() if not key.startswith("lavender_")}
+    """A batch without lavender's keys."""
+    return WordBatch.split(batch)[0]
+
+
+def with_targets(batch, size):
+    """A batch with random targets of `size` by `size`."""
+    present = words_of_batch(batch).present
+    return changed(batch, targets=torch.rand(*present.shape, size, size))
+
+
+def changed(batch, **fields):
+    """A batch whose `WordBatch` has other values in some fields; None takes a key away."""
+    inputs, words = WordBatch.split(batch)
+    return {**inputs, **replace(words, **fields).to_batch()}

@@ -25,7 +25,7 @@ def run(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
     return done
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_provider_is_right_on_every_shape():
     pytest.importorskip("triton")
     lines = run("--dry-run", "--device", "cpu").stdout.splitlines()
@@ -44,7 +44,7 @@ def test_the_cuda_kernels_pass_the_gate(shape, monkeypatch):
     assert attn_fusion.failures(Case(shape.tiny(), device, torch.float16, compiled=False), ["cuda"]) == {}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory can be asked on Linux only")
 def test_the_memory_of_capture():
     """(1, 32/8, 512, 6404, 128), 16 words: eager adds more than 1 GB to attention alone, `torch` at most 64 MB."""
@@ -73,7 +73,7 @@ print(json.dumps(found))
         assert found[f"eager {backward}"] - alone > 1e9
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory can be asked on Linux only")
 def test_alignment_hardly_adds_to_a_training_steps_memory(tmp_path):
     """1,024 text tokens, 6,404 keys: within 15 % of plain fine-tuning, where eager attention weights take a multiple."""

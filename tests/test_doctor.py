@@ -21,12 +21,12 @@ from lavender.kernels.cuda import driver as cuda
 from lavender.kernels.cuda import nvrtc
 from lavender.students.families import STUDENTS
 
-from .students.test_contract import NAMES, built
+from .students.zoo import built, families, sampled
 from .teachers.pipeline_zoo import PIPELINES
 
 
-def found(model) -> dict[str, str]:
-    return {finding.topic: finding.found for finding in examine(model)}
+def results(model) -> dict[str, str]:
+    return {finding.topic: finding.result for finding in examine(model)}
 
 
 def remedies(model) -> dict[str, str]:
@@ -34,7 +34,7 @@ def remedies(model) -> dict[str, str]:
 
 
 def test_a_students_folder(student_folder):
-    report = found(student_folder)
+    report = results(student_folder)
     assert report["model"] == "LlavaForConditionalGeneration (model type llava), a student"
     assert report["text tower"] == "LlamaModel at model.language_model"
     assert report["attention layers"].startswith("4 (4 x LlamaAttention)")
@@ -46,17 +46,17 @@ def test_a_students_folder(student_folder):
 
 
 def test_a_teachers_folder(teacher_folder):
-    report = found(teacher_folder)
+    report = results(teacher_folder)
     assert report["model"].startswith("StableDiffusionPipeline with UNet2DConditionModel")
     assert report["layout"] == "cross-attention to text alone"
     assert report["attention layers"].startswith("7, ")
     assert report["words"] == "tokenizer"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sampled(families()))
 def test_every_family_is_healthy(name):
     student = built(name)
-    report = found(student.model)
+    report = results(student.model)
     assert "attention layers" in report
     if name not in ("flamingo",):
         assert "unknown" not in report["grid rule"]
@@ -67,9 +67,9 @@ def test_every_family_is_healthy(name):
 def test_pipelines(name, tmp_path):
     pipe = PIPELINES[name]()
     pipe.save_pretrained(tmp_path)
-    assert found(pipe) == found(tmp_path)
+    assert results(pipe) == results(tmp_path)
     order = {"FluxPipeline": "text first", "StableDiffusion3Pipeline": "image first"}.get(name, "cross-attention")
-    assert order in found(pipe)["layout"]
+    assert order in results(pipe)["layout"]
 
 
 def test_what_is_missing_has_a_remedy(student, student_folder, tmp_path):
@@ -160,7 +160,7 @@ OPERATIONS = [f"{operation} {dtype}" for operation in ("row_maps", "column_maps"
 def machine() -> tuple[dict[str, str], dict[str, str]]:
     """What was found, and the remedies, by topic."""
     findings = examine_machine()
-    return {f.topic: f.found for f in findings}, {f.topic: f.remedy for f in findings if f.remedy}
+    return {f.topic: f.result for f in findings}, {f.topic: f.remedy for f in findings if f.remedy}
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ def test_a_card_whose_kernels_run(card, student):
         for dtype in ("bfloat16", "float32"):
             assert report[f"{operation} {dtype}"].startswith("by 'torch'; not by 'triton': ")
             assert f"not by 'cuda': the dtype is torch.{dtype}" in report[f"{operation} {dtype}"]
-    assert found(student.model.half())["kernels"].startswith("row_maps by 'cuda' (heads of 32 in float16); not by 'triton': ")
+    assert results(student.model.half())["kernels"].startswith("row_maps by 'cuda' (heads of 32 in float16); not by 'triton': ")
 
 
 def test_a_card_whose_kernels_are_refused(card, student):
@@ -267,12 +267,12 @@ def test_a_card_whose_kernels_are_refused(card, student):
     for operation in ("row_maps", "column_maps"):
         assert report[f"{operation} float16"].startswith("by 'torch'; not by 'triton': ")
         assert report[f"{operation} float16"].endswith("not by 'cuda': line one\nline two")
-    assert found(student.model.half())["kernels"].endswith("not by 'cuda': line one\nline two")
+    assert results(student.model.half())["kernels"].endswith("not by 'cuda': line one\nline two")
     output = CliRunner().invoke(app, ["doctor"]).output
     assert f"\n{'':<22}line two\n" in output
 
 
-def test_a_torch_that_does_not_know_the_card_is_told(card, monkeypatch):
+def test_a_torch_that_does_not_know_the_card_is_reported(card, monkeypatch):
     """Built for CUDA 13, on a V100: NVRTC 12 beside it compiles lavender's kernels, and nothing else runs."""
     card((7, 0))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_100a", "compute_100"])

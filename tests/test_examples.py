@@ -35,16 +35,22 @@ from lavender.images import image_sha256
 from lavender.miniworld import STUDENT, write_dataset
 from lavender.targets.manifest import StoreConfig
 from lavender.targets.store import Target, TargetStore, TargetWriter
+from lavender.testing.student import noise_image
 from lavender.types import WordMaps
 from lavender.words import words_of
 
 from .conftest import without_lavender
-from .students.probe import noise
 from .students.zoo import students
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = ("trainer", "trl_sft", "plain_loop")
 TINY = ("mllama", "qwen2_5_vl", "llava")
+FAST = {("trl_sft", "small_world"), ("trainer", "mllama"), *(("plain_loop", name) for name in ("small_world", *TINY))}
+CASES = [
+    (script, name) if (script, name) in FAST else pytest.param(script, name, marks=pytest.mark.full)
+    for script in SCRIPTS
+    for name in ("small_world", *TINY)
+]
 PICTURES = [(60, 90, "what is this ?", "a red cat in the house"), (96, 48, "what is in the picture ?", "dog"),
             (64, 64, "what is in the picture ?", "a blue hat and a tree ."), (48, 80, "what is this ?", "green dog")]  # fmt: skip
 
@@ -108,7 +114,7 @@ def _write_student(name: str, folder: Path) -> None:
 def _write_noise(folder: Path) -> None:
     lines = []
     for number, (height, width, question, answer) in enumerate(PICTURES):
-        noise(height, width, seed=number).save(folder / f"{number}.png")
+        noise_image(height, width, seed=number).save(folder / f"{number}.png")
         lines.append(json.dumps({"image": f"{number}.png", "question": question, "answer": answer}))
     (folder / "captions.jsonl").write_text("\n".join(lines))
 
@@ -127,7 +133,7 @@ def _write_targets(case: Case) -> None:
 def run(script: str, monkeypatch, *arguments: Any, pictures: bool = False) -> Any:
     """Runs a script as a command does, and returns the handle of the model that it trained."""
     handles = []
-    patch, watch = lavender.patch, lavender.watch
+    patch, callback = lavender.patch, lavender.LavenderCallback
 
     def noted(*given: Any, **settings: Any) -> Any:
         handles.append(patch(*given, **settings))
@@ -135,7 +141,7 @@ def run(script: str, monkeypatch, *arguments: Any, pictures: bool = False) -> An
 
     with monkeypatch.context() as patched:
         patched.setattr(lavender, "patch", noted)
-        patched.setattr(lavender, "watch", watch if pictures else partial(watch, picture_steps=0))
+        patched.setattr(lavender, "LavenderCallback", callback if pictures else partial(callback, picture_steps=0))
         patched.setattr(sys, "argv", [script, *map(str, arguments)])
         patched.syspath_prepend(EXAMPLES)
         torch.manual_seed(0)
@@ -144,8 +150,7 @@ def run(script: str, monkeypatch, *arguments: Any, pictures: bool = False) -> An
     return handle
 
 
-@pytest.mark.parametrize("name", ["small_world", *TINY])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("script", "name"), CASES)
 def test_a_script_aligns_and_saves_what_loads_without_lavender(script, name, case_of, tmp_path, monkeypatch):
     case = case_of(name)
     rate = 1e-3 if script == "plain_loop" else 1e-2
@@ -184,7 +189,6 @@ def _queries(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.slow
 def test_scripts_run_without_arguments(tmp_path, monkeypatch):
     """They make data of the small world for themselves, once."""
     monkeypatch.chdir(tmp_path)
@@ -238,7 +242,7 @@ def test_trainers_follow_the_gradient_of_the_whole_loss(library, name, loss_type
     else:
         wrapped = get_peft_model(model, config) if lora else model
         trainer = Trainer(wrapped, TrainingArguments(**settings), noted, samples, callbacks=[gradients])
-    lavender.watch(trainer, picture_steps=0)
+    trainer.add_callback(lavender.LavenderCallback(trainer, picture_steps=0))
     weights = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     trainer.train()
 

@@ -14,8 +14,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
@@ -23,7 +21,7 @@ def checkout(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    for name in ("lavender", "csrc"):
+    for name in ("lavender", "csrc", "recipes"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
@@ -61,7 +59,7 @@ def names_in(wheel: Path) -> set[str]:
     return {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
 
 
-def test_a_wheel_has_every_file_and_nothing_compiled(checkout, wheel):
+def test_a_wheel_has_every_file_of_the_package_alone_and_nothing_compiled(checkout, wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
     package = {path.relative_to(checkout).as_posix() for path in (checkout / "lavender").rglob("*") if path.is_file()}
     kernels = {f"lavender/csrc/{path.name}" for path in (checkout / "csrc").glob("*.cuh")}
@@ -80,7 +78,7 @@ def test_an_sdist_gives_the_same_wheel(checkout, wheel, sdist, tmp_path):
 def test_installed_kernels_are_the_packages_own(checkout, wheel, tmp_path):
     target = tmp_path / "installed"
     run(["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)], tmp_path)
-    code = "from lavender.kernels import cuda; print(cuda.sources()); print(cuda.source('row_maps.cuh'), end='')"
+    code = "from lavender.kernels.cuda import driver; print(driver.sources()); print(driver.source('row_maps.cuh'), end='')"
     folder, _, text = run(["-c", code], tmp_path, PYTHONPATH=str(target)).partition("\n")
     assert Path(folder) == target / "lavender" / "csrc"
     assert text == (checkout / "csrc" / "row_maps.cuh").read_text()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lavender.words import FUNCTION_WORDS, align, collate_rows, match_words, offsets_of_ids, tokens_of, words_of
+from lavender.words import FUNCTION_WORDS, Caption, collate_rows, locate_tokens, match_words, offsets_of_ids, tokens_of, words_of
 
 from .vocabularies import KINDS, tokenizer_of
 
@@ -385,7 +385,7 @@ def test_align_finds_every_token_among_insertions_and_padding(parts, data, left,
     runs = st.integers(1, 9) if data.draw(st.booleans()) else st.just(0)
     insertions = [data.draw(separators) + [IMAGE] * data.draw(runs) + data.draw(separators) for _ in parts[1:]]
     tokens, ids, places = expanded(parts, insertions)
-    found = align(tokens, [PAD] * left + ids + [PAD] * right)
+    found = locate_tokens(tokens, [PAD] * left + ids + [PAD] * right)
     assert [p for p, t in zip(found, tokens, strict=True) if t != IMAGE] == [p + left for p in places if p >= 0]
     # A placeholder is found in its own run, or nowhere.
     assert all(p < 0 or ids[p - left] == IMAGE for p, t in zip(found, tokens, strict=True) if t == IMAGE)
@@ -395,7 +395,7 @@ def test_align_finds_every_token_among_insertions_and_padding(parts, data, left,
 @given(st.lists(letters, max_size=9), st.lists(letters, max_size=9), st.lists(letters, max_size=9))
 def test_align_tells_the_text_from_insertions_that_equal_it(before, after, inserted):
     tokens, ids, places = expanded([before, after], [inserted])
-    assert align(tokens, ids) == places
+    assert locate_tokens(tokens, ids) == places
 
 
 @settings(deadline=None)
@@ -405,7 +405,7 @@ def test_align_tells_texts_between_placeholders_from_insertions_that_do_not_hold
     tokens, ids, places = expanded(parts, insertions)
     inner = ids[len(parts[0]) : len(ids) - len(parts[-1])]
     assume(all(sum(inner[i : i + len(part)] == part for i in range(len(inner))) == 1 for part in parts[1:-1]))
-    assert align(tokens, ids) == places
+    assert locate_tokens(tokens, ids) == places
 
 
 @settings(deadline=None)
@@ -415,24 +415,24 @@ def test_align_tells_the_text_from_padding_that_equals_its_edge(parts, data, cou
     assume(len(set(parts[0 if left else -1])) > 1)  # else the padding cannot be told from all of it
     tokens, ids, places = expanded(parts, insertions)
     if left:
-        found = align(tokens, [tokens[0]] * count + ids)
+        found = locate_tokens(tokens, [tokens[0]] * count + ids)
         assert found == [p if p < 0 else p + count for p in places]
     else:
-        assert align(tokens, ids + [tokens[-1]] * count) == places
+        assert locate_tokens(tokens, ids + [tokens[-1]] * count) == places
 
 
 def test_align_of_what_is_not_there():
-    assert align([], [1, 2]) == []
-    assert align([1, 2], []) == [-1, -1]
-    assert align([1, 2, 3, 4], [2, 3]) == [-1, 0, 1, -1]  # cut off on both sides
-    assert align([7, 1, 7, 1], [7, 1, 9, 7, 1]) == [0, 1, 3, 4]
+    assert locate_tokens([], [1, 2]) == []
+    assert locate_tokens([1, 2], []) == [-1, -1]
+    assert locate_tokens([1, 2, 3, 4], [2, 3]) == [-1, 0, 1, -1]  # cut off on both sides
+    assert locate_tokens([7, 1, 7, 1], [7, 1, 9, 7, 1]) == [0, 1, 3, 4]
 
 
 def test_align_prefers_an_unbroken_text_to_a_longer_block():
     # Rows of a picture end in the line break 1 that the text has too; the text before it comes again after it.
     before, after = [3, 1], [3, 1, 50, 1, 4]
     rows = [50, 1, 50, 1]
-    assert align([*before, IMAGE, *after], [*before, *rows, *after]) == [0, 1, -1, 6, 7, 8, 9, 10]
+    assert locate_tokens([*before, IMAGE, *after], [*before, *rows, *after]) == [0, 1, -1, 6, 7, 8, 9, 10]
 
 
 def test_every_real_tokenizer_covers_every_word(processor, scenes):
@@ -469,3 +469,11 @@ def test_collated_rows_average_each_word(samples):
 def test_function_words_name_nothing():
     assert {"a", "the", "of", "to"} <= FUNCTION_WORDS
     assert not {"red", "circle", "large", "left"} & FUNCTION_WORDS
+
+
+def test_a_caption_is_split_once_and_matched_as_its_text():
+    text = "A cat on the Moon"
+    caption = Caption.of(text)
+    assert (caption.text, caption.words) == (text, words_of(text))
+    assert match_words(caption, ["moon", "on"]) == match_words(text, ["moon", "on"])
+    assert match_words(Caption(text, caption.words[:1]), ["moon"]) == [[]]

@@ -1,4 +1,4 @@
-"""Conversations as the text that a processor's chat template makes of them, and where the assistant's turns stand in it."""
+"""The text that a processor's chat template makes of a conversation, and the places of the assistant's turns in it."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from ..errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of the assistant in a rendered conversation.
+    """One message of the assistant in the text of a conversation.
 
     Attributes:
         answer: the message.
-        pictures: how many pictures stand before it.
+        num_images: the number of pictures before it.
         start, end: its characters `[start, end)` in the text, with all that the template closes it with.
     """
 
     answer: str
-    pictures: int
+    num_images: int
     start: int
     end: int
 
 
 @dataclass(frozen=True)
-class Rendered:
+class ChatText:
     """A conversation as one text, in which each picture is a placeholder of the processor's, and the assistant's turns in it."""
 
     text: str
     turns: tuple[Turn, ...]
 
 
-def render(processor: Any, conversation: Conversation) -> Rendered:
-    """Renders a conversation of `lavender.data.as_conversation` by the processor's chat template.
+def apply_chat_template(processor: Any, conversation: Conversation) -> ChatText:
+    """The text of a conversation of `lavender.data.as_conversation` by the processor's chat template.
 
     A turn of the assistant begins where the template, asked for an answer, ends, and it ends where the template ends without the
     messages that follow: no template needs marks for it, but each must render a message the same whatever follows it.
@@ -44,24 +44,24 @@ def render(processor: Any, conversation: Conversation) -> Rendered:
         DataError: a text holds the processor's own placeholder, or the template refuses the conversation.
     """
     name = f"sample {conversation.id!r}"
-    own = getattr(processor, "image_token", None)
+    placeholder = getattr(processor, "image_token", None)
     for n, message in enumerate(conversation.messages, start=1):
-        if own is not None and str(own) in message.content.replace(PLACEHOLDER, ""):
+        if placeholder is not None and str(placeholder) in message.content.replace(PLACEHOLDER, ""):
             raise DataError(
-                f"{name}: message {n} ({message.role}) holds {str(own)!r}, which stands for the picture; the collator adds it, "
-                f"write {PLACEHOLDER!r} where a picture stands in a conversation"
+                f"{name}: message {n} ({message.role}) holds {str(placeholder)!r}, which stands for the picture; the collator "
+                f"adds it, write {PLACEHOLDER!r} where a picture stands in a conversation"
             )
     messages = [{"role": message.role, "content": _parts(message)} for message in conversation.messages]
-    turns, text, pictures = [], "", 0
+    turns, text, num_images = [], "", 0
     for n, message in enumerate(conversation.messages):
-        pictures += message.content.count(PLACEHOLDER)
+        num_images += message.content.count(PLACEHOLDER)
         if message.role == "assistant":
-            prompt = _grown(processor, text, messages[:n], name, add_generation_prompt=True)
-            text = _grown(processor, prompt, messages[: n + 1], name)
-            turns.append(Turn(message.content, pictures, len(prompt), len(text)))
+            prompt = _extend(processor, text, messages[:n], name, add_generation_prompt=True)
+            text = _extend(processor, prompt, messages[: n + 1], name)
+            turns.append(Turn(message.content, num_images, len(prompt), len(text)))
     if conversation.messages[-1].role != "assistant":
-        text = _grown(processor, text, messages, name)
-    return Rendered(text, tuple(turns))
+        text = _extend(processor, text, messages, name)
+    return ChatText(text, tuple(turns))
 
 
 def _parts(message: Message) -> list[dict[str, str]]:
@@ -79,8 +79,8 @@ def _parts(message: Message) -> list[dict[str, str]]:
     return parts or [{"type": "text", "text": ""}]
 
 
-def _grown(processor: Any, before: str, messages: list[dict[str, Any]], name: str, **options: Any) -> str:
-    """The messages' text, which has to begin with what was rendered of the first of them."""
+def _extend(processor: Any, before: str, messages: list[dict[str, Any]], name: str, **options: Any) -> str:
+    """The messages' text, which has to begin with `before`, the text of the first of them."""
     from jinja2 import TemplateError
 
     try:

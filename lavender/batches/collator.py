@@ -16,11 +16,11 @@ from ..data.samples import Conversation, Sample, as_conversation
 from ..errors import ConfigError, DataError, TargetError
 from ..images import image_sha256, load_image
 from ..students.boxes import boxes_within
-from ..students.families import Pictures, student_family
-from ..students.image_tokens import image_token_of, model_type_of, place_columns, require_pair
-from ..types import WHOLE_PICTURE, Span, Word
-from ..words import FUNCTION_WORDS, align, collate_rows, tokens_of, words_of
-from .chat_template import Rendered, Turn, render
+from ..students.families import ProcessedImages, student_family
+from ..students.image_tokens import image_token_of, model_type_of, place_image_tokens, require_pair
+from ..types import OUTCOMES, WHOLE_PICTURE, Span, Word, WordBatch
+from ..words import FUNCTION_WORDS, Caption, collate_rows, locate_tokens, tokens_of, words_of
+from .chat_template import ChatText, Turn, apply_chat_template
 from .word_selection import WordSelector
 
 if TYPE_CHECKING:
@@ -35,46 +35,58 @@ logger = logging.getLogger("lavender")
 
 @dataclass(frozen=True, eq=False)
 class _Item:
-    """One sample of a batch: what is said, what is seen, and what is compared.
+    """One sample of a batch: its text, its pictures, and what is compared.
 
     Attributes:
         id: the sample's.
         images: its pictures, in the order of their places in the text.
-        rendered: its text.
+        chat: its text.
         target: the teacher's maps; None where there are none.
+        caption: the text that the target's words are of.
         turn: the answer whose words are compared.
-        picture: which picture they are looked for in; None without one.
+        image: index of the picture that they are looked for in; None without one.
         words: the answer's words.
     """
 
     id: str
     images: list[Image.Image]
-    rendered: Rendered
+    chat: ChatText
     target: Target | None
+    caption: Caption | None
     turn: Turn
-    picture: int | None
+    image: int | None
     words: tuple[Word, ...]
+
+    @property
+    def sees_image(self) -> bool:
+        """Whether the picture stands before the answer."""
+        return self.image is not None and self.image < self.turn.num_images
+
+
+@dataclass(frozen=True, eq=False)
+class _Answer:
+    """The words of a sample's answer in the batch.
+
+    Attributes:
+        tokens: per word the positions of its tokens; none if one was cut off.
+        selected: per word whether it is compared if its tokens are there.
+    """
+
+    tokens: list[list[int]]
+    selected: list[bool]
 
 
 class Collator:
-    """Makes batches for a patched student: what the model needs, and lavender's keys.
+    """Makes batches for a patched student: the model's inputs, and lavender's keys.
 
     A sample is a `Sample`, a `Conversation`, or a mapping (see `lavender.data.as_conversation`). The processor's chat template
-    renders it, pictures where `<image>` stands or else before the first user's text; the labels cover what the assistant says, and
-    what the template closes it with. Beside the processor's tensors and `labels` (int64 [B, T], -100 where nothing is asked), a
-    batch has
-
-        lavender_tokens, lavender_token_words   int64 [B, R]  positions of the words' tokens, and the words; -1 is padding
-        lavender_token_weights              float32 [B, R]  each token's share of its word
-        lavender_columns                    int64 [B, M]   positions of the image tokens; -1 is padding
-        lavender_boxes                      float32 [B, M, 4]  their places in fractions of the picture; NaN where none
-        lavender_present                    bool [B, W]    which words are compared
-        lavender_outcomes                   int64 [B]      what became of each sample, by `OUTCOMES`
-        lavender_targets                    float32 [B, W, y, x]  the teacher's maps; only with `targets`
+    makes its text, with pictures where `<image>` stands or else before the first user's text. Beside the processor's tensors, a
+    batch has `labels` (int64 [B, T]: what the assistant says, and what the template closes it with; -100 elsewhere), and the keys
+    of `lavender.types.WordBatch`; `lavender_targets` only with `targets`.
 
     W counts the words (`Collator.words`, without function words) of one answer: the first one that is the caption of the sample's
     target, else the last one. M counts the image tokens of one picture: the one that the target was made from, else the last one
-    before that answer. Outcomes are
+    before that answer. `lavender_outcomes` are
 
         0, matched           a word at least is compared
         1, no target         the targets have none for this sample, which trains the language model alone
@@ -93,13 +105,18 @@ class Collator:
         model_config: Any = None,
         max_length: int | None = None,
     ) -> None:
-        """`processor` is the student's; `targets` are needed for training only; `words` says which words are aligned.
+        """
+        Args:
+            processor: the student's.
+            targets: the teacher's maps, for training.
+            words: which words are aligned.
+            model_config: the student's `model.config`; families whose processor does not know the patch size (mllama) need it.
+            max_length: samples of more tokens, those of pictures included, are cut at their end; None cuts nothing.
 
-        `model_config` is the student's `model.config`; families whose processor does not know the patch size (mllama) need it.
-        Samples of more than `max_length` tokens, pictures included, are cut at their end; None cuts nothing.
-
-        Raises `ConfigError` when the processor has no chat template or no fast tokenizer, or is another model's than
-        `model_config`, and when `max_length` is below 1; `ModelError` when nobody knows where this family's image tokens lie.
+        Raises:
+            ConfigError: the processor has no chat template or no fast tokenizer, or is another model's than `model_config`; or
+                `max_length` is below 1.
+            ModelError: the family, and so the places of its image tokens, is unknown.
         """
         if not getattr(processor, "chat_template", None):
             raise ConfigError("the processor has no chat template; set processor.chat_template to the model's")
@@ -128,28 +145,27 @@ class Collator:
         """The words of an answer that can be aligned, in order: index w of a batch's word axis is the w-th of them."""
         return tuple(word for word in words_of(answer) if word.text.casefold() not in FUNCTION_WORDS)
 
-    def __call__(self, given: Sequence[Sample | Conversation | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[Sample | Conversation | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Raises `ConfigError` (of the chat template), `DataError` or `TargetError` naming the sample at fault."""
-        items = [self._item(as_conversation(sample)) for sample in given]
-        texts = [item.rendered.text for item in items]
-        batch = self._processed(items, texts)
+        items = [self._item(as_conversation(sample)) for sample in samples]
+        texts = [item.chat.text for item in items]
+        batch = self._process(items, texts)
         encoded = self.processor.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
         offsets: list[list[Span]] = encoded.offset_mapping
         places = [
-            self._places(tokens, ids, mask, item, own)
-            for tokens, ids, mask, item, own in zip(
+            self._locate(tokens, ids, mask, item, spans)
+            for tokens, ids, mask, item, spans in zip(
                 encoded.input_ids, batch["input_ids"], batch["attention_mask"], items, offsets, strict=True
             )
         ]
         self._cut(batch, items, places)
         self._add_labels(batch, items, offsets, places)
-        asked = [self._asked(item, own, at, batch, b) for b, (item, own, at) in enumerate(zip(items, offsets, places, strict=True))]
-        spoken = collate_rows([tokens for tokens, _ in asked])
-        batch["lavender_tokens"], batch["lavender_token_words"] = spoken.rows, spoken.words
-        batch["lavender_token_weights"] = spoken.weights
-        self._add_columns(batch, items)
-        self._add_words(batch, items, asked, spoken.num_words)
-        return batch
+        answers = [self._find_words(*each, batch, b) for b, each in enumerate(zip(items, offsets, places, strict=True))]
+        rows = collate_rows([answer.tokens for answer in answers])
+        image_positions, boxes = self._place_images(batch, items)
+        present, outcomes, targets = self._compare(items, answers, rows.num_words)
+        words = WordBatch(rows.rows, rows.words, rows.weights, image_positions, present, boxes, outcomes, targets)
+        return batch | words.to_batch()
 
     def _item(self, conversation: Conversation) -> _Item:
         name = f"sample {conversation.id!r}"
@@ -157,22 +173,22 @@ class Collator:
             images = [load_image(image) for image in conversation.images]
         except DataError as error:
             raise DataError(f"{name}: {error}") from None
-        fewest, most = self._family.pictures
+        fewest, most = self._family.num_images
         if not fewest <= len(images) <= most:
             expected = f"exactly {fewest}" if fewest == most else f"{fewest} or more"
             raise DataError(
                 f"{name} has {len(images)} pictures; {type(self.processor).__name__}'s family takes {expected} in a sample"
             )
-        rendered = render(self.processor, conversation)
-        target, picture = self._target(conversation, images)
-        caption = None if target is None else target.word_maps.caption
-        turn = next((turn for turn in rendered.turns if turn.answer == caption), rendered.turns[-1])
-        if target is None and turn.pictures:
-            picture = turn.pictures - 1
-        return _Item(conversation.id, images, rendered, target, turn, picture, self.words(turn.answer))
+        chat = apply_chat_template(self.processor, conversation)
+        target, image = self._target(conversation, images)
+        caption = None if target is None else Caption.of(target.word_maps.caption)
+        turn = next((turn for turn in chat.turns if caption is not None and turn.answer == caption.text), chat.turns[-1])
+        if target is None and turn.num_images:
+            image = turn.num_images - 1
+        return _Item(conversation.id, images, chat, target, caption, turn, image, self.words(turn.answer))
 
     def _target(self, conversation: Conversation, images: Sequence[Image.Image]) -> tuple[Target | None, int | None]:
-        """The sample's target, and which of its pictures that was made from."""
+        """The sample's target, and the index of the picture that it was made from."""
         if self.targets is None or conversation.id not in self.targets:
             return None, None
         target = self.targets[conversation.id]
@@ -184,7 +200,7 @@ class Collator:
             f"{'its own' if len(images) == 1 else f'its {len(images)}'}; extract them into a new folder"
         )
 
-    def _processed(self, items: Sequence[_Item], texts: list[str]) -> dict[str, torch.Tensor]:
+    def _process(self, items: Sequence[_Item], texts: list[str]) -> dict[str, torch.Tensor]:
         images = [item.images for item in items]
         if self.targets is not None and self._family.cross and not any(images):
             raise DataError(
@@ -199,13 +215,13 @@ class Collator:
             raise DataError(f"{_named(items)}: {type(self.processor).__name__} does not take them ({error})") from error
         return dict(batch)
 
-    def _places(
+    def _locate(
         self, tokens: Sequence[int], ids: torch.Tensor, attention_mask: torch.Tensor, item: _Item, offsets: Sequence[Span]
     ) -> list[int]:
         """Position in the padded and expanded row of every token of the unexpanded text; -1 for those that are not there."""
         plain = torch.nonzero(attention_mask.bool() & (ids != self._image_token)).flatten().tolist()
-        places = [-1 if place < 0 else plain[place] for place in align(tokens, ids[plain].tolist())]
-        if any(places[i] < 0 for turn in item.rendered.turns for i in _tokens_in(turn, offsets)):
+        places = [-1 if place < 0 else plain[place] for place in locate_tokens(tokens, ids[plain].tolist())]
+        if any(places[i] < 0 for turn in item.chat.turns for i in _tokens_in(turn, offsets)):
             raise DataError(f"sample {item.id!r}: the processor's tokens differ from its tokenizer's; was the text cut off?")
         return places
 
@@ -221,10 +237,10 @@ class Collator:
         rows = []
         for b, (item, mask) in enumerate(zip(items, batch["attention_mask"].bool(), strict=True)):
             real, padding = torch.nonzero(mask).flatten(), torch.nonzero(~mask).flatten()
-            pictures = torch.nonzero(ids[b, real] == self._image_token).flatten()
-            if len(pictures) and pictures[-1] >= self.max_length:
+            image_tokens = torch.nonzero(ids[b, real] == self._image_token).flatten()
+            if len(image_tokens) and image_tokens[-1] >= self.max_length:
                 raise DataError(
-                    f"sample {item.id!r} has {len(real)} tokens, its pictures reach to the {int(pictures[-1]) + 1}th, and "
+                    f"sample {item.id!r} has {len(real)} tokens, its pictures reach to the {int(image_tokens[-1]) + 1}th, and "
                     f"max_length is {self.max_length}; raise it to more than that, or give fewer or smaller pictures"
                 )
             real = real[: self.max_length]
@@ -246,108 +262,107 @@ class Collator:
         ids = batch["input_ids"]
         batch["labels"] = torch.full_like(ids, -100)
         for b, item in enumerate(items):
-            answered = [places[b][i] for turn in item.rendered.turns for i in _tokens_in(turn, offsets[b])]
+            answered = [places[b][i] for turn in item.chat.turns for i in _tokens_in(turn, offsets[b])]
             at = [place for place in answered if place >= 0]
             batch["labels"][b, at] = ids[b, at]
             if at and "token_type_ids" in batch:
-                # Questions and pictures that follow an answer are what it is: whoever sees them must not see it through them.
+                # Questions and pictures that follow an answer get its type: no token may see the answer through them.
                 later = batch["token_type_ids"][b, at[0] :]
                 later[later == batch["token_type_ids"][b, at[0] - 1]] = self._family.answer_type
 
-    def _asked(
+    def _find_words(
         self, item: _Item, offsets: Sequence[Span], places: Sequence[int], batch: Mapping[str, torch.Tensor], b: int
-    ) -> tuple[list[list[int]], list[bool]]:
-        """The positions of each word's tokens, none if one was cut off, and which words are to be compared if they are there."""
-        text, turn = item.rendered.text, item.turn
-        if item.picture is None or item.picture >= turn.pictures:
-            return [[] for _ in item.words], [False for _ in item.words]
+    ) -> _Answer:
+        """The words of the answer of sample `b`: their tokens, and whether they are selected and see the picture."""
+        text, turn = item.chat.text, item.turn
+        if not item.sees_image:
+            return _Answer([[] for _ in item.words], [False for _ in item.words])
         begin = text.find(turn.answer, turn.start, turn.end)
         if begin < 0:
             raise DataError(f"sample {item.id!r}: the chat template changes the answer {turn.answer!r}; strip its white space")
         near = [i for i, (left, right) in enumerate(offsets) if right > turn.start and left < turn.end]
-        own = [offsets[i] for i in near]
+        near_offsets = [offsets[i] for i in near]
         spans = [(begin + word.start, begin + word.end) for word in item.words]
-        tokens = [[places[near[t]] for t in tokens_of(span, own, text)] for span in spans]
-        selected = self._selector.selected(turn.answer, item.words)
-        wanted = [chosen and bool(at) for chosen, at in zip(selected, tokens, strict=True)]
+        tokens = [[places[near[t]] for t in tokens_of(span, near_offsets, text)] for span in spans]
+        selected = [
+            wanted and bool(at) for wanted, at in zip(self._selector.selected(turn.answer, item.words), tokens, strict=True)
+        ]
         tokens = [at if min(at, default=-1) >= 0 else [] for at in tokens]
         # Text that reads by cross-attention may see the latest picture alone: [B, T, pictures, tiles] of mllama.
         mask = batch.get("cross_attention_mask")
         if mask is not None:
-            wanted = [
-                chosen and (not at or bool(mask[b, at, item.picture].any())) for chosen, at in zip(wanted, tokens, strict=True)
+            selected = [
+                wanted and (not at or bool(mask[b, at, item.image].any())) for wanted, at in zip(selected, tokens, strict=True)
             ]
-        return tokens, wanted
+        return _Answer(tokens, selected)
 
-    def _add_columns(self, batch: dict[str, torch.Tensor], items: Sequence[_Item]) -> None:
+    def _place_images(self, batch: dict[str, torch.Tensor], items: Sequence[_Item]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions [B, M] and boxes [B, M, 4] of the image tokens of each sample's picture."""
         sizes = [(image.height, image.width) for item in items for image in item.images]
-        boxes = list(self._family.boxes(Pictures(self.processor, batch, sizes, self.model_config))) if sizes else []
+        boxes = list(self._family.boxes(ProcessedImages(self.processor, batch, sizes, self.model_config))) if sizes else []
         first = 0
         for item in items:
             crop = WHOLE_PICTURE if item.target is None else item.target.word_maps.crop
-            if item.picture is not None and crop != WHOLE_PICTURE:
+            if item.image is not None and crop != WHOLE_PICTURE:
                 # The student's maps show what the teacher's do.
-                boxes[first + item.picture] = boxes_within(boxes[first + item.picture], crop)
+                boxes[first + item.image] = boxes_within(boxes[first + item.image], crop)
             first += len(item.images)
-        shown = [(len(item.images), item.picture) for item in items]
+        shown = [(len(item.images), item.image) for item in items]
         try:
-            placed = place_columns(batch["input_ids"], boxes, self._family, self.processor, self.model_config, shown=shown)
+            return place_image_tokens(batch["input_ids"], boxes, self._family, self.processor, self.model_config, shown=shown)
         except DataError as error:
             raise DataError(f"{_named(items)}: {error}") from None
-        batch["lavender_columns"], batch["lavender_boxes"] = placed
 
-    def _add_words(
-        self,
-        batch: dict[str, torch.Tensor],
-        items: Sequence[_Item],
-        asked: Sequence[tuple[list[list[int]], list[bool]]],
-        num_words: int,
-    ) -> None:
-        """Which words are compared, with which of the teacher's maps, and what became of the samples."""
+    def _compare(
+        self, items: Sequence[_Item], answers: Sequence[_Answer], num_words: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The words that are compared, bool [B, W], the samples' outcomes [B], and with targets the teacher's maps [B, W, y, x]."""
         present = torch.zeros(len(items), num_words, dtype=torch.bool)
         outcomes = torch.zeros(len(items), dtype=torch.long)
         size = 0 if self.targets is None else self.targets.config.map_size
-        maps = torch.zeros(*present.shape, size, size)
-        for b, (item, (tokens, wanted)) in enumerate(zip(items, asked, strict=True)):
+        targets = torch.zeros(*present.shape, size, size)
+        for b, (item, answer) in enumerate(zip(items, answers, strict=True)):
+            selected = answer.selected
             if self.targets is not None:
-                found = _target_maps(item, self._selector)
-                wanted = [chosen and w in found for w, chosen in enumerate(wanted)]
-                for w, own in found.items():
-                    maps[b, w] = own
-            present[b, : len(wanted)] = torch.tensor([chosen and bool(own) for chosen, own in zip(wanted, tokens, strict=True)])
-            outcomes[b] = self._outcome(item, compared=bool(present[b].any()), cut=any(wanted))
-        batch["lavender_present"], batch["lavender_outcomes"] = present, outcomes
-        if self.targets is not None:
-            batch["lavender_targets"] = maps * present[..., None, None]
+                maps = _target_maps(item, self._selector)
+                selected = [wanted and w in maps for w, wanted in enumerate(selected)]
+                for w, word_map in maps.items():
+                    targets[b, w] = word_map
+            present[b, : len(selected)] = torch.tensor(
+                [wanted and bool(at) for wanted, at in zip(selected, answer.tokens, strict=True)]
+            )
+            outcomes[b] = self._outcome(item, compared=bool(present[b].any()), cut=any(selected))
+        return present, outcomes, None if self.targets is None else targets * present[..., None, None]
 
     def _outcome(self, item: _Item, compared: bool, cut: bool) -> int:
-        """The sample's outcome; the first of each kind that is no match is told with its remedy."""
+        """The sample's outcome; the first of each kind that is no match is logged with its remedy."""
         if compared:
-            return 0
+            return OUTCOMES.index("matched")
         name = f"sample {item.id!r}"
         if self.targets is not None and item.target is None:
-            outcome = 1
+            outcome = OUTCOMES.index("no target")
             message = f"{name} has no target in {self.targets.folder}, and trains the language model alone; extract targets for it"
         elif cut:
-            outcome = 3
+            outcome = OUTCOMES.index("cut off")
             message = f"max_length={self.max_length} cuts the answer of {name} off before its words; raise it"
         else:
-            outcome = 2
+            outcome = OUTCOMES.index("no word matched")
             message = f"no word of {name} is compared: {self._lack(item)}"
         if outcome not in self._warned:
             self._warned.add(outcome)
-            logger.warning("%s. (Told once; lavender_outcomes counts the others.)", message)
+            logger.warning("%s. (Logged once; %s counts the others.)", message, WordBatch.KEYS["outcomes"])
         return outcome
 
     def _lack(self, item: _Item) -> str:
-        if item.picture is None or item.picture >= item.turn.pictures:
+        if not item.sees_image:
             return "no picture stands before its answer; put one into a message of the user's before it"
-        if item.target is None:
-            return f"its answer {item.turn.answer!r} has no words that name something, or {self.words_config} leaves them out"
-        if item.turn.answer == item.target.word_maps.caption:
+        answer = item.turn.answer
+        if item.caption is None:
+            return f"its answer {answer!r} has no words that name something, or {self.words_config} leaves them out"
+        if answer == item.caption.text:
             return f"its words have no maps, do not see the target's picture, or are left out by {self.words_config}; loosen that"
         return (
-            f"its answer is {item.turn.answer!r}, and its target was made from {item.target.word_maps.caption!r}; extract targets "
+            f"its answer is {answer!r}, and its target was made from {item.caption.text!r}; extract targets "
             f"from captions that share words with the answers, or loosen {self.words_config}"
         )
 
@@ -367,17 +382,21 @@ def _target_maps(item: _Item, selector: WordSelector) -> dict[int, torch.Tensor]
     Where the answer is the caption, a word's own map; else the mean over the caption's occurrences of the same word, which may be
     part of a run that has no spaces.
     """
-    if item.target is None:
+    if item.target is None or item.caption is None:
         return {}
     known, answer = item.target.word_maps, item.turn.answer
     if len(known.maps) != len(known.words):
         raise TargetError(f"the targets of sample {item.id!r} are damaged: {len(known.maps)} maps for {len(known.words)} words")
     same = known.caption == answer
-    places = [[word] for word in item.words] if same else selector.occurrences(known.caption, answer, item.words)
-    usable = [(word, own) for word, own, dense in zip(known.words, known.maps, selector.dense(known.maps), strict=True) if dense]
+    places = [[word] for word in item.words] if same else selector.occurrences(item.caption, answer, item.words)
+    dense = [
+        (word, values)
+        for word, values, is_dense in zip(known.words, known.maps, selector.dense(known.maps), strict=True)
+        if is_dense
+    ]
     result = {}
-    for w, found in enumerate(places):
-        maps = [own for word, own in usable if any(word.start <= o.start and o.end <= word.end for o in found)]
+    for w, occurrences in enumerate(places):
+        maps = [values for word, values in dense if any(word.start <= o.start and o.end <= word.end for o in occurrences)]
         if maps:
             result[w] = torch.from_numpy(np.mean(maps, axis=0))
     return result

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..config import PartOfSpeech, WordsConfig
 from ..errors import ConfigError
 from ..types import Word
-from ..words import match_words, words_of
+from ..words import Caption, match_words
 
 CACHED_TEXTS = 4096
 """Texts whose tags are kept; the least recently used are forgotten."""
@@ -46,7 +46,7 @@ class WordSelector:
     def __init__(self, config: WordsConfig) -> None:
         """Raises `ConfigError` if spaCy or the pipeline is missing, or if the pipeline lacks a component that the config needs."""
         self.config = config
-        self._excluded = frozenset(_caseless(word) for word in config.exclude)
+        self._excluded = frozenset(_fold_case(word) for word in config.exclude)
         self._tokens = self._load() if config.tagger else None
 
     def selected(self, answer: str, words: Sequence[Word]) -> list[bool]:
@@ -57,30 +57,30 @@ class WordSelector:
         """
         wanted = set(self.config.parts_of_speech)
         return [
-            _caseless(word.text) not in self._excluded
+            _fold_case(word.text) not in self._excluded
             and (not wanted or any(wanted & token.parts for token in self._tokens_of(answer, word)))
             for word in words
         ]
 
-    def occurrences(self, caption: str, answer: str, words: Sequence[Word]) -> list[list[Word]]:
+    def occurrences(self, caption: Caption, answer: str, words: Sequence[Word]) -> list[list[Word]]:
         """Where each of the given words of an answer stands in a caption by `match`: W lists, in the order of the caption.
 
         Composed and decomposed letters are the same, and in a script without spaces a part of a run is a word too, as
         `lavender.words.match_words` has it. `root` compares the lemmas of all of a word's tokens.
         """
-        found = match_words(caption, [word.text for word in words])
+        occurrences = match_words(caption, [word.text for word in words])
         if self.config.match == "exact":
             return [
-                [own for own in same if unicodedata.normalize("NFC", own.text) == unicodedata.normalize("NFC", word.text)]
-                for word, same in zip(words, found, strict=True)
+                [other for other in same if unicodedata.normalize("NFC", other.text) == unicodedata.normalize("NFC", word.text)]
+                for word, same in zip(words, occurrences, strict=True)
             ]
         if self.config.match == "root":
-            known = [(own, self._lemmas(caption, own)) for own in words_of(caption)]
-            for word, same in zip(words, found, strict=True):
+            known = [(other, self._lemmas(caption.text, other)) for other in caption.words]
+            for word, same in zip(words, occurrences, strict=True):
                 lemmas = self._lemmas(answer, word)
-                same += [own for own, own_lemmas in known if lemmas and own_lemmas == lemmas and own not in same]
-                same.sort(key=lambda own: own.start)
-        return found
+                same += [other for other, other_lemmas in known if lemmas and other_lemmas == lemmas and other not in same]
+                same.sort(key=lambda other: other.start)
+        return occurrences
 
     def dense(self, maps: NDArray[np.floating]) -> NDArray[np.bool_]:
         """Which of K maps [K, y, x] are dense, bool [K]: at least `min_coverage` of the places reach (min + max) / 2.
@@ -108,7 +108,7 @@ class WordSelector:
 
         @lru_cache(maxsize=CACHED_TEXTS)
         def tokens(text: str) -> tuple[_Token, ...]:
-            return tuple(_Token(t.idx, t.idx + len(t), _caseless(t.lemma_ or t.text), _parts_of(t)) for t in nlp(text))
+            return tuple(_Token(t.idx, t.idx + len(t), _fold_case(t.lemma_ or t.text), _parts_of(t)) for t in nlp(text))
 
         return tokens
 
@@ -116,7 +116,7 @@ class WordSelector:
         return self.__dict__ | {"_tokens": None}
 
 
-def _caseless(text: str) -> str:
+def _fold_case(text: str) -> str:
     """The text by which words are compared where neither case nor the composition of letters matters."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", text).casefold())
 
@@ -157,9 +157,9 @@ def _load_pipeline(config: WordsConfig) -> Any:
     needs = {f"parts_of_speech={part!r}": _ATTRIBUTES[part] for part in config.parts_of_speech}
     if config.match == "root":
         needs["match='root'"] = "lemma"
-    found = _attributes_of(nlp)
+    assigned = _attributes_of(nlp)
     for setting, attribute in needs.items():
-        if attribute not in found:
+        if attribute not in assigned:
             raise ConfigError(
                 f"{setting} needs a spaCy pipeline that sets token.{attribute}; the components of {config.tagger!r} "
                 f"({', '.join(nlp.pipe_names) or 'none'}) do not say that they do. Take another pipeline, or add "
@@ -169,11 +169,11 @@ def _load_pipeline(config: WordsConfig) -> Any:
 
 
 def _attributes_of(nlp: Any) -> set[str]:
-    """Which of pos, lemma and dep the active components of a pipeline set, by their own account."""
-    found: set[str] = set()
+    """Which of pos, lemma and dep the active components of a pipeline set, as they declare."""
+    assigned: set[str] = set()
     for name, component in nlp.pipeline:
-        found.update(attribute.removeprefix("token.") for attribute in nlp.get_pipe_meta(name).assigns)
+        assigned.update(attribute.removeprefix("token.") for attribute in nlp.get_pipe_meta(name).assigns)
         # An attribute ruler declares nothing: what it sets is in its patterns.
         if nlp.get_pipe_meta(name).factory == "attribute_ruler":
-            found.update(str(key).lower() for pattern in component.patterns for key in pattern["attrs"])
-    return found
+            assigned.update(str(key).lower() for pattern in component.patterns for key in pattern["attrs"])
+    return assigned

@@ -65,17 +65,17 @@ def doctor(
         str | None, typer.Argument(help="Folder or hub id of a transformers model or a diffusers pipeline; the machine without it.")
     ] = None,
 ) -> None:
-    """Say what lavender finds in a model, what it can do with it, and what is missing. Weights are not loaded.
+    """Report what lavender finds in a model, what it can do with it, and what is missing. Loads no weights.
 
-    Without a model: what this machine has, by which kernels lavender runs on it, and what is missing. Exit code 1 if something is
-    missing.
+    Without a model: what this machine has, by which kernels lavender runs on it, and what is missing.
+    Exit code 1 if something is missing.
     """
     from ..doctor import examine, examine_machine
 
     findings = examine_machine() if model is None else examine(model)
     width = max(len(finding.topic) for finding in findings) + 2
     for finding in findings:
-        print(f"{finding.topic:<{width}}{finding.found}".replace("\n", "\n" + " " * width))
+        print(f"{finding.topic:<{width}}{finding.result}".replace("\n", "\n" + " " * width))
         if finding.remedy:
             print(f"{'':<{width}}-> {finding.remedy}")
     if any(finding.remedy for finding in findings):
@@ -87,22 +87,22 @@ def main() -> None:
     try:
         app()
     except LavenderError as error:
-        _say(str(error))
+        _print_error(str(error))
         sys.exit(2)
     except OSError as error:
         if error.filename is None:
             raise
-        _say(f"{error.strerror}: {error.filename}")
+        _print_error(f"{error.strerror}: {error.filename}")
         sys.exit(2)
     except ModuleNotFoundError as error:
-        _say(f"this needs the package {error.name}; pip install 'lavender-attention[all]'")
+        _print_error(f"this needs the package {error.name}; pip install 'lavender-attention[all]'")
         sys.exit(2)
     except SystemExit as end:
         if end.code == 130:  # what typer makes of Ctrl-C
-            _say("interrupted; the same command continues")
+            _print_error("interrupted; the same command continues")
         raise
 
 
-def _say(message: str) -> None:
+def _print_error(message: str) -> None:
     """One line on standard error, below a progress bar if there is one."""
     tqdm.write(f"lavender: {message}", file=sys.stderr)

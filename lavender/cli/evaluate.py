@@ -5,26 +5,29 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ..config import AlignmentConfig
 from ..errors import ConfigError
 from ..files import write_atomically
-from .options import Rows
+from .options import with_options
 
 app = typer.Typer(rich_markup_mode=None)
 
 
 @app.callback(invoke_without_command=True)
+@with_options(alignment=(AlignmentConfig, ("rows",)))
 def evaluate(
+    *,
     context: typer.Context,
     student: Annotated[
         str | None, typer.Option(help="Folder or hub id of a student; the embedded one if neither is given.")
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="LoRA adapter folder for the student.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Folder or hub id of a teacher to measure instead.")] = None,
-    rows: Annotated[Rows, typer.Option(help="Which row of a student's attention speaks for a token.")] = Rows.predicts,
+    alignment: dict[str, Any],
     scenes: Annotated[int, typer.Option(min=1, help="Number of held-out scenes of the small world.")] = 150,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
 ) -> None:
@@ -45,7 +48,7 @@ def evaluate(
     if teacher is not None:
         figures = evaluate_teacher_folder(teacher, scenes)
     else:
-        figures = evaluate_student_folder(student or str(STUDENT), adapter, scenes, rows.value)
+        figures = evaluate_student_folder(student or str(STUDENT), adapter, scenes, AlignmentConfig(**alignment).rows)
     text = json.dumps(figures, indent=2)
     print(text)
     if out is not None:
@@ -80,7 +83,7 @@ def maps(
     )
     if out is not None:
         # JSON knows no NaN, which `own_object` is where every picture has one object.
-        sound = {name: {k: None if math.isnan(v) else v for k, v in own.items()} for name, own in figures.items()}
+        sound = {name: {k: None if math.isnan(v) else v for k, v in values.items()} for name, values in figures.items()}
         write_atomically(out, json.dumps(sound, indent=2) + "\n")
 
 

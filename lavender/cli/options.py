@@ -1,40 +1,121 @@
-"""What options of several commands are made into."""
+"""Options made from the fields of a dataclass: their choices from its types, their help from its
+docstrings."""
 
 from __future__ import annotations
 
-from enum import Enum
-from pathlib import Path
-from typing import TYPE_CHECKING
+import ast
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+import typer
+
+from ..config import Captions
 from ..errors import ConfigError
 
-if TYPE_CHECKING:
-    from ..data.samples import Conversation, Sample
+_FLAGS = {"devices": "--device"}
+"""Options whose name differs from their setting's."""
 
 
-class Rows(str, Enum):
-    predicts = "predicts"
-    reads = "reads"
+@dataclass(frozen=True)
+class PairOptions:
+    """Options of every command that reads pictures with captions; `open_pairs` has them as arguments."""
+
+    images: str | None = None
+    """Folder that image paths are relative to; the data's own by default."""
+    split: str = "train"
+    """Split of a hub data set or of Karpathy's JSON."""
+    captions: Captions = "first"
+    """Which captions of a picture to take, where it has several."""
+    image_column: str | None = None
+    """Column of the pictures, where its name is not a usual one."""
+    caption_column: str | None = None
+    """Column of the captions, where its name is not a usual one."""
+    id_column: str | None = None
+    """Column of the ids, if not `id`."""
 
 
-def integers(text: str, option: str) -> tuple[int, ...]:
+PAIR_OPTIONS = (PairOptions, tuple(field.name for field in fields(PairOptions)))
+"""All of them, as an argument of `with_options`."""
+
+
+def with_options(**groups: tuple[type, tuple[str, ...]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorates a command: replaces some of its parameters by options, one per field of a dataclass.
+
+    Args:
+        groups: per parameter of the command, a dataclass and the names of the fields to make options
+            of. The command receives a dictionary, by field, of the options that the user gave: an
+            option left out keeps the default of the dataclass, or of a preset.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            if parameter.name in groups:
+                cls, names = groups[parameter.name]
+                parameters += [make_option(cls, name) for name in names]
+            else:
+                parameters.append(parameter)
+
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            for group, (cls, names) in groups.items():
+                chosen = {name: values.pop(name) for name in names}
+                values[group] = {name: _parse(cls, name, value) for name, value in chosen.items() if value is not None}
+            command(**values)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def make_option(cls: type, name: str) -> inspect.Parameter:
+    """The option for a field of a dataclass. Its own default is None, which no user can give."""
+    hint, default = get_type_hints(cls)[name], getattr(cls, name)
+    is_list = get_origin(hint) is tuple
+    text = ",".join(map(str, default)) if is_list else "" if default is None else str(default).lower()
+    option = typer.Option(
+        *([_FLAGS[name]] if name in _FLAGS else ()),
+        metavar=f"<{get_args(hint)[0].__name__},...>" if is_list else None,
+        help=help_of(cls)[name] + (f"  [default: {text}]" if text else ""),
+    )
+    kind = str if is_list else hint
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
+
+
+@functools.cache
+def help_of(cls: type) -> dict[str, str]:
+    """The first sentence of each field's docstring."""
+    definition = ast.parse(inspect.getsource(cls)).body[0]
+    assert isinstance(definition, ast.ClassDef)
+    texts = {}
+    for statement, following in pairwise(definition.body):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            docstring = " ".join(ast.literal_eval(following.value).split())
+            texts[ast.unparse(statement.target)] = re.split(r"(?<=\.)\s", docstring)[0]
+    return texts
+
+
+def flag_of(name: str) -> str:
+    """A setting's option as the user types it."""
+    return _FLAGS.get(name, f"--{name.replace('_', '-')}")
+
+
+def _parse(cls: type, name: str, value: Any) -> Any:
+    """An option's value as the field's type: texts with commas become tuples."""
+    hint = get_type_hints(cls)[name]
+    if get_origin(hint) is not tuple:
+        return value
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    if get_args(hint)[0] is str:
+        return tuple(parts)
     try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
+        return tuple(int(part) for part in parts)
     except ValueError:
-        raise ConfigError(f"{option} is {text!r}; give integers separated by commas, as in 51,151,301") from None
-
-
-def samples_in(path: Path | None, images: Path | None) -> list[Sample | Conversation] | None:
-    from ..data.samples import read_samples
-
-    return None if path is None else read_samples(path, split=None, images=images)
-
-
-def usable_device(name: str) -> str:
-    import torch
-
-    try:
-        torch.empty(1, device=name).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]})") from None
-    return name
+        raise ConfigError(f"{flag_of(name)} is {value!r}; give integers separated by commas, as in 51,151,301") from None

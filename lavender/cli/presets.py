@@ -1,8 +1,10 @@
-"""Settings to start from: a student, what of it is aligned, and how it is trained. Each is a function; `PRESETS` names them all.
+"""Settings to start from: a student, what of it is aligned, and how it is trained. Each preset is a
+function; `PRESETS` names them all.
 
-The published run of Llama-3.2-11B-Vision (LoRA of rank 8 on q_proj and v_proj, AdamW at 1e-4 without weight decay, lambda 10)
-is the model for all of them. What the paper does not say - steps, batches, the rate of full fine-tuning - is a choice made here.
-Only the small world's was run; the others' settings were not, on their checkpoints.
+All of them follow the published run of Llama-3.2-11B-Vision: LoRA of rank 8 on q_proj and v_proj, AdamW
+at 1e-4 without weight decay, lambda 10. Steps, batches and the rate of full fine-tuning are not
+published: they are choices made here. Only the small world's preset was run; the others were not run on
+their checkpoints.
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ..config import AlignmentConfig, TrainingConfig, WordsConfig, override
+from ..config import AlignmentConfig, TrainingConfig, WordsConfig
 from ..errors import ConfigError
 from ..miniworld import STUDENT
+from .settings import override
 
 Precision = Literal["bf16", "fp16"]
 
@@ -35,8 +38,8 @@ class Preset:
     words: WordsConfig = field(default_factory=WordsConfig)
 
     def with_settings(self, assignments: Iterable[str]) -> Preset:
-        """The same with some settings changed by texts like `alignment.weight=5`, `training.arguments.deepspeed=zero3.json` or
-        `words.match=exact`. Raises `ConfigError` on what is no setting."""
+        """Returns a copy with some settings changed by texts like `alignment.weight=5`, `words.match=exact`
+        or `training.arguments.deepspeed=zero3.json`. Raises `ConfigError` on an unknown setting."""
         changed: dict[str, list[str]] = {"alignment": [], "training": [], "words": []}
         for assignment in assignments:
             part, _, rest = assignment.partition(".")
@@ -45,12 +48,13 @@ class Preset:
                     f"{assignment!r} changes nothing; expected {', '.join(changed)} and a setting: alignment.weight=5"
                 )
             changed[part].append(rest)
-        return replace(self, **{part: override(getattr(self, part), own) for part, own in changed.items() if own})
+        return replace(self, **{part: override(getattr(self, part), texts) for part, texts in changed.items() if texts})
 
     def in_precision(self, precision: Precision) -> Preset:
-        """The same in `bf16` (A100 and newer) or `fp16` (V100, T4: with loss scaling, and bf16 nowhere).
+        """Returns a copy in `bf16` (A100 and newer) or `fp16` (V100, T4; with loss scaling).
 
-        The frozen weights below a LoRA adapter are loaded in it; those of a full fine-tuning stay in float32. Raises `ConfigError`.
+        The frozen weights below a LoRA adapter are loaded in half precision; those of a full fine-tuning
+        stay in float32. Raises `ConfigError`.
         """
         if precision not in ("bf16", "fp16"):
             raise ConfigError(f"the precision is {precision!r}; choose bf16 or fp16")
@@ -61,13 +65,14 @@ class Preset:
 
 
 def llama_3_2_11b_vision_lora() -> Preset:
-    """Llama-3.2-11B-Vision by LoRA: its eight cross-attention layers are aligned. Its weights alone take 21 GB in half precision:
-    shard them (ZeRO-3 or FSDP2) over cards of 24 or 32 GB."""
+    """Llama-3.2-11B-Vision by LoRA: its eight cross-attention layers are aligned. Its weights alone take
+    21 GB in half precision: shard them (ZeRO-3 or FSDP2) over cards of 24 or 32 GB."""
     return _lora("meta-llama/Llama-3.2-11B-Vision-Instruct", AlignmentConfig())
 
 
 def llama_3_2_11b_vision_full() -> Preset:
-    """The same, every weight trained, for a node of eight with ZeRO-3 or FSDP2; a tenth of LoRA's learning rate (not published)."""
+    """Llama-3.2-11B-Vision with every weight trained, for a node of eight with ZeRO-3 or FSDP2; a tenth of
+    LoRA's learning rate (not published)."""
     lora = llama_3_2_11b_vision_lora()
     return replace(lora, training=replace(lora.training, lora_rank=0, learning_rate=1e-5))
 
@@ -88,13 +93,14 @@ def minicpm_v_4_6() -> Preset:
 
 
 def small_world() -> Preset:
-    """The small student inside the package, as `lavender demo` trains it; a CPU does."""
+    """The small student inside the package, as `lavender demo` trains it, on a CPU."""
     alignment = AlignmentConfig(weight=1.0, rows="reads", aligner="identity")
     return Preset(str(STUDENT), alignment, TrainingConfig(learning_rate=1e-3))
 
 
 def _lora(model: str, alignment: AlignmentConfig) -> Preset:
-    """2,000 steps of 16 samples on each device, one at a time: a fraction of an epoch of the published 0.13 million."""
+    """2,000 steps of 16 samples per device, one at a time: a fraction of an epoch of the published 0.13
+    million samples."""
     training = TrainingConfig(
         steps=2000,
         batch_size=1,

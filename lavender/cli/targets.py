@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .extract import Captions
-from .options import samples_in
+from ..config import Format
+from .options import PAIR_OPTIONS, with_options
+
+if TYPE_CHECKING:
+    from ..data.samples import Conversation, Sample
 
 app = typer.Typer(
     help="Look at target stores, check and merge them; bring published word maps into one, and out of it.",
@@ -18,68 +20,51 @@ app = typer.Typer(
 )
 
 
-class Format(str, Enum):
-    folder = "folder"
-    parquet = "parquet"
-
-
 @app.command()
 def info(store: Annotated[Path, typer.Argument(help="Folder of the target store, finished or not.")]) -> None:
-    """Say what a target store holds."""
+    """Print what a target store holds."""
     from ..config import TeacherConfig, to_dict
     from ..targets.maintenance import info as run
 
-    found = run(store)
-    defaults = to_dict(TeacherConfig())
-    entries = {**found.source, **to_dict(found.config)}
+    facts, defaults = run(store), to_dict(TeacherConfig())
+    entries = {**facts.source, **to_dict(facts.config)}
     changed = {name: value for name, value in entries.items() if name in defaults and value != defaults[name]}
     for topic, text in (
         ("teacher", ", ".join(f"{name} {value}" for name, value in entries.items() if name not in defaults)),
         ("settings", ", ".join(f"{name}={value}" for name, value in changed.items()) or "the defaults"),
-        ("finished", "yes" if found.complete else "no: run the same command again to continue it"),
-        ("samples", f"{found.samples} in {found.shards} shards; {found.failed} failed"),
-        ("words", f"{found.words}, {found.words_without_map} of them without a map"),
-        ("size", f"{found.num_bytes / 1e6:.1f} MB, {found.bytes_per_sample:.0f} bytes a sample"),
+        ("finished", "yes" if facts.complete else "no: run the same command again to continue it"),
+        ("samples", f"{facts.samples} in {facts.shards} shards; {facts.failed} failed"),
+        ("words", f"{facts.words}, {facts.words_without_map} of them without a map"),
+        ("size", f"{facts.num_bytes / 1e6:.1f} MB, {facts.bytes_per_sample:.0f} bytes a sample"),
     ):
         print(f"{topic:<8}  {text}")
 
 
 @app.command()
+@with_options(pairs=PAIR_OPTIONS)
 def verify(
+    *,
     store: Annotated[Path, typer.Argument(help="Folder of the target store.")],
     data: Annotated[
         str | None, typer.Option(help="Data set that it was extracted from, to look for what is missing; as for extract.")
     ] = None,
-    images: Annotated[str | None, typer.Option(help="As for extract.")] = None,
-    split: Annotated[str, typer.Option(help="As for extract.")] = "train",
-    captions: Annotated[Captions, typer.Option(help="As for extract.")] = Captions.first,
-    image_column: Annotated[str | None, typer.Option(help="As for extract.")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="As for extract.")] = None,
-    id_column: Annotated[str | None, typer.Option(help="As for extract.")] = None,
+    pairs: dict[str, Any],
 ) -> None:
     """Check every byte and every row of a target store. Exit code 1, and a line for each problem, if there is any."""
     from ..targets.maintenance import verify as run
     from ..targets.store import TargetStore
 
-    pairs = None
+    source = None
     if data is not None:
         from ..data.sources import open_pairs
 
-        pairs = open_pairs(
-            data,
-            images=images,
-            split=split,
-            captions=captions.value,
-            image_column=image_column,
-            caption_column=caption_column,
-            id_column=id_column,
-        )
-    problems = run(store, pairs)
+        source = open_pairs(data, **pairs)
+    problems = run(store, source)
     if problems:
         print("\n".join(problems))
         raise typer.Exit(1)
-    found = TargetStore(store)
-    print(f"{len(found)} samples in {len(found.shards)} shards: sound")
+    sound = TargetStore(store)
+    print(f"{len(sound)} samples in {len(sound.shards)} shards: sound")
 
 
 @app.command()
@@ -105,7 +90,7 @@ def import_targets(
     """Make a target store of word maps in one of the published formats."""
     from ..targets.lavender_import import import_targets as run
 
-    summary = run(source, out, samples=samples_in(samples, images), images=images)
+    summary = run(source, out, samples=_read_samples(samples, images), images=images)
     print(
         f"{out}: {summary.written} written, {summary.present} there before, {summary.failed} skipped, "
         f"{summary.unused_maps} maps not used"
@@ -128,7 +113,13 @@ def export_targets(
     from ..targets.lavender_export import export_targets as run
     from ..targets.store import TargetStore
 
-    summary = run(TargetStore(store), out, format=format.value, samples=samples_in(samples, images), images=images)
+    summary = run(TargetStore(store), out, format=format, samples=_read_samples(samples, images), images=images)
     for sample_id, reason in summary.failed:
         print(f"skipped {sample_id}: {reason}")
     print(f"{out}: {summary.written} samples with {summary.maps} maps written, {len(summary.failed)} skipped")
+
+
+def _read_samples(path: Path | None, images: Path | None) -> list[Sample | Conversation] | None:
+    from ..data.samples import read_samples
+
+    return None if path is None else read_samples(path, split=None, images=images)

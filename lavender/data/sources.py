@@ -15,8 +15,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast, get_args
 
+from ..config import Captions
 from ..errors import ConfigError, DataError
 from ..files import filesystem_of, is_url, path_within
 from ..images import ImageSource, StoredImage
@@ -128,7 +129,7 @@ def open_pairs(
     *,
     images: str | Path | None = None,
     split: str | None = "train",
-    captions: str = "first",
+    captions: Captions = "first",
     image_column: str | None = None,
     caption_column: str | None = None,
     id_column: str | None = None,
@@ -158,8 +159,8 @@ def open_pairs(
         ConfigError: an option is wrong, or columns are to be named.
         DataError: the data is missing, or no data set of these forms.
     """
-    if captions not in ("first", "all"):
-        raise ConfigError(f"captions is {captions!r}; choose first or all")
+    if captions not in get_args(Captions):
+        raise ConfigError(f"captions is {captions!r}; choose {' or '.join(get_args(Captions))}")
     if images is not None and not is_url(images) and not os.path.isdir(images):
         raise DataError(f"there is no folder {images}; give the one that the paths of pictures are relative to")
     location = str(data)

@@ -1,1 +1,1 @@
-"""Measures of word maps and of answers."""
+"""Measures of word maps and of answers, for any store and any student, beside their controls."""

@@ -1,24 +1,24 @@
-"""Where the objects of a picture lie and which words of its caption name them, read from what data sets have.
+"""Where the objects of a picture lie and which words of its caption name them, read from a data set's masks or boxes.
 
-`read_groundings` takes, by what it finds:
+`read_groundings` reads three formats and recognizes them by their content:
 
-- JSON lines of our own, one a sample, with its id in the target store. The small world's `write_dataset` writes them.
+- JSON lines in lavender's own format, one per sample, with its id in the target store; `miniworld.write_dataset` writes them.
 
       {"id": "a.jpg", "objects": [{"boxes": [[top, left, bottom, right], ...]}, {"mask": "masks/a.png"}, {"rle": {...}}],
        "words": [{"start": 2, "end": 5, "object": 0}, ...]}
 
-  Boxes are fractions of the picture. A mask is a picture beside the file, not black where the object is, and covers the whole
-  picture; `rle` is a mask in COCO's run-length form. `start` and `end` are characters of the caption.
+  Boxes are fractions of the picture. A mask is an image file beside the JSON lines, not black where the object is, and covers the
+  whole picture; `rle` is a mask in COCO's run-length form. `start` and `end` are characters of the caption.
 - COCO's instances, a JSON object with `images`, `annotations` and `categories`. An object is a category, all its instances
   together, because a word does not say which one it means: pointing at any of them counts. A segmentation is preferred to a box.
   Words name a category if they are its name or its simple plural (-s, -es, -ies; not "people"), whatever their case; all words
   of "traffic light" count, side by side.
 - The folder of Flickr30k Entities, with `Sentences/<picture>.txt` and `Annotations/<picture>.xml`. An object is an entity with
-  boxes; entities with the same boxes are one. The words of a phrase name its entity, function words left out. Which line is a
-  sample's caption shows in its letters and digits, for the set's text has other spaces and its captions no order in a store.
+  boxes; entities with the same boxes are one. The words of a phrase name its entity, function words left out. A sample's caption
+  is the line with the same letters and digits: spaces differ, and a store does not keep the order of an image's captions.
 
-COCO and Entities know pictures: a sample's is the one that its id names, with or without folders and the number of a caption
-("images/a.jpg#3"), for Entities without the ending too.
+COCO and Entities list pictures, not samples. A sample's picture is the one that its id names, with or without folders and the
+number of a caption ("images/a.jpg#3"), for Entities also without the ending.
 """
 
 from __future__ import annotations
@@ -38,15 +38,16 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from ..images import load_image
-from ..types import WHOLE_PICTURE, Box
+from ..types import WHOLE_PICTURE, Box, Span
 from ..words import FUNCTION_WORDS, words_of
 
 RASTER = 64
-"""Rows and columns of a region's raster: fine beside word maps, which have 8 to 64."""
+"""Side of a region's raster, in cells: fine beside word maps, which have 8 to 64."""
 
 _SLACK = 1e-3
 """How far a box in fractions may reach over the picture's border by rounding; pixels reach further."""
-_MOST_PIXELS = 2**28
+_MAX_PIXELS = 2**28
+"""Limit of a mask in run-length form, which can claim any size in a few bytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +75,8 @@ class Region:
         for corners in self.polygons:
             inside |= _in_polygon(corners, y, x)
         for mask in self.masks:
-            rows, columns = ((places * side).astype(int).clip(0, side - 1) for places, side in zip((y, x), mask.shape, strict=True))
-            inside |= mask[rows[:, None], columns]
+            at_y, at_x = ((places * side).astype(int).clip(0, side - 1) for places, side in zip((y, x), mask.shape, strict=True))
+            inside |= mask[at_y[:, None], at_x]
         return inside & ((y >= 0) & (y < 1))[:, None] & ((x >= 0) & (x < 1))
 
 
@@ -117,7 +118,7 @@ def read_groundings(path: str | Path) -> Groundings:
         return _Entities(path)
     if not path.is_file():
         raise DataError(f"there are no masks at {path}; expected JSON lines, COCO's instances or a folder of Flickr30k Entities")
-    text = _text(path)
+    text = _read_text(path)
     try:
         whole = json.loads(text)
     except json.JSONDecodeError:
@@ -158,26 +159,27 @@ class _Lines:
             return None
         place, entry = self._entries[sample_id]
         objects = [
-            self._region(given, f"{place}, object {n}") for n, given in enumerate(_list(entry.get("objects"), place, "objects"))
+            self._read_region(region, f"{place}, object {n}")
+            for n, region in enumerate(_require_list(entry.get("objects"), place, "objects"))
         ]
         words = []
-        for given in _list(entry.get("words"), place, "words"):
-            values: list[Any] = [given.get(key) for key in ("start", "end", "object")] if isinstance(given, dict) else []
+        for word in _require_list(entry.get("words"), place, "words"):
+            values: list[Any] = [word.get(key) for key in ("start", "end", "object")] if isinstance(word, dict) else []
             if not values or not all(isinstance(v, int) for v in values) or not 0 <= values[0] < values[1]:
-                raise DataError(f'{place}: a word is {_short(given)}; expected whole numbers "start" < "end" and "object"')
+                raise DataError(f'{place}: a word is {_short(word)}; expected whole numbers "start" < "end" and "object"')
             if not 0 <= values[2] < len(objects):
                 raise DataError(f"{place}: a word names object {values[2]}; the line has {len(objects)} objects, counted from 0")
             words.append(NamingWord(*values))
         return Grounding(tuple(objects), tuple(words))
 
-    def _region(self, given: Any, place: str) -> Region:
-        if not isinstance(given, dict) or len(given.keys() & {"boxes", "mask", "rle"}) != 1:
-            raise DataError(f'{place} is {_short(given)}; expected an object with "boxes", "mask" or "rle"')
-        if "boxes" in given:
-            return Region(boxes=tuple(_box(own, place) for own in _list(given["boxes"], place, "boxes")))
-        if "rle" in given:
-            return Region(masks=(_mask_of_runs(given["rle"], place),))
-        name = given["mask"]
+    def _read_region(self, entry: Any, place: str) -> Region:
+        if not isinstance(entry, dict) or len(entry.keys() & {"boxes", "mask", "rle"}) != 1:
+            raise DataError(f'{place} is {_short(entry)}; expected an object with "boxes", "mask" or "rle"')
+        if "boxes" in entry:
+            return Region(boxes=tuple(_read_box(box, place) for box in _require_list(entry["boxes"], place, "boxes")))
+        if "rle" in entry:
+            return Region(masks=(_decode_runs(entry["rle"], place),))
+        name = entry["mask"]
         if not isinstance(name, str) or "\0" in name or not (self._folder / name).resolve().is_relative_to(self._folder.resolve()):
             raise DataError(f"{place}: the mask is {_short(name)}; expected a path below {self._folder}")
         return Region(masks=(np.asarray(load_image(self._folder / name)).max(axis=2) > 0,))
@@ -186,20 +188,20 @@ class _Lines:
 class _Coco:
     """COCO's instances."""
 
-    def __init__(self, path: Path, found: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, coco: Mapping[str, Any]) -> None:
         self._images: dict[str, dict[str, Any]] = {}
         self._annotations: dict[Any, list[tuple[str, dict[str, Any]]]] = {}
         self._categories: dict[tuple[str, ...], Any] = {}
-        for place, image in _records(path, found, "images", ("id", "file_name", "width", "height")):
-            _numbers([image["width"], image["height"]], f"{place}: its size", above=0)
+        for place, image in _read_records(path, coco, "images", ("id", "file_name", "width", "height")):
+            _require_numbers([image["width"], image["height"]], f"{place}: its size", above=0)
             self._images[str(image["file_name"])] = image
             self._annotations[image["id"]] = []
         categories = set()
-        for _, category in _records(path, found, "categories", ("id", "name")):
+        for _, category in _read_records(path, coco, "categories", ("id", "name")):
             categories.add(category["id"])
-            for form in _forms(str(category["name"])):
+            for form in _inflect(str(category["name"])):
                 self._categories.setdefault(form, category["id"])
-        for place, annotation in _records(path, found, "annotations", ("image_id", "category_id")):
+        for place, annotation in _read_records(path, coco, "annotations", ("image_id", "category_id")):
             if annotation["image_id"] not in self._annotations or annotation["category_id"] not in categories:
                 raise DataError(
                     f"{place} belongs to image {annotation['image_id']!r} and category {annotation['category_id']!r}; "
@@ -217,46 +219,46 @@ class _Coco:
         return self._images
 
     def of(self, sample_id: str, caption: str) -> Grounding | None:
-        image = next((self._by_name[name] for name in _picture_names(sample_id) if name in self._by_name), None)
+        image = next((self._by_name[name] for name in _image_names(sample_id) if name in self._by_name), None)
         if image is None:
             return None
         instances = defaultdict(list)
         for place, annotation in self._annotations[image["id"]]:
-            instances[annotation["category_id"]].append(_instance(place, annotation, image["height"], image["width"]))
+            instances[annotation["category_id"]].append(_read_instance(place, annotation, image["height"], image["width"]))
         index_of = {category: index for index, category in enumerate(instances)}
         words = tuple(NamingWord(*span, index_of[c]) for span, c in self._categories_in(caption) if c in index_of)
-        return Grounding(tuple(_union(regions) for regions in instances.values()), words)
+        return Grounding(tuple(_unite(regions) for regions in instances.values()), words)
 
-    def _categories_in(self, caption: str) -> list[tuple[tuple[int, int], Any]]:
+    def _categories_in(self, caption: str) -> list[tuple[Span, Any]]:
         """Words that name a category, in the picture or not: the "dog" of a "hot dog" is none."""
         words = words_of(caption)
         folded = [word.text.casefold() for word in words]
         beside = [not caption[a.end : b.start].strip() for a, b in pairwise(words)]
         longest = max(map(len, self._categories), default=0)
-        found: list[tuple[tuple[int, int], Any]] = []
+        categories: list[tuple[Span, Any]] = []
         at = 0
         while at < len(words):
             for length in range(longest, 0, -1):
                 category = self._categories.get(tuple(folded[at : at + length]))
                 if category is not None and at + length <= len(words) and all(beside[at : at + length - 1]):
-                    found += [((word.start, word.end), category) for word in words[at : at + length]]
+                    categories += [((word.start, word.end), category) for word in words[at : at + length]]
                     break
             else:
                 length = 1
             at += length
-        return found
+        return categories
 
 
-def _records(path: Path, found: Mapping[str, Any], name: str, keys: tuple[str, ...]) -> Iterable[tuple[str, dict[str, Any]]]:
+def _read_records(path: Path, coco: Mapping[str, Any], name: str, keys: tuple[str, ...]) -> Iterable[tuple[str, dict[str, Any]]]:
     """The objects of one of COCO's lists, each with its place."""
-    for number, record in enumerate(_list(found.get(name), str(path), name), start=1):
+    for number, record in enumerate(_require_list(coco.get(name), str(path), name), start=1):
         place = f"{path}, {name} {number}"
         if not isinstance(record, dict) or any(not isinstance(record.get(key), str | int | float) for key in keys):
             raise DataError(f"{place} is {_short(record)}; expected an object with {', '.join(keys)}")
         yield place, record
 
 
-def _forms(name: str) -> list[tuple[str, ...]]:
+def _inflect(name: str) -> list[tuple[str, ...]]:
     """A category's name and its simple plurals, as words."""
     words = tuple(word.text.casefold() for word in words_of(name))
     if not words:
@@ -266,23 +268,23 @@ def _forms(name: str) -> list[tuple[str, ...]]:
     return [words, *((*first, plural) for plural in plurals)]
 
 
-def _instance(place: str, annotation: Mapping[str, Any], height: float, width: float) -> Region:
+def _read_instance(place: str, annotation: Mapping[str, Any], height: float, width: float) -> Region:
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
-        return Region(masks=(_mask_of_runs(segmentation, place),))
+        return Region(masks=(_decode_runs(segmentation, place),))
     if segmentation:
         polygons = []
-        for given in _list(segmentation, place, "segmentation"):
-            numbers = _numbers(given, f"{place}: a polygon")
+        for corners in _require_list(segmentation, place, "segmentation"):
+            numbers = _require_numbers(corners, f"{place}: a polygon")
             if len(numbers) < 6 or len(numbers) % 2:
                 raise DataError(f"{place}: a polygon has {len(numbers)} numbers; expected x and y of three or more corners")
             polygons.append(np.reshape(numbers, (-1, 2))[:, ::-1] / [height, width])
         return Region(polygons=tuple(polygons))
-    left, top, wide, tall = _numbers(annotation.get("bbox"), f"{place}: its bbox", length=4)
+    left, top, wide, tall = _require_numbers(annotation.get("bbox"), f"{place}: its bbox", length=4)
     return Region(boxes=((top / height, left / width, (top + tall) / height, (left + wide) / width),))
 
 
-def _union(regions: Sequence[Region]) -> Region:
+def _unite(regions: Sequence[Region]) -> Region:
     return Region(
         tuple(box for region in regions for box in region.boxes),
         tuple(polygon for region in regions for polygon in region.polygons),
@@ -309,20 +311,20 @@ class _Entities:
         return self._sentences
 
     def of(self, sample_id: str, caption: str) -> Grounding | None:
-        stems = (stem for name in _picture_names(sample_id) for stem in (name, PurePosixPath(name).stem))
+        stems = (stem for name in _image_names(sample_id) for stem in (name, PurePosixPath(name).stem))
         stem = next((stem for stem in stems if stem in self._sentences and stem in self._annotations), None)
         named = None if stem is None else self._entities_in(caption, self._sentences[stem])
         if stem is None or named is None:
             return None
-        boxes_of = _entity_boxes(self._annotations[stem])
+        boxes_of = _read_entity_boxes(self._annotations[stem])
         regions = sorted(set(boxes_of.values()))
         words = tuple(NamingWord(*span, regions.index(boxes_of[entity])) for span, entity in named if entity in boxes_of)
         return Grounding(tuple(Region(boxes=boxes) for boxes in regions), words)
 
-    def _entities_in(self, caption: str, file: Path) -> list[tuple[tuple[int, int], str]] | None:
+    def _entities_in(self, caption: str, file: Path) -> list[tuple[Span, str]] | None:
         """Words of a caption and the entities that they name; None if it is no caption of the file."""
         letters = _letters(caption)
-        for number, line in enumerate(_text(file).split("\n"), start=1):
+        for number, line in enumerate(_read_text(file).split("\n"), start=1):
             owners: list[tuple[str, str | None]] = []  # letters of the line without markup, each with its entity
             end = 0
             for phrase in self._PHRASE.finditer(line):
@@ -344,9 +346,9 @@ def _letters(text: str) -> list[tuple[str, int]]:
     return [(character.lower(), place) for place, character in enumerate(text) if character.isalnum()]
 
 
-def _entity_boxes(path: Path) -> dict[str, tuple[Box, ...]]:
+def _read_entity_boxes(path: Path) -> dict[str, tuple[Box, ...]]:
     """Boxes of every entity of a picture that has some; pixels are counted from 1, and a box has both its ends."""
-    text = _text(path)
+    text = _read_text(path)
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise DataError(f"{path} declares a document type or entities, which annotations do not need; remove the declaration")
     try:
@@ -354,26 +356,26 @@ def _entity_boxes(path: Path) -> dict[str, tuple[Box, ...]]:
     except ElementTree.ParseError as error:
         raise DataError(f"{path} is no XML ({error})") from None
 
-    def numbers(element: ElementTree.Element | None, names: tuple[str, ...], place: str, above: float | None) -> list[float]:
+    def read_numbers(element: ElementTree.Element | None, names: tuple[str, ...], place: str, above: float | None) -> list[float]:
         texts = [None if element is None else element.findtext(name) for name in names]
         try:
-            return _numbers([float(text or "") for text in texts], place, above=above)
+            return _require_numbers([float(text or "") for text in texts], place, above=above)
         except ValueError:
             raise DataError(f"{place} is {texts}; expected numbers in {', '.join(names)}") from None
 
-    width, height = numbers(root.find("size"), ("width", "height"), f"{path}: the size", 0)
+    width, height = read_numbers(root.find("size"), ("width", "height"), f"{path}: the size", 0)
     boxes: dict[str, list[Box]] = defaultdict(list)
     for number, thing in enumerate(root.iter("object"), start=1):
         box = thing.find("bndbox")
         if box is None:  # <nobndbox>, or <scene>: the whole picture
             continue
         place = f"{path}, object {number}"
-        left, top, right, bottom = numbers(box, ("xmin", "ymin", "xmax", "ymax"), place, None)
+        left, top, right, bottom = read_numbers(box, ("xmin", "ymin", "xmax", "ymax"), place, None)
         if right < left or bottom < top:
             raise DataError(f"{place} has a box from ({left:g}, {top:g}) to ({right:g}, {bottom:g}), which is turned around")
         for name in thing.iter("name"):
             boxes[(name.text or "").strip()].append(((top - 1) / height, (left - 1) / width, bottom / height, right / width))
-    return {entity: tuple(sorted(set(own))) for entity, own in boxes.items()}
+    return {entity: tuple(sorted(set(boxes_of_entity))) for entity, boxes_of_entity in boxes.items()}
 
 
 def run_lengths(mask: NDArray[np.bool_]) -> dict[str, list[int]]:
@@ -384,23 +386,23 @@ def run_lengths(mask: NDArray[np.bool_]) -> dict[str, list[int]]:
     return {"size": list(mask.shape), "counts": [0, *counts] if flat[0] else counts}
 
 
-def _mask_of_runs(given: Any, place: str) -> NDArray[np.bool_]:
-    size = given.get("size") if isinstance(given, dict) else None
+def _decode_runs(value: Any, place: str) -> NDArray[np.bool_]:
+    size = value.get("size") if isinstance(value, dict) else None
     if not isinstance(size, list) or len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise DataError(f'{place}: a run-length mask is {_short(given)}; expected "size": [height, width] and "counts"')
-    counts = given.get("counts")
+        raise DataError(f'{place}: a run-length mask is {_short(value)}; expected "size": [height, width] and "counts"')
+    counts = value.get("counts")
     if isinstance(counts, str):
-        counts = _unpacked(counts)
+        counts = _unpack_runs(counts)
     pixels = size[0] * size[1]
     sound = isinstance(counts, list) and all(isinstance(count, int) and count >= 0 for count in counts)
-    if not sound or sum(counts) != pixels or pixels > _MOST_PIXELS:
+    if not sound or sum(counts) != pixels or pixels > _MAX_PIXELS:
         raise DataError(
             f"{place}: the runs of a mask are {_short(counts)}; expected counts that sum to {size[0]} x {size[1]} pixels"
         )
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size[1], size[0]).T
 
 
-def _unpacked(packed: str) -> list[int]:
+def _unpack_runs(packed: str) -> list[int]:
     """Runs from COCO's compressed text: five bits a character, the sixth says that more follow, from the fourth on differences."""
     counts: list[int] = []
     value = shift = 0
@@ -425,35 +427,35 @@ def _in_polygon(corners: NDArray[np.float64], y: NDArray[np.float64], x: NDArray
     return inside
 
 
-def _picture_names(sample_id: str) -> list[str]:
+def _image_names(sample_id: str) -> list[str]:
     """What the picture of a sample may be called, the likeliest first."""
     whole = re.sub(r"#\d+$", "", sample_id)
     return [sample_id, whole, PurePosixPath(whole).name]
 
 
-def _box(given: Any, place: str) -> Box:
-    top, left, bottom, right = _numbers(given, f"{place}: a box", length=4)
+def _read_box(value: Any, place: str) -> Box:
+    top, left, bottom, right = _require_numbers(value, f"{place}: a box", length=4)
     if not (-_SLACK <= top <= bottom <= 1 + _SLACK and -_SLACK <= left <= right <= 1 + _SLACK):
-        raise DataError(f"{place}: a box is {given}; expected top, left, bottom, right as fractions of the picture, 0 to 1")
+        raise DataError(f"{place}: a box is {value}; expected top, left, bottom, right as fractions of the picture, 0 to 1")
     return top, left, bottom, right
 
 
-def _numbers(given: Any, name: str, length: int | None = None, above: float | None = None) -> list[float]:
-    sound = isinstance(given, list) and all(isinstance(v, int | float) and np.isfinite(v) for v in given)
-    if not sound or (length is not None and len(given) != length):
-        raise DataError(f"{name} is {_short(given)}; expected a list of {length or ''} numbers".replace("  ", " "))
-    if above is not None and min(given) <= above:
-        raise DataError(f"{name} is {_short(given)}; expected numbers above {above:g}")
-    return [float(v) for v in given]
+def _require_numbers(value: Any, name: str, length: int | None = None, above: float | None = None) -> list[float]:
+    sound = isinstance(value, list) and all(isinstance(v, int | float) and np.isfinite(v) for v in value)
+    if not sound or (length is not None and len(value) != length):
+        raise DataError(f"{name} is {_short(value)}; expected a list of {length or ''} numbers".replace("  ", " "))
+    if above is not None and min(value) <= above:
+        raise DataError(f"{name} is {_short(value)}; expected numbers above {above:g}")
+    return [float(v) for v in value]
 
 
-def _list(given: Any, place: str, name: str) -> list[Any]:
-    if not isinstance(given, list):
-        raise DataError(f"{place}: {name!r} is {_short(given)}; expected a list")
-    return given
+def _require_list(value: Any, place: str, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise DataError(f"{place}: {name!r} is {_short(value)}; expected a list")
+    return value
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

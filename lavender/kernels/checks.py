@@ -10,13 +10,13 @@ from ..types import WordRows
 
 def require_tensors(**tensors: torch.Tensor | None) -> None:
     """Raises `ConfigError` unless all are tensors with elements on one device; None stands for an argument that was left out."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    for name, tensor in given.items():
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    for name, tensor in present.items():
         if not isinstance(tensor, torch.Tensor):
             raise ConfigError(f"{name} is a {type(tensor).__name__}; expected a tensor")
         if not tensor.numel():
             raise ConfigError(f"{name} {tuple(tensor.shape)} is empty; leave the call out where there is nothing to read")
-    devices = {name: str(tensor.device) for name, tensor in given.items()}
+    devices = {name: str(tensor.device) for name, tensor in present.items()}
     if len(set(devices.values())) > 1:
         places = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ConfigError(f"the tensors are on different devices ({places}); move them to one")
@@ -56,7 +56,7 @@ def require_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tens
 def require_places(rows: WordRows, columns: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> None:
     """Raises `ConfigError` unless rows and columns are index tensors that fit and, on a CPU, lie in their ranges.
 
-    On other devices ranges are not looked at: that would wait for the device.
+    On other devices ranges are not checked: that would wait for the device.
     """
     batch = query.shape[0]
     if not rows.rows.shape == rows.words.shape == rows.weights.shape or rows.rows.ndim != 2 or len(rows.rows) != batch:

@@ -13,9 +13,9 @@ import torch
 from ..errors import ConfigError
 from ..types import WordRows
 from .checks import require_attention, require_tensors
-from .map_loss.api import map_loss
+from .map_loss import map_loss
 from .numerics import accumulator
-from .row_maps.api import row_maps
+from .row_maps import row_maps
 
 
 def row_map_loss(

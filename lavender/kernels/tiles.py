@@ -16,7 +16,6 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
 """Kernels work in base 2: exp(x) = exp2(x * LOG2E)."""
 
-
 SIZES = (
     "heads_per_part", "num_columns", "num_groups", "num_heads", "num_keys", "num_queries", "num_rows", "num_splits", "num_words",
     "size",
@@ -73,18 +72,99 @@ def dot(a, b):
 
 
 @triton.jit
-def load_tile(base, index, valid, stride, WIDTH: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr):
-    """Rows `index` of a matrix, columns START to START + SIZE; zeros beyond WIDTH and where a row is not valid."""
+def load_tile(p, index, m, stride, WIDTH: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr):
+    """Rows `index` of a matrix, columns START to START + SIZE; zeros beyond WIDTH and where the mask `m` is False."""
     column = START + tl.arange(0, SIZE)
-    pointers = base + index[:, None] * stride + column[None, :]
+    pointers = p + index[:, None] * stride + column[None, :]
     if START + SIZE <= WIDTH:
-        return tl.load(pointers, mask=valid[:, None], other=0.0)
-    return tl.load(pointers, mask=valid[:, None] & (column < WIDTH)[None, :], other=0.0)
+        return tl.load(pointers, mask=m[:, None], other=0.0)
+    return tl.load(pointers, mask=m[:, None] & (column < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
-def store_tile(base, index, valid, stride, values, WIDTH: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr):
+def store_tile(p, index, m, stride, values, WIDTH: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr):
     """The counterpart of `load_tile`."""
     column = START + tl.arange(0, SIZE)
-    pointers = base + index[:, None] * stride + column[None, :]
-    tl.store(pointers, values.to(base.dtype.element_ty), mask=valid[:, None] & (column < WIDTH)[None, :])
+    pointers = p + index[:, None] * stride + column[None, :]
+    tl.store(pointers, values.to(p.dtype.element_ty), mask=m[:, None] & (column < WIDTH)[None, :])
+
+
+# A matrix as wide as a head is a pair of tiles, FIRST and SECOND wide. Where SECOND is zero nothing reads the second.
+
+
+@triton.jit
+def load_wide(p, index, m, stride, WIDTH: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """Rows `index` of a matrix, as a pair."""
+    first = load_tile(p, index, m, stride, WIDTH, 0, FIRST)
+    second = first
+    if SECOND > 0:
+        second = load_tile(p, index, m, stride, WIDTH, FIRST, SECOND)
+    return first, second
+
+
+@triton.jit
+def store_wide(p, index, m, stride, pair, factor, WIDTH: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """Stores a pair, times a factor."""
+    store_tile(p, index, m, stride, pair[0] * factor, WIDTH, 0, FIRST)
+    if SECOND > 0:
+        store_tile(p, index, m, stride, pair[1] * factor, WIDTH, FIRST, SECOND)
+
+
+@triton.jit
+def zeros_wide(ROWS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """A pair of float32 sums."""
+    first = tl.zeros([ROWS, FIRST], tl.float32)
+    second = first
+    if SECOND > 0:
+        second = tl.zeros([ROWS, SECOND], tl.float32)
+    return first, second
+
+
+@triton.jit
+def dot_wide(left, right, SECOND: tl.constexpr):
+    """left right^T of two pairs, summed over the width."""
+    products = dot(left[0], tl.trans(right[0]))
+    if SECOND > 0:
+        products += dot(left[1], tl.trans(right[1]))
+    return products
+
+
+@triton.jit
+def add_dot(sums, left, right, SECOND: tl.constexpr):
+    """sums + left right: a pair, a tile, a pair."""
+    first = sums[0] + dot(left, right[0])
+    second = sums[1]
+    if SECOND > 0:
+        second += dot(left, right[1])
+    return first, second
+
+
+@triton.jit
+def masked_scores(left, right, scale, p_bias, m, SECOND: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Scores of two pairs in base 2, with the bias at the tile of pointers `p_bias`; -inf where the mask `m` is False."""
+    scores = dot_wide(left, right, SECOND) * (scale * LOG2E)
+    if HAS_BIAS:
+        scores += tl.load(p_bias, mask=m, other=0.0) * LOG2E
+    return tl.where(m, scores, float("-inf"))
+
+
+@triton.jit
+def add_scores(row_max, total, scores):
+    """A running softmax over rows of scores: their largest score so far, and the sum of exp2(score - row_max)."""
+    higher = tl.maximum(row_max, tl.max(scores, 1))
+    shift = tl.where(higher == float("-inf"), 0.0, higher)
+    return higher, total * tl.exp2(row_max - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
+
+
+@triton.jit
+def log_sum_exp(row_max, total):
+    """Base-2 log-sum-exp of a running softmax, +inf where nothing was seen."""
+    # Not `total > 0`: NaN stays NaN.
+    return tl.where(total == 0, float("inf"), row_max + tl.log2(tl.where(total == 0, 1.0, total)))
+
+
+@triton.jit
+def split_bounds(split, num_splits, length, TILE: tl.constexpr):
+    """Where a split of a loop over `length` in whole tiles begins and ends."""
+    reach = tl.cdiv(tl.cdiv(length, TILE), num_splits) * TILE
+    return split * reach, tl.minimum(length, (split + 1) * reach)

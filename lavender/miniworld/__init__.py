@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from .scenes import DESCRIBE, Scene
+from ..evaluation.grounding import run_lengths
+from .scenes import DESCRIBE, MEASURED_KINDS, Scene
 
 WEIGHTS = Path(__file__).parent / "weights"
 TEACHER = WEIGHTS / "teacher"
@@ -25,10 +26,6 @@ def write_dataset(scenes: Sequence[Scene], folder: Path) -> Path:
 
     The grounding has every object's exact mask and the words to measure(`evaluation.grounding`). Returns the captions' path.
     """
-    # Here, because `evaluate` knows scenes and so loads this package.
-    from ..evaluation.grounding import run_lengths
-    from ..evaluation.localization import MEASURED_KINDS
-
     (folder / "images").mkdir(parents=True, exist_ok=True)
     captions, groundings = [], []
     for number, scene in enumerate(scenes):

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..batches.collator import Collator
 from ..config import Rows, to_dict
-from ..evaluation.localization import compare_targets, student_maps
+from ..evaluation.localization import SpanMaps
 from ..files import write_atomically
 from ..patching import patch
 from ..students.patch import StudentPatch
@@ -29,6 +29,7 @@ from .experiment import (
     train_arm,
     training_scenes,
 )
+from .measures import compare_targets, student_maps
 from .report import RESULTS, environment, save_examples, table_rows, write_report
 from .scenes import Scene
 
@@ -49,7 +50,7 @@ def run_demo(out: Path, config: ExperimentConfig) -> Path:
     console.rule("1/4  Teacher: where does each word lie?")
     targets = extract_targets(out, training, config.teacher)
     held_out_store = extract_targets(out / "held_out", held_out, config.teacher)
-    teacher_maps = target_maps(held_out_store, held_out_store)
+    teacher_maps = target_maps(held_out_store)
 
     console.rule("2/4  Student before")
     student, processor = load_student(STUDENT)
@@ -84,18 +85,18 @@ def _save_examples(
     handles: dict[str, StudentPatch],
     processor: Any,
     rows: Rows,
-    teacher_maps: Sequence[Any],
+    teacher_maps: Sequence[SpanMaps],
 ) -> None:
     chosen = [i for i, scene in enumerate(held_out) if len(scene.objects) > 1][:NUM_EXAMPLES]
     scenes = [held_out[i] for i in chosen]
     spans = [[(w.start, w.end) for w in Collator.words(s.caption)][:WORDS_SHOWN] for s in scenes]
     maps: dict[str, list[list[np.ndarray]]] = {
-        "diffusion": [[teacher_maps[i][span] for span in own] for i, own in zip(chosen, spans, strict=True)]
+        "diffusion": [[teacher_maps[i][span] for span in caption_spans] for i, caption_spans in zip(chosen, spans, strict=True)]
     }
     for name, handle in handles.items():
         raw, _ = student_maps(handle, processor, scenes, rows)
-        maps[name] = [[known[span] for span in own] for known, own in zip(raw, spans, strict=True)]
-    words = [[s.caption[a:b] for a, b in own] for s, own in zip(scenes, spans, strict=True)]
+        maps[name] = [[by_span[span] for span in caption_spans] for by_span, caption_spans in zip(raw, spans, strict=True)]
+    words = [[s.caption[a:b] for a, b in caption_spans] for s, caption_spans in zip(scenes, spans, strict=True)]
     save_examples(out, [s.image for s in scenes], [s.caption for s in scenes], words, maps)
 
 

@@ -6,8 +6,8 @@ masks) and `shuffled` (every word gets the teacher's map of a random word of ano
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,16 @@ from ..batches.collator import Collator
 from ..config import AlignmentConfig, Rows, TeacherConfig, TrainingConfig
 from ..data.samples import read_pairs, read_samples
 from ..errors import ModelError
-from ..evaluation.localization import (
-    alignment_error,
-    best_constant_error,
-    compare_targets,
-    evaluate_answers,
-    evaluate_attention,
-    student_maps,
-    teacher_maps,
-)
+from ..evaluation.alignment_error import alignment_error, best_constant_error
+from ..evaluation.localization import SpanMaps, maps_by_span
 from ..extraction.extract import extract
 from ..patching import patch
 from ..students.patch import StudentPatch
 from ..targets.store import Target, TargetStore, TargetWriter
 from ..teachers.model import Teacher
 from ..training.train import fine_tune, load_student
-from ..types import WordMaps
 from . import HELD_OUT_SEED, STUDENT, TEACHER, TRAINING_SEED, write_dataset
+from .measures import compare_targets, evaluate_answers, evaluate_attention, student_maps, teacher_maps
 from .scenes import Scene, make_scenes
 
 ARMS = ("none", "teacher", "oracle", "shuffled")
@@ -93,12 +86,7 @@ def oracle_targets(folder: Path, scenes: Sequence[Scene], teacher: TargetStore) 
 def shuffled_targets(folder: Path, teacher: TargetStore, seed: int) -> TargetStore:
     """A store in which every word has the map of a random content word of another picture."""
     rng = np.random.default_rng([seed, 1])
-    ids = list(teacher)
-    pool = []
-    for number, sample_id in enumerate(ids):
-        known = teacher[sample_id].word_maps
-        content = {(w.start, w.end) for w in Collator.words(known.caption)}
-        pool += [(number, m) for w, m in zip(known.words, known.maps, strict=True) if (w.start, w.end) in content]
+    pool = [(number, values) for number, maps in enumerate(target_maps(teacher)) for values in maps.values()]
 
     def maps_of(number: int, target: Target) -> np.ndarray:
         maps = np.empty_like(target.word_maps.maps)
@@ -111,14 +99,14 @@ def shuffled_targets(folder: Path, teacher: TargetStore, seed: int) -> TargetSto
     return _store_with(folder, teacher, "shuffled", maps_of)
 
 
-def _store_with(folder: Path, teacher: TargetStore, name: str, maps_of: Any) -> TargetStore:
+def _store_with(folder: Path, teacher: TargetStore, name: str, maps_of: Callable[[int, Target], np.ndarray]) -> TargetStore:
+    """The teacher's store with other maps: `maps_of` its number-th sample."""
     writer = TargetWriter(folder, {"model": name, "weights": f"{name} of {teacher.fingerprint}"}, teacher.config)
     for number, sample_id in enumerate(teacher):
         target = teacher[sample_id]
         maps = maps_of(number, target)  # drawn for finished samples too, so that a restart draws the same
         if sample_id not in writer.done:
-            known = target.word_maps
-            writer.add(Target(sample_id, target.image_sha256, WordMaps(known.caption, known.words, maps, known.crop)))
+            writer.add(Target(sample_id, target.image_sha256, replace(target.word_maps, maps=maps)))
     writer.close()
     return TargetStore(folder)
 
@@ -144,7 +132,7 @@ def measure(
     processor: Any,
     held_out: Sequence[Scene],
     rows: Rows,
-    held_out_targets: Sequence[Mapping[tuple[int, int], np.ndarray]] | None = None,
+    held_out_targets: Sequence[SpanMaps] | None = None,
 ) -> dict[str, Any]:
     """Attention (of the chosen rows) and answers of a patched student on held-out scenes: `{"attention", "answers"}`.
 
@@ -164,20 +152,14 @@ def measure(
     return result
 
 
-def target_maps(store: TargetStore, ids: Iterable[str]) -> list[dict[tuple[int, int], np.ndarray]]:
-    """A store's maps of the content words, by span, per sample."""
-    found = []
-    for sample_id in ids:
-        known = store[sample_id].word_maps
-        content = {(w.start, w.end) for w in Collator.words(known.caption)}
-        found.append(
-            {
-                (w.start, w.end): m
-                for w, m in zip(known.words, known.maps, strict=True)
-                if (w.start, w.end) in content and not np.isnan(m).any()
-            }
-        )
-    return found
+def target_maps(store: TargetStore) -> list[SpanMaps]:
+    """A store's maps of the content words, per sample."""
+    maps: list[SpanMaps] = []
+    for sample_id in store:
+        word_maps = store[sample_id].word_maps
+        content = {(w.start, w.end) for w in Collator.words(word_maps.caption)}
+        maps.append({span: values for span, values in maps_by_span(word_maps).items() if span in content})
+    return maps
 
 
 def demo_config(seed: int = 0) -> ExperimentConfig:
@@ -195,6 +177,7 @@ def demo_config(seed: int = 0) -> ExperimentConfig:
 
 def evaluate_student_folder(student: str, adapter: Path | None, count: int, rows: Rows) -> dict[str, Any]:
     """`measure` of a student, with a LoRA adapter if one is given, on held-out scenes. Raises `ModelError`."""
+    model: Any
     model, processor = load_student(student)
     if adapter is not None:
         if not (adapter / "adapter_config.json").exists():
@@ -212,5 +195,4 @@ def evaluate_student_folder(student: str, adapter: Path | None, count: int, rows
 def evaluate_teacher_folder(teacher: str, count: int, config: TeacherConfig | None = None) -> dict[str, Any]:
     """Localization of a teacher's word maps on held-out scenes, beside control and chance. Raises `ModelError`."""
     scenes = held_out_scenes(count)
-    asked = Teacher(teacher, config or TeacherConfig())
-    return compare_targets(scenes, teacher_maps(asked, scenes))
+    return compare_targets(scenes, teacher_maps(Teacher(teacher, config or TeacherConfig()), scenes))

@@ -34,38 +34,38 @@ _PACKAGES = ("lavender-attention", "torch", "transformers", "diffusers", "peft",
 
 
 def environment() -> dict[str, str]:
-    """Machine and versions, as they stand in every report."""
-    found = {
+    """Machine and package versions, for reports and benchmark results."""
+    machine = {
         "python": sys.version.split()[0],
         "system": f"{platform.system()} {platform.machine()}",
         "cpus": str(os.cpu_count()),
     }
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            machine[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            machine[package] = "not installed"
+    return machine
 
 
 def save_examples(
     folder: Path,
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     captions: Sequence[str],
     words: Sequence[Sequence[str]],
     maps: Mapping[str, Sequence[Sequence[np.ndarray]]],
 ) -> None:
-    """Keeps a few pictures and every arm's maps of their words, for the report's heat maps.
+    """Writes a few pictures and every arm's maps of their words, which `write_report` draws as heat maps.
 
-    `maps[arm][picture][word]` is a map [y, x] for each of `words[picture]`.
+    `maps[arm][i]` has a map [y, x] for each of `words[i]`, the words of image i.
     """
     arrays: dict[str, np.ndarray] = {}
-    for i, picture in enumerate(pictures):
-        arrays[f"{i}/picture"] = np.asarray(picture.convert("RGB"))
+    for i, image in enumerate(images):
+        arrays[f"{i}/picture"] = np.asarray(image.convert("RGB"))
         arrays[f"{i}/caption"] = np.array(captions[i])
         arrays[f"{i}/words"] = np.array(list(words[i]))
-        for arm, per_picture in maps.items():
-            arrays[f"{i}/{arm}"] = np.stack(per_picture[i]).astype(np.float32)
+        for arm, maps_per_image in maps.items():
+            arrays[f"{i}/{arm}"] = np.stack(maps_per_image[i]).astype(np.float32)
     np.savez_compressed(folder / EXAMPLES, **arrays)  # type: ignore[arg-type]
 
 
@@ -128,28 +128,21 @@ def _draw_examples(path: Path) -> list[dict[str, Any]]:
         return []
     with np.load(path) as arrays:
         stored = dict(arrays)
-    found = []
-    count = 1 + max(int(key.split("/")[0]) for key in stored)
-    for i in range(count):
-        picture, words = stored[f"{i}/picture"], [str(w) for w in stored[f"{i}/words"]]
+    examples = []
+    for i in range(1 + max(int(key.split("/")[0]) for key in stored)):
+        pixels, words = stored[f"{i}/picture"], [str(w) for w in stored[f"{i}/words"]]
         arms = [key.split("/")[1] for key in stored if key.startswith(f"{i}/")]
         rows = [
             (
                 "Teacher" if arm == "diffusion" else TITLES.get(arm, arm),
-                [_to_uri(Image.fromarray(overlay(picture, values))) for values in stored[f"{i}/{arm}"]],
+                [_to_uri(Image.fromarray(overlay(pixels, values))) for values in stored[f"{i}/{arm}"]],
             )
             for arm in arms
             if arm not in ("picture", "caption", "words")
         ]
-        found.append(
-            {
-                "caption": str(stored[f"{i}/caption"]),
-                "picture": _to_uri(Image.fromarray(picture)),
-                "words": words,
-                "rows": rows,
-            }
-        )
-    return found
+        caption, image = str(stored[f"{i}/caption"]), _to_uri(Image.fromarray(pixels))
+        examples.append({"caption": caption, "image": image, "words": words, "rows": rows})
+    return examples
 
 
 def _draw_curves(results: Mapping[str, Any]) -> str:
@@ -181,7 +174,7 @@ def _draw_curves(results: Mapping[str, Any]) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _to_uri(picture: Image.Image) -> str:
+def _to_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

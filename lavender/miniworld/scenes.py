@@ -30,6 +30,8 @@ RADII = {"small": (7.0, 9.0), "large": (11.0, 14.0)}
 NUMBERS = ("zero", "one", "two", "three")
 QUESTION_TYPES = ("color", "shape", "count", "existence", "position")
 DESCRIBE = "Describe the picture."
+MEASURED_KINDS = ("color", "shape")
+"""Kinds of caption words that localization is measured on: a size word may fit several objects."""
 
 _SUPERSAMPLING = 4
 _MARGIN = 2.0

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..config import NORM_GROUPS, AlignmentConfig
-from ..kernels.map_loss.api import map_loss
-from ..kernels.row_maps.api import row_maps
+from ..kernels.map_loss import map_loss
+from ..kernels.row_maps import row_maps
 from ..types import WordRows
 
 NUM_CONVOLUTIONS = {"light": 2, "sim": 3, "deep": 5}
@@ -126,16 +126,16 @@ class Alignment(nn.Module):
         # Attention sums to at most one over the grid: times its size, values are of order one and no epsilon dominates them.
         scaled = maps.permute(0, 3, 1, 2, 4, 5).flatten(0, 1) * (height * width)
         if present is None:
-            return self._aligned(scaled).unflatten(0, (batch, words))
+            return self._project(scaled).unflatten(0, (batch, words))
         kept = present.flatten().nonzero().flatten()
         if not len(kept):  # one map all the same: every process of a distributed run must use every weight
             kept = torch.zeros(1, dtype=torch.long, device=maps.device)
-        aligned = self._aligned(scaled[kept])
+        aligned = self._project(scaled[kept])
         return aligned.new_zeros(batch * words, height, width).index_copy(0, kept, aligned).unflatten(0, (batch, words))
 
-    def _aligned(self, maps: torch.Tensor) -> torch.Tensor:
+    def _project(self, maps: torch.Tensor) -> torch.Tensor:
         """[K, L, H, y, x] to [K, y, x]: by layer, or of all layers at once, then the mean or maximum over what is left."""
-        aggregated = self._aggregated(maps)
+        aggregated = self._aggregate(maps)
         words, layers = aggregated.shape[:2]
         weight = next(self.aligner.parameters(), aggregated)
         # Attention is small and its differences smaller: no half precision but the weights' own.
@@ -143,7 +143,7 @@ class Alignment(nn.Module):
             projected = self.aligner(aggregated.flatten(0, 1).to(weight.dtype)).unflatten(0, (words, layers))
         return projected.amax(dim=1) if self.config.aggregation == "project_max" else projected.mean(dim=1)
 
-    def _aggregated(self, maps: torch.Tensor) -> torch.Tensor:
+    def _aggregate(self, maps: torch.Tensor) -> torch.Tensor:
         """[K, L, H, y, x] to what the aligner projects, [K, L or 1, C, y, x]."""
         match self.config.aggregation:
             case "mean_project":
@@ -155,7 +155,7 @@ class Alignment(nn.Module):
             case "max":
                 return maps.amax(dim=(1, 2), keepdim=True)
             case "flow":
-                return flow(maps)[:, None]
+                return attention_flow(maps)[:, None]
             case "learned":
                 shares = self.mixture.flatten().softmax(dim=0).view_as(self.mixture).to(maps.dtype)
                 return (maps * shares[..., None, None]).sum(dim=(1, 2), keepdim=True)
@@ -174,7 +174,8 @@ class Alignment(nn.Module):
         Args:
             source: the student's attention [B, L, H, W, M], or for `parallel` its hidden states. Where heads are not needed, H may
                 be 1: their mean.
-            place: from attention by image token, [..., M], to maps [..., y, x].
+            place: from attention by image token, [B, L, H, W, M], to maps [B, L, H, W, y, x]. It is called in here since sharded
+                engines gather this module's weights at one `__call__`, and `parallel` needs them before attention is placed.
             targets: [B, W, y', x'], the teacher's maps on their own grid, to which the aligned ones are resampled.
             present: bool [B, W], which words have a target; with `targets`.
 
@@ -198,7 +199,7 @@ def keeps_heads(config: AlignmentConfig) -> bool:
     return not linear and config.aggregation != "mean"
 
 
-def flow(maps: torch.Tensor) -> torch.Tensor:
+def attention_flow(maps: torch.Tensor) -> torch.Tensor:
     """The product over layers of [K, L, H, y, x], scaled to the mean 1: [K, H, y, x].
 
     Eight layers of small attention underflow; their logarithms do not: y x softmax over places of the sum of logarithms.

@@ -10,7 +10,7 @@ from ..types import Box
 
 
 def square_boxes(height: int, width: int) -> torch.Tensor:
-    """Boxes [height * width, 4] (top, left, bottom, right) of a lattice over the whole picture, row by row; float32 on the CPU."""
+    """Boxes [height * width, 4] (top, left, bottom, right) of a grid over the whole picture, row by row; float32 on the CPU."""
     return _square_boxes(height, width).clone()
 
 
@@ -21,10 +21,10 @@ def _square_boxes(height: int, width: int) -> torch.Tensor:
     return torch.stack([top, left, top + 1 / height, left + 1 / width], dim=1)
 
 
-def tiled_boxes(rows: int, columns: int, lattice: torch.Tensor) -> torch.Tensor:
-    """Boxes [rows * columns * N, 4] of one lattice [N, 4] put into every tile, tile after tile, row by row."""
-    corners = square_boxes(rows, columns)[:, :2].repeat(1, 2)
-    return (corners[:, None] + lattice / torch.tensor([rows, columns, rows, columns])).flatten(0, 1)
+def tiled_boxes(grid_height: int, grid_width: int, boxes: torch.Tensor) -> torch.Tensor:
+    """Boxes [grid_height * grid_width * N, 4] of N boxes [N, 4] put into every tile of a grid, tile after tile, row by row."""
+    corners = square_boxes(grid_height, grid_width)[:, :2].repeat(1, 2)
+    return (corners[:, None] + boxes / torch.tensor([grid_height, grid_width]).repeat(2)).flatten(0, 1)
 
 
 def shown_boxes(boxes: torch.Tensor) -> torch.Tensor:
@@ -54,15 +54,15 @@ def boxes_within(boxes: torch.Tensor, crop: Box) -> torch.Tensor:
     return shown_boxes((boxes - corner) / sides)
 
 
-def lattice_of(boxes: torch.Tensor) -> tuple[int, int]:
-    """Rows and columns of the lattice that most boxes [..., M, 4] of a picture stand on, the finest of a batch's pictures.
+def grid_of(boxes: torch.Tensor) -> tuple[int, int]:
+    """Height and width of the grid that most boxes [..., M, 4] of an image stand on, the finest of a batch's images.
 
-    Rows of NaN have no place. Boxes at a padding's edge may be slivers, and a thumbnail's are large: neither decides.
+    Boxes of NaN have no place. Boxes at a padding's edge may be slivers, and a thumbnail's are large: neither decides.
     """
-    pictures = boxes.reshape(-1, *boxes.shape[-2:])
-    sizes = (pictures[..., 2:] - pictures[..., :2]).nanmedian(dim=1).values.nan_to_num(1.0).amin(dim=0)
-    rows, columns = (1 / sizes).round().int().tolist()
-    return rows, columns
+    images = boxes.reshape(-1, *boxes.shape[-2:])
+    sizes = (images[..., 2:] - images[..., :2]).nanmedian(dim=1).values.nan_to_num(1.0).amin(dim=0)
+    height, width = (1 / sizes).round().int().tolist()
+    return height, width
 
 
 def rasterize(maps: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -70,23 +70,23 @@ def rasterize(maps: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) ->
 
     Args:
         maps: [B, ..., M], attention per image token.
-        boxes: [B, M, 4], fractions of the picture; rows of NaN (padding, newline and class tokens) are left out.
-        size: rows y and columns x of the grid.
+        boxes: [B, M, 4], fractions of the picture; boxes of NaN (padding, newline and class tokens) are left out.
+        size: height y and width x of the grid.
 
     Returns:
         [B, ..., y, x], each token's attention divided among its cells: what lies inside the picture keeps its sum.
     """
-    rows, columns = size
+    height, width = size
     boxes = boxes.to(maps.dtype)
     placed = ~boxes.isnan().any(dim=-1)
     top, left, bottom, right = boxes.nan_to_num(0.0).unbind(-1)
     tall, wide = (
         part / part.sum(dim=-1, keepdim=True).clamp_min(1e-6)
-        for part in (_overlap(top, bottom, rows) * placed[..., None], _overlap(left, right, columns))
+        for part in (_overlap(top, bottom, height) * placed[..., None], _overlap(left, right, width))
     )
     with torch.autocast(maps.device.type, enabled=False):
         flat = _Spread.apply(maps.flatten(1, -2), tall, wide)
-    return flat.view(*maps.shape[:-1], rows, columns)
+    return flat.view(*maps.shape[:-1], height, width)
 
 
 class _Spread(torch.autograd.Function):

@@ -36,15 +36,15 @@ def attention_modules(decoder: nn.Module) -> list[nn.Module]:
 
     Where some are cross-attentions, the picture comes in by them: the others are left out.
     """
-    found = {name: module for name, module in decoder.named_modules() if is_attention(type(module))}
-    if not found:
+    attentions = {name: module for name, module in decoder.named_modules() if is_attention(type(module))}
+    if not attentions:
         likely = sorted({type(m).__name__ for m in decoder.modules() if "attention" in type(m).__name__.lower()})
         raise ModelError(
             f"no attention module of {type(decoder).__name__} goes through transformers' attention registry"
             + (f"; there are {', '.join(likely)}" if likely else "")
         )
-    crossing = [module for name, module in found.items() if is_cross(name, module)]
-    return crossing or list(found.values())
+    crossing = [module for name, module in attentions.items() if is_cross(name, module)]
+    return crossing or list(attentions.values())
 
 
 def is_attention(module_class: Any) -> bool:
@@ -64,16 +64,16 @@ def layers_around(decoder: nn.Module, attentions: dict[nn.Module, int]) -> list[
 
     Raises `ModelError` naming a class that takes no further keyword arguments, through which a request could not travel.
     """
-    found: list[nn.Module] = []
+    layers: list[nn.Module] = []
     reached: set[nn.Module] = set()
     for module in decoder.modules():
         inside = [m for m in module.modules() if m in attentions and m not in reached]
         if inside and (isinstance(module, GradientCheckpointingLayer) or module in attentions):
             for link in {module, *inside}:
                 _require_keywords(type(link))
-            found.append(module)
+            layers.append(module)
             reached.update(inside)
-    return found
+    return layers
 
 
 def _require_keywords(module_class: Any) -> None:

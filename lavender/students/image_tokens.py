@@ -12,7 +12,7 @@ from ..errors import ConfigError, DataError
 from .families import STUDENTS, Family, known_family
 
 
-def place_columns(
+def place_image_tokens(
     input_ids: torch.Tensor,
     boxes: Sequence[torch.Tensor],
     family: Family,
@@ -23,13 +23,13 @@ def place_columns(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions of the image tokens, int64 [B, M], and the family's boxes [B, M, 4], padded with -1 and NaN. M is at least one.
 
-    Columns are the tokens of `input_ids` [B, T] that stand for the picture; of a family that reads it by cross-attention, the
-    picture's keys. Boxes are those of the columns; of a family with a resampler, those of the patches behind them.
+    Positions are those of `input_ids` [B, T] that stand for the picture; of a family that reads it by cross-attention, the
+    picture's keys. Boxes are those of the positions; of a family with a resampler, those of the patches behind them.
 
     Args:
-        boxes: the family's, one tensor for every picture of the batch.
-        shown: per sample how many pictures it has, and which of them the columns are of, counted from 0; None for none of them.
-            By default every sample has one.
+        boxes: the family's, one tensor per picture of the batch.
+        shown: per sample the number of its pictures, and the index of the one that is placed; None for none of them. By default
+            every sample has one.
 
     Raises:
         ConfigError: the family gave boxes of another number of pictures.
@@ -40,35 +40,35 @@ def place_columns(
     if len(boxes) != total:
         raise ConfigError(f"the family gives the places of {len(boxes)} pictures, the batch has {total}; give one tensor for each")
     image_token = -1 if family.cross else image_token_of(processor, model_config)
-    columns, places, first = [torch.empty(0, dtype=torch.long)] * len(shown), [torch.empty(0, 4)] * len(shown), 0
-    for b, (count, picture) in enumerate(shown):
-        own = boxes[first : first + count]
+    positions, places, first = [torch.empty(0, dtype=torch.long)] * len(shown), [torch.empty(0, 4)] * len(shown), 0
+    for b, (count, index) in enumerate(shown):
+        sample_boxes = boxes[first : first + count]
         first += count
-        lengths = [len(places_of_one) for places_of_one in own]
-        found = torch.arange(sum(lengths)) if family.cross else torch.nonzero(input_ids[b].cpu().eq(image_token)).flatten()
+        lengths = [len(image_boxes) for image_boxes in sample_boxes]
+        tokens = torch.arange(sum(lengths)) if family.cross else torch.nonzero(input_ids[b].cpu().eq(image_token)).flatten()
         if family.resamplers is not None:  # of one picture
-            lengths = [len(found)]
-        if len(found) != sum(lengths):
+            lengths = [len(tokens)]
+        if len(tokens) != sum(lengths):
             raise DataError(
-                f"{len(found)} image tokens but {sum(lengths)} places for them; do the processor's settings and the model's agree, "
-                "and was the text not cut off?"
+                f"{len(tokens)} image tokens but {sum(lengths)} places for them; do the processor's settings and the model's "
+                "agree, and was the text not cut off?"
             )
-        if picture is not None:
-            columns[b], places[b] = found.split(lengths)[picture], own[picture]
-    return _padded(columns, -1), _padded(places, torch.nan)
+        if index is not None:
+            positions[b], places[b] = tokens.split(lengths)[index], sample_boxes[index]
+    return _pad(positions, -1), _pad(places, torch.nan)
 
 
-def _padded(rows: Sequence[torch.Tensor], value: float) -> torch.Tensor:
-    padded = pad_sequence(list(rows), batch_first=True, padding_value=value)
-    return padded if padded.shape[1] else padded.new_full((len(rows), 1, *padded.shape[2:]), value)
+def _pad(sequences: Sequence[torch.Tensor], value: float) -> torch.Tensor:
+    padded = pad_sequence(list(sequences), batch_first=True, padding_value=value)
+    return padded if padded.shape[1] else padded.new_full((len(sequences), 1, *padded.shape[2:]), value)
 
 
 def image_token_of(processor: Any, model_config: Any = None) -> int:
     """The id that stands for a picture's tokens. Raises `ConfigError` if neither processor nor config names it."""
     for owner in (model_config, processor, processor.tokenizer):
-        found = getattr(owner, "image_token_id", None)
-        if found is not None:
-            return int(found)
+        image_token = getattr(owner, "image_token_id", None)
+        if image_token is not None:
+            return int(image_token)
     raise ConfigError(f"{type(processor).__name__} does not say which token stands for a picture; set its image_token_id")
 
 
@@ -78,12 +78,12 @@ def model_type_of(processor: Any, model_config: Any = None) -> str:
     A family that a user registered for the model's config comes first; then the processor's class, if transformers lists it (a
     llava that sees with Pixtral has Pixtral's processor); then the config. Raises `ConfigError` if neither tells.
     """
-    own = getattr(model_config, "model_type", None)
-    if isinstance(STUDENTS.get(str(own)), Family):  # a user's own
-        return str(own)
+    named = getattr(model_config, "model_type", None)
+    if isinstance(STUDENTS.get(str(named)), Family):  # registered by the user
+        return str(named)
     listed = _listed_types(processor)
-    if own in listed or (own is not None and not any(model_type in STUDENTS for model_type in listed)):
-        return str(own)
+    if named in listed or (named is not None and not any(model_type in STUDENTS for model_type in listed)):
+        return str(named)
     for model_type in listed:
         if model_type in STUDENTS:
             return model_type
@@ -108,17 +108,18 @@ def require_pair(processor: Any, model_config: Any) -> None:
     That is: transformers lists it for families whose image tokens lie elsewhere (a llava that sees with Pixtral has Pixtral's
     processor, though), or its tokenizer does not have the model's image token.
     """
-    own, listed = str(getattr(model_config, "model_type", None)), _listed_types(processor)
+    named, listed = str(getattr(model_config, "model_type", None)), _listed_types(processor)
     tower = getattr(getattr(model_config, "vision_config", None), "model_type", None)
     served = [known_family(model_type) for model_type in listed if model_type in STUDENTS]
-    mismatch = f"{type(processor).__name__} is not the processor of a model of type {own!r}"
+    mismatch = f"{type(processor).__name__} is not the processor of a model of type {named!r}"
     remedy = "Load both from the same folder: AutoProcessor.from_pretrained(folder), and the model's config"
-    if isinstance(STUDENTS.get(own), str) and served and not {own, tower} & {*listed} and known_family(own) not in served:
+    if isinstance(STUDENTS.get(named), str) and served and not {named, tower} & {*listed} and known_family(named) not in served:
         raise ConfigError(f"{mismatch}: it serves {', '.join(listed)}. {remedy}")
-    wanted, tokenizer = getattr(model_config, "image_token_id", None), processor.tokenizer
-    ids = [found for owner in (processor, tokenizer) if (found := getattr(owner, "image_token_id", None)) is not None]
+    model_token, tokenizer = getattr(model_config, "image_token_id", None), processor.tokenizer
+    ids = [token for owner in (processor, tokenizer) if (token := getattr(owner, "image_token_id", None)) is not None]
     # The placeholder in a text may be another token than those it is expanded to: then the tokenizer knows both.
-    if wanted is not None and ids and wanted not in {*ids, *tokenizer.added_tokens_decoder}:
+    if model_token is not None and ids and model_token not in {*ids, *tokenizer.added_tokens_decoder}:
         raise ConfigError(
-            f"{mismatch}: its image token has the id {ids[0]}, and the model's, {wanted}, is none of its special tokens. {remedy}"
+            f"{mismatch}: its image token has the id {ids[0]}, and the model's, {model_token}, is none of its special "
+            f"tokens. {remedy}"
         )

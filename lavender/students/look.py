@@ -1,9 +1,10 @@
-"""Asking a patched vision-language model about a picture, and reading where the words of its answer look."""
+"""Asking a vision-language model about a picture, and the batch that reads where the words of its answer look."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -11,54 +12,58 @@ from PIL import Image
 from ..config import DEFAULT_QUESTION
 from ..errors import CaptureError, ConfigError
 from ..images import ImageSource, load_image
-from ..maps import LayerMaps, Maps
+from ..types import Word, WordBatch
 from ..words import collate_rows, offsets_of_ids, tokens_of, words_and
-from .families import Pictures, student_family
-from .image_tokens import model_type_of, place_columns
+from .families import ProcessedImages, student_family
+from .image_tokens import model_type_of, place_image_tokens
 
-if TYPE_CHECKING:
-    from .patch import StudentPatch
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """An answer, its words, and one batch of prompt and answer whose capture gives the words' maps."""
+
+    text: str
+    words: tuple[Word, ...]
+    batch: dict[str, Any]
 
 
 @torch.no_grad()
-def look(
-    patch: StudentPatch,
+def ask(
+    model: Any,
+    processor: Any,
     source: ImageSource,
     question: str | None,
     answer: str | None,
     prompt: str | None,
     more: Sequence[str],
     options: dict[str, Any],
-) -> Maps:
-    """See `StudentPatch.look`."""
-    processor, model = patch.processor, patch.model
+) -> Answer:
+    """Lets a model answer a question about a picture; see `StudentPatch.look` for the arguments and errors."""
     if processor is None:
         raise ConfigError("the patch has no processor; make it with lavender.patch(model, processor=processor)")
     family = student_family(model_type_of(processor, model.config))
     image = load_image(source)
-    inputs = _inputs(processor, image, question, prompt)
-    boxes = family.boxes(Pictures(processor, inputs, [(image.height, image.width)], model.config))
+    inputs = process_question(processor, image, question, prompt)
+    boxes = family.boxes(ProcessedImages(processor, inputs, [(image.height, image.width)], model.config))
     inputs = {name: _moved(value, model) for name, value in inputs.items() if name != "labels"}
-    ids = _answer_ids(patch, inputs, answer, options)
+    if answer is None:
+        ids = _generated_ids(model, inputs, options)
+    else:
+        ids = processor.tokenizer(answer, add_special_tokens=False).input_ids
     text, offsets = offsets_of_ids(_decoder_of(processor.tokenizer), ids)
     words = words_and(text, more)
     if not words:
         raise CaptureError(f"the answer {text!r} has no words")
-    batch, first = _with_answer(model, inputs, ids, family.answer_type)
+    batch, first = append_answer(model, inputs, ids, family.answer_type)
     tokens = collate_rows([[[first + t for t in tokens_of((w.start, w.end), offsets, text)] for w in words]])
-    batch["lavender_tokens"], batch["lavender_token_words"] = tokens.rows, tokens.words
-    batch["lavender_token_weights"] = tokens.weights
-    batch["lavender_present"] = torch.ones(1, len(words), dtype=torch.bool)
-    columns, places = place_columns(inputs["input_ids"], boxes, family, processor, model.config)
-    batch["lavender_columns"], batch["lavender_boxes"] = columns, places
-    maps = patch.capture(**{k: v.to(model.device) if k.startswith("lavender_") else v for k, v in batch.items()})[0]
-    if not maps.any():
-        raise CaptureError("no word of the answer sees the picture; does the picture come before the text in the prompt?")
-    entries = [LayerMaps(name, own) for name, own in zip(patch.layer_names(), maps, strict=True)]
-    return Maps(text, words, entries)
+    positions, places = place_image_tokens(inputs["input_ids"], boxes, family, processor, model.config)
+    present = torch.ones(1, len(words), dtype=torch.bool)
+    word_batch = WordBatch(tokens.rows, tokens.words, tokens.weights, positions, present, places)
+    return Answer(text, words, batch | {key: value.to(model.device) for key, value in word_batch.to_batch().items()})
 
 
-def _inputs(processor: Any, image: Image.Image, question: str | None, prompt: str | None) -> dict[str, Any]:
+def process_question(processor: Any, image: Image.Image, question: str | None, prompt: str | None) -> dict[str, Any]:
+    """The model's inputs for a picture and a question, or for a whole prompt."""
     if prompt is not None:
         return dict(processor(images=[[image]], text=[prompt], return_tensors="pt"))
     if not getattr(processor, "chat_template", None):
@@ -74,22 +79,18 @@ def _moved(value: Any, model: Any) -> Any:
     return value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
 
 
-def _answer_ids(patch: StudentPatch, inputs: dict[str, Any], answer: str | None, options: dict[str, Any]) -> list[int]:
-    """The tokens of the answer, end tokens included: the model's own, or those of a given text."""
-    if answer is not None:
-        ids: list[int] = patch.processor.tokenizer(answer, add_special_tokens=False).input_ids
-        return ids
-    given = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
-    output = patch.model.generate(**given, **options)
+def _generated_ids(model: Any, inputs: dict[str, Any], options: dict[str, Any]) -> list[int]:
+    """The tokens of the model's answer, end tokens included."""
+    output = model.generate(**{name: value for name, value in inputs.items() if name != "decoder_input_ids"}, **options)
     sequence: list[int] = getattr(output, "sequences", output)[0].tolist()
-    if patch.model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder:
         return sequence[1:]
     # A model given embeddings returns the new tokens alone.
     prompt = inputs["input_ids"][0].tolist()
     return sequence[len(prompt) :] if sequence[: len(prompt)] == prompt else sequence
 
 
-def _with_answer(model: Any, inputs: dict[str, Any], ids: Sequence[int], answer_type: int) -> tuple[dict[str, Any], int]:
+def append_answer(model: Any, inputs: dict[str, Any], ids: Sequence[int], answer_type: int) -> tuple[dict[str, Any], int]:
     """The prompt's inputs continued by an answer, and the position of its first token.
 
     Whatever has one entry per token goes on as at the prompt's last token, as it does while the model generates.

@@ -1,20 +1,19 @@
-"""What a captured forward adds to the loss, and what is told about it."""
+"""What a captured forward adds to the loss, and what it reports of that."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import distributed as dist
 from torch import nn
 
+from ..config import AlignmentConfig
 from ..errors import CaptureError, ConfigError
-from ..types import OUTCOMES
-
-if TYPE_CHECKING:
-    from .aligner import HiddenStates
-    from .patch import Forward, StudentPatch
+from ..types import OUTCOMES, WordBatch
+from .aligner import HiddenStates
+from .capture import Forward
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +27,8 @@ class Comparison:
         words: the number of matched words, a scalar.
         outcomes: [4], samples by `lavender.types.OUTCOMES`.
         aligned: [B, W, y, x], the aligned maps of this process's batch, detached.
-        targets: [B, W, y', x'].
-        present: bool [B, W].
+        batch: this process's batch, with its targets [B, W, y', x'].
         input_ids: int64 [B, T], or None if the forward got embeddings.
-        tokens: int64 [B, R], positions of the words' tokens; -1 is padding.
-        token_words: int64 [B, R], the words that they belong to.
     """
 
     loss: torch.Tensor
@@ -41,30 +37,30 @@ class Comparison:
     words: torch.Tensor
     outcomes: torch.Tensor
     aligned: torch.Tensor
-    targets: torch.Tensor
-    present: torch.Tensor
+    batch: WordBatch
     input_ids: torch.Tensor | None
-    tokens: torch.Tensor
-    token_words: torch.Tensor
 
 
-def compare(patch: StudentPatch, active: Forward, source: torch.Tensor | HiddenStates) -> tuple[Comparison, torch.Tensor]:
-    """The alignment loss of one forward: what there is to tell, and what is added to the language loss.
+def compare(
+    model: Any, forward: Forward, source: torch.Tensor | HiddenStates, progress: float | None
+) -> tuple[Comparison, torch.Tensor]:
+    """The alignment loss of one forward: a report of it, and the term that is added to the language loss.
 
-    The mean runs over the words of all processes. Engines average gradients over processes, so each adds its own words' sum times
-    the number of processes. They are told how many label tokens an optimizer step has, if at all, over all processes or their own:
+    The mean runs over the words of all processes. Engines average gradients over processes, so each adds the sum over its words
+    times the number of processes. `num_items_in_batch` counts an optimizer step's label tokens, over all processes or over one:
     this micro-batch's share of them is taken from the mean over processes, which serves both. A micro-batch without matched words
-    keeps its share, for nobody here knows how many words the others have. TRL's `SFTTrainer` takes sums and
-    divides them itself: by the step's tokens where the model accepts their number, else by this forward's own.
+    keeps its share, since it does not know how many words the others have. TRL's `SFTTrainer` takes sums and divides them itself:
+    by the step's tokens where the model accepts their number, else by this forward's.
     """
-    model, trains = patch.model, patch.model.training and torch.is_grad_enabled()
-    assert active.targets is not None
-    per_word, aligned = model.lavender(source, active.place, active.targets, active.present)
+    trains = model.training and torch.is_grad_enabled()
+    words, inputs = forward.words, forward.inputs
+    per_word, aligned = model.lavender(source, forward.place, words.targets, words.present)
     total = per_word.sum()
-    labels, step_tokens = active.kwargs.get("labels"), active.kwargs.get("num_items_in_batch")
+    labels, step_tokens = inputs.get("labels"), inputs.get("num_items_in_batch")
     tokens = total.new_zeros(()) if labels is None else (labels[:, 1:] != -100).sum()
-    outcomes = torch.bincount(active.outcomes, minlength=len(OUTCOMES)).to(total.dtype)
-    sums = torch.cat([torch.stack([total.detach(), active.present.sum(), tokens]), outcomes])
+    outcomes = words.tokens.new_zeros(len(words.tokens)) if words.outcomes is None else words.outcomes
+    counts = torch.bincount(outcomes, minlength=len(OUTCOMES)).to(total.dtype)
+    sums = torch.cat([torch.stack([total.detach(), words.present.sum(), tokens]), counts])
     processes = 1
     if trains and dist.is_available() and dist.is_initialized():
         processes = dist.get_world_size()
@@ -72,7 +68,7 @@ def compare(patch: StudentPatch, active: Forward, source: torch.Tensor | HiddenS
     all_words = sums[1].clamp_min(1)
     # A step that was cut off entirely has no label token.
     share = 1.0 if labels is None or step_tokens is None else sums[2] / processes / max(step_tokens, 1)
-    weight = _weight(patch, trains)
+    weight = _weight(forward.config, progress, trains)
     comparison = Comparison(
         loss=sums[0] / all_words,
         weight=weight,
@@ -80,25 +76,22 @@ def compare(patch: StudentPatch, active: Forward, source: torch.Tensor | HiddenS
         words=sums[1],
         outcomes=sums[3:],
         aligned=aligned.detach(),
-        targets=active.targets,
-        present=active.present,
-        input_ids=active.kwargs.get("input_ids"),
-        tokens=active.tokens,
-        token_words=active.token_words,
+        batch=words,
+        input_ids=inputs.get("input_ids"),
     )
     term = weight * processes * share * total / all_words
-    if active.kwargs.get("fused_lm_head"):
+    if inputs.get("fused_lm_head"):
         term = term * (sums[2] / processes if getattr(model, "accepts_loss_kwargs", True) else tokens)
     return comparison, term
 
 
-def _weight(patch: StudentPatch, trains: bool) -> float:
-    if patch.progress is None and trains and patch.config.schedule != "constant":
+def _weight(config: AlignmentConfig, progress: float | None, trains: bool) -> float:
+    if progress is None and trains and config.schedule != "constant":
         raise ConfigError(
-            f"lambda falls by schedule={patch.config.schedule!r}, and nobody says how far the training is: call "
-            "lavender.watch(trainer) before trainer.train(), or set the patch's progress (0 to 1) before each step"
+            f"lambda falls by schedule={config.schedule!r}, and the patch does not know the training's progress: call "
+            "trainer.add_callback(lavender.LavenderCallback(trainer)), or set the patch's progress (0 to 1) before each step"
         )
-    return patch.config.weight_at(patch.progress or 0.0)
+    return config.weight_at(progress or 0.0)
 
 
 def add_to_loss(output: Any, term: torch.Tensor) -> Any:
@@ -110,47 +103,45 @@ def add_to_loss(output: Any, term: torch.Tensor) -> Any:
     if isinstance(output, tuple):
         return (output[0] + term, *output[1:])
     if "log_probs" in output:
-        held = -term / len(output["log_probs"])
-        more = torch.stack([held - held.detach(), held.detach()]).expand(len(output["log_probs"]), 2)
+        per_row = -term / len(output["log_probs"])
+        more = torch.stack([per_row - per_row.detach(), per_row.detach()]).expand(len(output["log_probs"]), 2)
         output["log_probs"] = torch.cat([output["log_probs"], more], dim=1)
         return output
     output["loss"] = term if output.get("loss") is None else output["loss"] + term.to(output["loss"].dtype)
     return output
 
 
-def require_whole_sequences(module: nn.Module, kwargs: dict[str, Any]) -> None:
+def require_whole_sequences(module: nn.Module, inputs: dict[str, Any]) -> None:
     """Raises `CaptureError` in a replica of `nn.DataParallel`, and where a sequence is split over processes."""
     if getattr(module, "_is_replica", False):
         raise CaptureError(
             "the model runs under nn.DataParallel, whose copies lavender cannot follow; start one process per GPU (torchrun, "
             "accelerate launch), or show the script one GPU only (CUDA_VISIBLE_DEVICES=0)"
         )
-    if "shift_labels" in kwargs:
+    if "shift_labels" in inputs:
         raise CaptureError(
             "the sequence is split over processes (context or sequence parallelism); lavender reads rows of whole sequences: "
             "switch it off"
         )
 
 
-def require_image_tokens(patch: StudentPatch, active: Forward) -> None:
-    """Raises `CaptureError` if the batch's columns hold other tokens than the model's image tokens."""
-    token = getattr(patch.model.config, "image_token_id", None)
-    ids, columns = active.kwargs.get("input_ids"), active.columns
-    if token is None or ids is None or patch.crosses:
+def require_image_tokens(model: Any, image_positions: torch.Tensor, input_ids: torch.Tensor | None) -> None:
+    """Raises `CaptureError` if the batch's image positions [B, M] hold other tokens than the model's image tokens."""
+    token = getattr(model.config, "image_token_id", None)
+    if token is None or input_ids is None:
         return
-    found = ids.gather(1, columns.clamp(0, ids.shape[1] - 1))
-    strange = found[(columns >= 0) & (found != token)]
-    if len(strange):
+    tokens = input_ids.gather(1, image_positions.clamp(0, input_ids.shape[1] - 1))
+    others = tokens[(image_positions >= 0) & (tokens != token)]
+    if len(others):
         raise CaptureError(
-            f"the batch was made for another model: {len(strange)} of its image columns hold other tokens (such as "
-            f"{strange[0].item()}) than {type(patch.model).__name__}'s image token {token}. Make it with this model's own "
+            f"the batch was made for another model: {len(others)} of its image positions hold other tokens (such as "
+            f"{others[0].item()}) than {type(model).__name__}'s image token {token}. Make it with this model's own "
             "processor: lavender.Collator(AutoProcessor.from_pretrained(...), model_config=model.config)"
         )
 
 
-def require_gradient(patch: StudentPatch, source: torch.Tensor | HiddenStates) -> None:
+def require_gradient(model: Any, decoder: nn.Module, source: torch.Tensor | HiddenStates) -> None:
     """Raises `CaptureError` if a training forward's attention, or the aligner, cannot learn."""
-    model = patch.model
     if not (torch.is_grad_enabled() and model.training):
         return
     aligner = [p for p in model.lavender.parameters() if p.is_floating_point()]
@@ -158,7 +149,6 @@ def require_gradient(patch: StudentPatch, source: torch.Tensor | HiddenStates) -
         raise CaptureError(
             "every weight of the aligner is frozen; with PEFT, name it: LoraConfig(..., modules_to_save=['lavender'])"
         )
-    decoder = patch.decoder
     checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in decoder.modules())
     trainable = any(p.requires_grad for p in decoder.parameters())
     captured = source if isinstance(source, torch.Tensor) else source.queries

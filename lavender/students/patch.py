@@ -1,7 +1,7 @@
-"""Reading word rows from a transformers model: the patch that asks its attention to listen.
+"""The patch of a transformers model: it reads word rows from its attention.
 
 A hook before each decoder layer adds a request to the layer's keyword arguments; it travels to the attention function, where
-`registry` answers it. So outputs are bit-identical, vision towers are untouched, and nothing is remembered between forwards.
+`registry` answers it. So outputs are bit-identical, vision towers are untouched, and no state is kept between forwards.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import inspect
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,28 +19,16 @@ from ..config import AlignmentConfig, Rows
 from ..errors import CaptureError, ModelError
 from ..handle import Handle
 from ..images import ImageSource
-from ..maps import Maps
-from ..types import WordRows
-from .aligner import Alignment, HiddenStates, keeps_heads
-from .boxes import lattice_of, rasterize
-from .discovery import attention_modules, is_cross, layers_around, text_tower
+from ..maps import LayerMaps, Maps
+from ..types import WordBatch
+from .aligner import Alignment
+from .capture import Forward
+from .discovery import attention_modules, base_model_of, is_cross, layers_around, text_tower
 from .families import known_family
-from .look import look
+from .look import ask
 from .loss import Comparison, add_to_loss, compare, require_gradient, require_image_tokens, require_whole_sequences
-from .registry import REQUEST, Request, Tap, require_supported
+from .registry import REQUEST, Tap, require_supported
 from .resamplers import Resamplers
-
-KEYS = (
-    "lavender_tokens",
-    "lavender_token_words",
-    "lavender_token_weights",
-    "lavender_columns",
-    "lavender_boxes",
-    "lavender_present",
-)
-"""What `lavender.Collator` adds to every batch. See its docstring for shapes."""
-TRAINING_KEYS = ("lavender_targets", "lavender_outcomes")
-"""What it adds in training."""
 
 
 class StudentPatch(Handle):
@@ -56,9 +44,9 @@ class StudentPatch(Handle):
         trains: whether the model was prepared for training.
         num_layers: L, the number of captured layers.
         crosses: whether the text reads the picture by cross-attention.
-        family: what places the model's image tokens; None where nobody knows, and maps have no grid.
+        family: what places the model's image tokens; None where the family is unknown, and maps have no grid.
         decoder: the text tower.
-        progress: how far the training is, 0 to 1, for a lambda that falls; `lavender.watch` sets it.
+        progress: how far the training is, 0 to 1, for a lambda that falls; `lavender.LavenderCallback` sets it.
         last: what the latest forward with targets compared; None before the first.
     """
 
@@ -74,7 +62,8 @@ class StudentPatch(Handle):
         self.progress: float | None = None
         self.last: Comparison | None = None
         self.decoder = text_tower(model)
-        self._attention_name = _attention_name(self.decoder)
+        self._attention_name: str = self.decoder.config._attn_implementation
+        require_supported(self._attention_name)
         self.family = known_family(model.config.model_type)
         resamplers = self.family.resamplers if self.family is not None else None
         self._resamplers = Resamplers(resamplers(model)) if resamplers is not None else None
@@ -91,10 +80,11 @@ class StudentPatch(Handle):
                 "another one"
             )
         self._active: Forward | None = None
-        self._wanted: list[str] = []
-        self._found: torch.Tensor | None = None
+        # What `capture` or `align` wants of the forward that they run, and what it gave.
+        self._wanted: Literal["maps", "aligned"] | None = None
+        self._result: torch.Tensor | None = None
         self._rows: Rows | None = None
-        self._knows_batch = False
+        self._checked_batch = False
         self._maps: Maps | None = None
         self._handles: list[Any] = []
         self._attach(train)
@@ -180,19 +170,20 @@ class StudentPatch(Handle):
             raise CaptureError("the model has no aligner; patch it with a config: lavender.patch(model, AlignmentConfig(...))")
         return self._forward("aligned", None, batch)
 
-    def _forward(self, wanted: str, rows: Rows | None, batch: dict[str, Any]) -> torch.Tensor:
+    def _forward(self, wanted: Literal["maps", "aligned"], rows: Rows | None, batch: dict[str, Any]) -> torch.Tensor:
         if not self.is_patched:
             raise CaptureError("the patch was undone; call lavender.patch(model) again")
-        if "lavender_tokens" not in batch:
+        unused = {WordBatch.KEYS["targets"], WordBatch.KEYS["outcomes"], "labels"}
+        inputs, words = WordBatch.split({key: value for key, value in batch.items() if key not in unused})
+        if words is None:
             raise CaptureError("the batch carries no lavender keys; make it with lavender.Collator")
-        given = {k: v for k, v in batch.items() if k not in (*TRAINING_KEYS, "labels")}
-        self._wanted, self._rows = [wanted], rows
+        self._wanted, self._rows = wanted, rows
         try:
-            self.model(**given, use_cache=False)
-            assert self._found is not None
-            return self._found
+            self.model(**inputs, **words.to_batch(), use_cache=False)
+            assert self._result is not None
+            return self._result
         finally:
-            self._wanted, self._rows, self._found = [], None, None
+            self._wanted, self._rows, self._result = None, None, None
 
     @property
     def maps(self) -> Maps:
@@ -211,17 +202,16 @@ class StudentPatch(Handle):
         words: tuple[str, ...] = (),
         **options: Any,
     ) -> Maps:
-        """Lets the model answer a question about a picture, and reads where each word of the answer looked.
+        """Lets the model answer a question about a picture, and maps the attention of each word of the answer.
 
-        The model generates undisturbed; then one forward over prompt and answer is captured, without gradient.
+        The model generates as without lavender; then one forward over prompt and answer is captured, without gradient.
 
         Args:
             image: a path, encoded bytes or a PIL image; read upright, as the Collator reads it.
             question: what the user asks, put into the processor's chat template; "Describe the picture." by default.
             answer: a text to read in place of the model's own answer.
             prompt: the whole prompt as the processor takes it, placeholder included, in place of `question` and template.
-            words: words to look for beside those that stand apart in the answer: parts of a Chinese or Thai run, which has no
-                spaces.
+            words: words to map beside those between spaces: parts of a Chinese or Thai run, which has no spaces.
             options: arguments of `model.generate`, such as `max_new_tokens`.
 
         Returns:
@@ -229,13 +219,19 @@ class StudentPatch(Handle):
 
         Raises:
             ConfigError: the patch has no processor, or the processor no chat template and there is no `prompt`.
-            ModelError: nobody knows where this model's image tokens lie.
+            ModelError: the model's family, and so the places of its image tokens, is unknown.
             CaptureError: the answer has no words.
         """
         if not self.is_patched:
             raise CaptureError("the patch was undone; call lavender.patch(model, processor=processor) again")
         self._maps = None
-        self._maps = look(self, image, question, answer, prompt, words, options)
+        reply = ask(self.model, self.processor, image, question, answer, prompt, words, options)
+        with torch.no_grad():
+            maps = self.capture(**reply.batch)[0]
+        if not maps.any():
+            raise CaptureError("no word of the answer sees the picture; does the picture come before the text in the prompt?")
+        layers = [LayerMaps(name, values) for name, values in zip(self.layer_names(), maps, strict=True)]
+        self._maps = Maps(reply.text, reply.words, layers)
         return self._maps
 
     def layer_names(self) -> list[str]:
@@ -244,18 +240,31 @@ class StudentPatch(Handle):
         return [names[module] for module in self._layers]
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        kwargs, given = _parted(kwargs)
         self._active = None
-        if given:
-            require_whole_sequences(module, kwargs)
-            names = list(inspect.signature(type(module).forward).parameters)[1:]
-            active = Forward(self, given, _flat({**dict(zip(names, args, strict=False)), **kwargs}))
-            if active.targets is not None and not self._knows_batch:
-                require_image_tokens(self, active)
-                self._knows_batch = True
-            if active.resamplers is not None:
-                active.resamplers.start()
-            self._active = active
+        kwargs, words = WordBatch.split(kwargs)
+        if words is None:
+            return args, kwargs
+        require_whole_sequences(module, kwargs)
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        inputs = _flat({**dict(zip(names, args, strict=False)), **kwargs})
+        if words.targets is not None and not self._checked_batch:
+            if not self.crosses:
+                require_image_tokens(self.model, words.image_positions, inputs.get("input_ids"))
+            self._checked_batch = True
+        resamplers = self._resamplers if words.boxes is not None else None
+        active = Forward(
+            words,
+            inputs,
+            self.config if self._rows is None else replace(self.config, rows=self._rows),
+            self._layers,
+            crosses=self.crosses,
+            aligns=self.trains and self._wanted != "maps",
+            length=_text_length(self.model, inputs),
+            resamplers=resamplers,
+        )
+        if resamplers is not None:
+            resamplers.start()
+        self._active = active
         return args, kwargs
 
     def _before_layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
@@ -272,119 +281,36 @@ class StudentPatch(Handle):
             self._resamplers.listening = False
         if active is None or output is None:  # no request, or the forward raised
             return None
-        if "maps" in self._wanted:
-            self._found = active.place(active.attention())
+        if self._wanted == "maps":
+            self._result = active.place(active.attention())
             return None
         source = active.source()
-        if "aligned" in self._wanted:
-            self._found = self.model.lavender(source, active.place)[1]
-        if active.targets is None or not self.trains:
+        if self._wanted == "aligned":
+            self._result = self.model.lavender(source, active.place)[1]
+        if active.words.targets is None or not self.trains:
             return None
-        require_gradient(self, source)
-        self.last, term = compare(self, active, source)
+        require_gradient(self.model, self.decoder, source)
+        self.last, term = compare(self.model, active, source, self.progress)
         return add_to_loss(output, term)
 
 
-class Forward:
-    """One captured forward: the request made of the batch's lavender keys, and what becomes of its recordings.
-
-    Of `aggregation="parallel"` the layers' inputs are recorded instead of their attention, unless that is what was asked for.
-    """
-
-    def __init__(self, patch: StudentPatch, given: dict[str, torch.Tensor], kwargs: dict[str, Any]) -> None:
-        self.targets = given.get("lavender_targets")
-        self.boxes = given.get("lavender_boxes")
-        self.kwargs = kwargs
-        self.resamplers = patch._resamplers if self.boxes is not None else None
-        missing = [key for key in KEYS if key not in given and (key != "lavender_boxes" or self.targets is not None)]
-        if missing:
-            raise CaptureError(f"the batch lacks {', '.join(missing)}; make it with lavender.Collator")
-        self.present = given["lavender_present"]
-        self.columns = given["lavender_columns"]
-        self.tokens, self.token_words = given["lavender_tokens"], given["lavender_token_words"]
-        self.outcomes = given.get("lavender_outcomes", self.tokens.new_zeros(len(self.tokens)))
-        self.num_layers = patch.num_layers
-        self.attention_class = type(next(iter(patch._layers))).__name__
-        reads = (patch._rows or patch.config.rows) == "reads"
-        self.rows = WordRows(
-            self.tokens if reads else (self.tokens - 1).clamp_min(-1),
-            self.token_words,
-            given["lavender_token_weights"],
-            self.present.shape[1],
-        )
-        self.hidden: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.request: Request | None = None
-        self.aligns = patch.trains and "maps" not in patch._wanted
-        self.max_grid = patch.config.max_grid
-        if not (self.aligns and patch.config.aggregation == "parallel"):
-            self.request = Request(
-                self.rows,
-                self.columns,
-                patch._layers,
-                cross=patch.crosses,
-                renormalize=patch.config.renormalize,
-                # Where the aligner sees the mean over heads alone, no map per head is made.
-                keep_heads=not self.aligns or keeps_heads(patch.config),
-                length=_text_length(patch.model, kwargs),
+def patch_student(model: nn.Module, config: AlignmentConfig | None, processor: Any = None) -> StudentPatch:
+    """The handle of a transformers model; see `lavender.patch`."""
+    base = base_model_of(model)
+    present: StudentPatch | None = getattr(base, "_lavender_patch", None)
+    if present is not None:
+        if config is None or (present.trains and config == present.config):
+            present.processor = processor or present.processor
+            return present.borrowed()
+        if present.trains:
+            raise ModelError(
+                "the model is patched for training with another AlignmentConfig; its aligner would be lost. Call unpatch() on the "
+                "first patch if that is meant"
             )
-
-    def record_hidden(self, layer: int, hidden: torch.Tensor) -> None:
-        """Keeps what the parallel attention reads of a layer's input [B, T, D]."""
-        samples = torch.arange(len(hidden), device=hidden.device)[:, None]
-        queries, keys = (hidden[samples, at.clamp_min(0)] for at in (self.rows.rows, self.columns))
-        self.hidden.setdefault(layer, (queries, keys))
-
-    def attention(self) -> torch.Tensor:
-        """The recorded attention [B, L, H, W, M]."""
-        assert self.request is not None
-        return torch.stack(self._in_order(self.request.recorded), dim=1)
-
-    def source(self) -> torch.Tensor | HiddenStates:
-        """What the aligner takes: the recorded attention, or hidden states."""
-        if self.request is not None:
-            return self.attention()
-        pairs = self._in_order(self.hidden)
-        queries, keys = (torch.stack(own, dim=1) for own in zip(*pairs, strict=True))
-        rows, columns = (
-            torch.arange(places.shape[1], device=places.device).where(places >= 0, -1) for places in (self.rows.rows, self.columns)
-        )
-        return HiddenStates(queries, keys, replace(self.rows, rows=rows), columns)
-
-    def _in_order(self, recorded: dict[int, Any]) -> list[Any]:
-        missing = [layer for layer in range(self.num_layers) if layer not in recorded]
-        if missing:
-            raise CaptureError(
-                f"{len(missing)} of {self.num_layers} attention layers recorded nothing (numbers {missing}). Was the attention "
-                "implementation changed after lavender.patch? Then unpatch, set it, patch again. Or does the layer around "
-                f"{self.attention_class} keep its keyword arguments to itself? Then lavender cannot reach it"
-            )
-        return [recorded[layer] for layer in range(self.num_layers)]
-
-    def place(self, maps: torch.Tensor) -> torch.Tensor:
-        """Attention by image token, [B, L, H, W, M], on the grid, [B, L, H, W, y, x], if the batch has boxes."""
-        if self.boxes is None:
-            return maps
-        if self.resamplers is not None:
-            maps = self.resamplers.compose(maps)
-        rows, columns = lattice_of(self.boxes)
-        if self.aligns:
-            rows, columns = min(rows, self.max_grid), min(columns, self.max_grid)
-        return rasterize(maps, self.boxes, (rows, columns))
-
-
-def _parted(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A forward's arguments without lavender's keys, and these. MiniCPM-V takes its inputs in one mapping: they may be in there."""
-    ours, given = (*KEYS, *TRAINING_KEYS), {}
-    left: dict[str, Any] = {}
-    for name, value in kwargs.items():
-        if name in ours:
-            given[name] = value
-        elif isinstance(value, Mapping):
-            given |= {key: inner for key, inner in value.items() if key in ours}
-            left[name] = {key: inner for key, inner in value.items() if key not in ours} if given else value
-        else:
-            left[name] = value
-    return left, given
+        present.unpatch()
+    if getattr(getattr(base, "config", None), "model_type", None) is None:
+        raise ModelError(f"cannot patch a {type(base).__name__}; expected a transformers image-text-to-text model")
+    return StudentPatch(base, config or AlignmentConfig(), train=config is not None, processor=processor)
 
 
 def _flat(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -409,12 +335,6 @@ def _after_eager_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any
     request = kwargs.get(REQUEST)
     if request is not None:
         request.record_weights(module, output[1])
-
-
-def _attention_name(decoder: Any) -> str:
-    name: str = decoder.config._attn_implementation
-    require_supported(name)
-    return name
 
 
 def _require_layers(layers: tuple[int, ...], modules: list[nn.Module]) -> None:

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import CaptureError, ModelError
 from ..kernels.checks import as_attended
-from ..kernels.row_maps.api import row_maps
+from ..kernels.row_maps import row_maps
 from ..types import WordRows
 
 REQUEST = "lavender_request"
@@ -52,20 +52,20 @@ class Request:
     recorded: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def record_call(
-        self, name: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, given: dict[str, Any]
+        self, name: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, arguments: dict[str, Any]
     ) -> None:
-        """Computes the maps of one call of the registry's attention function `name`, with `given` keyword arguments."""
+        """Computes the maps of one call of the registry's attention function `name`, with its other keyword `arguments`."""
         layer = self.layers.get(module)
         if layer is None:
             return
         self._require_lengths(layer, query.shape[2], key.shape[2])
         for argument in _ALTERING:
-            if given.get(argument) is not None:
+            if arguments.get(argument) is not None:
                 raise CaptureError(
                     f"layer {layer} attends by {name!r} with {argument}, which lavender cannot follow; call "
                     "model.set_attn_implementation('eager') before lavender.patch"
                 )
-        mask, causal = mask_of(name, module, query, key, mask, given)
+        mask, causal = mask_of(name, module, query, key, mask, arguments)
         if causal and self.cross:
             raise CaptureError(
                 f"the cross-attention of layer {layer} got no mask, so {name!r} takes it for causal and cuts the picture off; pass "
@@ -78,7 +78,7 @@ class Request:
             self.columns,
             mask=mask,
             causal=causal,
-            scale=given.get("scaling"),
+            scale=arguments.get("scaling"),
             renormalize=self.renormalize,
             head_weights=None if self.keep_heads else query.new_full((query.shape[1],), 1 / query.shape[1], dtype=torch.float32),
         )
@@ -117,15 +117,15 @@ class Request:
 
 
 def mask_of(
-    name: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, given: dict[str, Any]
+    name: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, arguments: dict[str, Any]
 ) -> tuple[torch.Tensor | None, bool]:
     """The mask that a registry function applies, broadcastable to [B, H, T, N], and whether it is causal beside it.
 
     Every function reads what it receives in its own way: sdpa a mask of four axes, or none and a flag; the flash attentions
     [B, N] of what is no padding, a flag and a window; flex attention a function of places.
     """
-    own = getattr(module, "is_causal", True)
-    causal = bool(own if given.get("is_causal") is None else given["is_causal"]) and query.shape[2] > 1
+    is_causal = arguments.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and query.shape[2] > 1
     if name == "sdpa":
         return mask, causal and mask is None
     if name == "flex_attention":
@@ -134,7 +134,7 @@ def mask_of(
         from torch.nn.attention.flex_attention import create_mask
 
         return create_mask(mask.mask_mod, query.shape[0], 1, query.shape[2], key.shape[2], device=query.device), False
-    window = given.get("sliding_window")
+    window = arguments.get("sliding_window")
     if mask is None and window is None:
         return None, causal
     rows = torch.arange(query.shape[2], device=query.device)[:, None]

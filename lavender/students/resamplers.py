@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import CaptureError, ModelError
 from ..kernels.checks import as_attended
-from ..kernels.row_maps.api import row_maps
+from ..kernels.row_maps import row_maps
 from ..types import WordRows
 from .discovery import is_attention
 from .registry import REQUEST, mask_of, require_supported
@@ -30,7 +30,7 @@ class Resamplers:
         self.modules = modules
         self.listening = False
         self.names = sorted({_implementation(module) for module in modules if is_attention(type(module))})
-        self._found: dict[int, torch.Tensor] = {}
+        self._shares: dict[int, torch.Tensor] = {}
 
     def attach(self) -> list[Any]:
         """Adds the hooks and returns their handles."""
@@ -51,7 +51,7 @@ class Resamplers:
 
     def start(self) -> None:
         """Forgets what was recorded and listens."""
-        self._found.clear()
+        self._shares.clear()
         self.listening = True
 
     def compose(self, maps: torch.Tensor) -> torch.Tensor:
@@ -62,10 +62,10 @@ class Resamplers:
 
         Raises `CaptureError` when a module recorded nothing, or there is not one picture per sample.
         """
-        missing = [i for i in range(len(self.modules)) if i not in self._found]
+        missing = [i for i in range(len(self.modules)) if i not in self._shares]
         if missing:
             raise CaptureError(f"{len(missing)} of {len(self.modules)} resampler layers recorded nothing (numbers {missing})")
-        shares = torch.stack([self._found[i] for i in range(len(self.modules))]).mean(dim=0)
+        shares = torch.stack([self._shares[i] for i in range(len(self.modules))]).mean(dim=0)
         if shares.shape[0] != maps.shape[0] or shares.shape[1] != maps.shape[-1]:
             raise CaptureError(
                 f"the resampler made {shares.shape[1]} tokens of each of {shares.shape[0]} pictures; the batch has {maps.shape[0]} "
@@ -74,14 +74,14 @@ class Resamplers:
         return maps @ shares[:, None, None].to(maps.dtype)
 
     def record_call(
-        self, name: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, given: dict[str, Any]
+        self, name: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, arguments: dict[str, Any]
     ) -> None:
         """Answers the tap: probabilities [P, Q, K] of one call, the mean over heads."""
-        pictures, heads, queries = query.shape[:3]
-        every = torch.arange(queries, device=query.device).expand(pictures, -1)
-        rows = WordRows(every, every, torch.ones(pictures, queries, device=query.device), queries)
-        columns = torch.arange(key.shape[2], device=query.device).expand(pictures, -1)
-        mask, causal = mask_of(name, module, query, key, mask, given)
+        num_images, heads, queries = query.shape[:3]
+        every = torch.arange(queries, device=query.device).expand(num_images, -1)
+        rows = WordRows(every, every, torch.ones(num_images, queries, device=query.device), queries)
+        columns = torch.arange(key.shape[2], device=query.device).expand(num_images, -1)
+        mask, causal = mask_of(name, module, query, key, mask, arguments)
         with torch.no_grad():
             shares = row_maps(
                 as_attended(query),
@@ -90,13 +90,13 @@ class Resamplers:
                 columns,
                 mask=mask,
                 causal=causal,
-                scale=given.get("scaling"),
+                scale=arguments.get("scaling"),
                 head_weights=query.new_full((heads,), 1 / heads, dtype=torch.float32),
             )
         self._keep(module, shares[:, 0])
 
     def _keep(self, module: nn.Module, shares: torch.Tensor) -> None:
-        self._found.setdefault(self.modules.index(module), shares)
+        self._shares.setdefault(self.modules.index(module), shares)
 
     def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         return (args, {**kwargs, REQUEST: self}) if self.listening else None

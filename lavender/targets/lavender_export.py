@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -17,15 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from ..config import DEFAULT_QUESTION
+from ..config import DEFAULT_QUESTION, Format
 from ..data.samples import PLACEHOLDER, Conversation, Sample
 from ..errors import ConfigError, DataError, TargetError
 from ..images import ImageSource, image_sha256, load_image, read_bytes
 from ..types import WHOLE_PICTURE, Box
 from .lavender_format import ROWS_AT_ONCE, images_of, name_of, without_number
 from .store import Target, TargetStore
-
-Format = Literal["folder", "parquet"]
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,8 @@ def export_targets(
         TargetError: `out` exists, or no word has a map.
     """
     path = Path(out)
-    if format not in ("folder", "parquet"):
-        raise ConfigError(f"format is {format!r}; choose folder or parquet")
+    if format not in get_args(Format):
+        raise ConfigError(f"format is {format!r}; choose {' or '.join(get_args(Format))}")
     if format == "parquet" and path.suffix != ".parquet":
         raise ConfigError(f"the table is to be {path}; give a file name that ends in .parquet")
     if format == "parquet" and samples is None and images is None:

@@ -18,7 +18,7 @@ from ..config import Offload, TeacherConfig
 from ..data.samples import require_unicode
 from ..errors import ConfigError, DataError, ModelError
 from ..images import ImageSource, Picture
-from ..kernels.map_loss.api import normalize
+from ..kernels.map_loss import normalize
 from ..types import Box, Word, WordMaps
 from ..words import Caption
 from .bound_denoiser import BoundDenoiser

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -331,3 +331,18 @@ def _watch_class(original: type, patch: TeacherPatch) -> type:
     watched = type(original.__name__, (original,), attributes)
     watched.__qualname__ = original.__qualname__
     return watched
+
+
+def patch_teacher(
+    pipe: Any, layers: str | Sequence[str] = (), heads: bool = False, steps: bool = False, words: str | Sequence[str] = ()
+) -> TeacherPatch:
+    """The handle of a diffusers pipeline; see `lavender.patch`."""
+    layers, words = ((names,) if isinstance(names, str) else tuple(names) for names in (layers, words))
+    present: TeacherPatch | None = getattr(pipe, "_lavender_patch", None)
+    if present is not None and present.pipe is not pipe:  # a copy of a patched pipeline
+        pipe.__class__, present = present._class, None
+    if present is not None:
+        if present.settings == (layers, heads, steps, words):
+            return present.borrowed()
+        present.unpatch()
+    return TeacherPatch(pipe, layers, heads, steps, words)

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import ModelError
 from ..types import Span, Word
-from ..words import align, offsets_of_ids, tokens_of, words_of
+from ..words import locate_tokens, offsets_of_ids, tokens_of, words_of
 
 Arguments = Mapping[str, Any]
 """Arguments of the pipeline's call, with its defaults."""
@@ -298,7 +298,7 @@ def _tokenize(tokenizer: Any, text: str, length: int, special: bool) -> tuple[li
     ids = tokenizer(text, add_special_tokens=special, **settings).input_ids
     decoded, spans = offsets_of_ids(tokenizer.decode, plain)
     offsets: list[Span] = [(0, 0)] * len(ids)
-    for place, span in zip(align(plain, ids), spans, strict=True):
+    for place, span in zip(locate_tokens(plain, ids), spans, strict=True):
         if place >= 0:
             offsets[place] = span
     return offsets, decoded

@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError, ModelError
 from ..kernels.checks import as_attended
-from ..kernels.column_maps.api import column_attention, column_maps
-from ..kernels.map_loss.api import resample
+from ..kernels.column_maps import column_attention, column_maps
+from ..kernels.map_loss import resample
 from ..maps import LayerMaps, chosen_names
 from .denoisers import Layout, Places, layout_of, level_grid, places_of
 

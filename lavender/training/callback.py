@@ -1,4 +1,4 @@
-"""Showing an aligned training: loss parts, matched words and map pictures, to whatever tracker the Trainer reports to."""
+"""Reporting an aligned training: loss parts, matched words and map pictures, to whatever tracker the Trainer reports to."""
 
 from __future__ import annotations
 
@@ -8,63 +8,65 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer, TrainerCallback
 
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, warn_renamed
 from ..students.discovery import base_model_of
+from ..students.loss import Comparison
+from ..students.patch import StudentPatch
 from ..types import OUTCOMES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..students.loss import Comparison
-    from ..students.patch import StudentPatch
-
 logger = logging.getLogger("lavender")
 
 TINY = 1e-12
+"""Below every sum of shares: a quotient of zeros is zero."""
 NUM_PICTURED = 6
 """Words whose maps are drawn."""
 
 
-def watch(trainer: Trainer, *, processor: Any = None, picture_steps: int | None = None) -> None:
-    """Lets a Trainer, or a TRL trainer, show what the alignment does; the one line more that a training script may have.
+class LavenderCallback(TrainerCallback):
+    """Makes a Trainer, or a TRL trainer, report the alignment: `trainer.add_callback(lavender.LavenderCallback(trainer))`.
 
     Whatever the Trainer logs - to the terminal, to `report_to`, to its history - gains `language_loss`, `alignment_loss` (the
     unweighted mean over matched words), `alignment_weight` (lambda), `matched_words` (per batch, over all processes) and, where
-    there are any, the samples without a match since the last log, by reason. A lambda that falls is told how far the training is.
+    there are any, the samples without a match since the last log, by reason. A lambda that falls follows the training's progress.
     Maps of the first words of a batch, the target's above the student's aligned ones, are drawn to `maps/` in the Trainer's
     folder, and to TensorBoard and Weights & Biases.
-
-    Args:
-        trainer: a Trainer of a patched model, before `train()`.
-        processor: names the drawn words; the Trainer's `processing_class` by default.
-        picture_steps: steps between pictures; a tenth of the training by default, 0 for none.
-
-    Raises:
-        ModelError: the Trainer's model is not patched for training.
-        ConfigError: the Trainer would not train by the model's loss, to which the alignment is added.
     """
-    patch = getattr(base_model_of(trainer.model), "_lavender_patch", None)
-    if patch is None or not patch.trains:
-        raise ModelError("the Trainer's model is not patched for training; call lavender.patch(model, AlignmentConfig(...)) first")
-    if trainer.args.label_smoothing_factor or trainer.compute_loss_func is not None:
-        raise ConfigError(
-            "with label_smoothing_factor or compute_loss_func the Trainer drops the model's loss, and the alignment with it; leave "
-            "them out"
-        )
-    # In front of all others: trackers get what it adds to the log.
-    trainer.callback_handler.callbacks.insert(0, _Watcher(trainer, patch, processor or trainer.processing_class, picture_steps))
 
+    def __init__(self, trainer: Trainer, *, processor: Any = None, picture_steps: int | None = None) -> None:
+        """
+        Args:
+            trainer: a Trainer of a patched model, before `train()`.
+            processor: names the drawn words; the Trainer's `processing_class` by default.
+            picture_steps: steps between pictures; a tenth of the training by default, 0 for none.
 
-class _Watcher(TrainerCallback):
-    def __init__(self, trainer: Trainer, patch: StudentPatch, processor: Any, picture_steps: int | None) -> None:
+        Raises:
+            ModelError: the Trainer's model is not patched for training.
+            ConfigError: the Trainer would not train by the model's loss, to which the alignment is added.
+        """
+        patch = getattr(base_model_of(trainer.model), "_lavender_patch", None)
+        if patch is None or not patch.trains:
+            raise ModelError(
+                "the Trainer's model is not patched for training; call lavender.patch(model, AlignmentConfig(...)) first"
+            )
+        if trainer.args.label_smoothing_factor or trainer.compute_loss_func is not None:
+            raise ConfigError(
+                "with label_smoothing_factor or compute_loss_func the Trainer drops the model's loss, and the alignment with it; "
+                "leave them out"
+            )
         self.trainer = trainer
-        self.patch = patch
-        self.processor = processor
+        self.patch: StudentPatch = patch
+        self.processor = processor or trainer.processing_class
         self.picture_steps = picture_steps
         self.last: Comparison | None = None
         self.sums = _Sums()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        handler = self.trainer.callback_handler
+        # In front of the trackers, which get what it adds to the log. The handler is iterating over its list: make another.
+        handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
         if self.picture_steps is None:
             self.picture_steps = max(1, state.max_steps // 10)
         self.last, self.sums = self.patch.last, _Sums()
@@ -73,16 +75,16 @@ class _Watcher(TrainerCallback):
         self.patch.progress = state.global_step / max(1, state.max_steps)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._remember()
+        self._add_last()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._remember()
+        self._add_last()
         if state.global_step >= state.max_steps:
             control.should_log = True  # or what came since the last log would be lost
         if state.is_world_process_zero and self.picture_steps and state.global_step % self.picture_steps == 0 and self.last:
             self._draw(self.last, args, state)
 
-    def _remember(self) -> None:
+    def _add_last(self) -> None:
         if self.patch.last is not None and self.patch.last is not self.last:
             self.last = self.patch.last
             self.sums.add(self.last)
@@ -99,8 +101,8 @@ class _Watcher(TrainerCallback):
         entries = [entry for entry in state.log_history if "matched_words" in entry]
         totals = {name: sum(int(entry.get(_key(name), 0)) for entry in entries) for name in OUTCOMES[1:]}
         if state.is_world_process_zero and any(totals.values()):
-            told = ", ".join(f"{name}: {count}" for name, count in totals.items() if count)
-            logger.warning("samples that were trained on without alignment (counted each time they came up): %s", told)
+            counts = ", ".join(f"{name}: {count}" for name, count in totals.items() if count)
+            logger.warning("samples that were trained on without alignment (counted each time they came up): %s", counts)
 
     def _draw(self, comparison: Comparison, args: Any, state: Any) -> None:
         figure = draw(comparison, self.processor)
@@ -163,14 +165,16 @@ def draw(comparison: Comparison, processor: Any = None) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    chosen = comparison.present.nonzero()[:NUM_PICTURED].tolist()
+    batch = comparison.batch
+    assert batch.targets is not None
+    chosen = batch.present.nonzero()[:NUM_PICTURED].tolist()
     figure = Figure(figsize=(1.6 * max(1, len(chosen)), 3.6), layout="constrained")
     axes = figure.subplots(2, max(1, len(chosen)), squeeze=False)
     for ax in axes.flat:
         ax.set_xticks([])
         ax.set_yticks([])
     for column, (b, w) in enumerate(chosen):
-        for ax, maps in zip(axes[:, column], (comparison.targets, comparison.aligned), strict=True):
+        for ax, maps in zip(axes[:, column], (batch.targets, comparison.aligned), strict=True):
             ax.imshow(maps[b, w].float().cpu(), cmap="magma")
         axes[0, column].set_title(_word(comparison, b, w, processor), fontsize=9)
     axes[0, 0].set_ylabel("target")
@@ -182,5 +186,11 @@ def _word(comparison: Comparison, b: int, w: int, processor: Any) -> str:
     tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer is None or comparison.input_ids is None:
         return f"sample {b}, word {w}"
-    at = comparison.tokens[b][comparison.token_words[b] == w]
+    at = comparison.batch.tokens[b][comparison.batch.token_words[b] == w]
     return str(tokenizer.decode(comparison.input_ids[b][at])).strip()
+
+
+def watch(trainer: Trainer, *, processor: Any = None, picture_steps: int | None = None) -> None:
+    """Deprecated: adds a `LavenderCallback`."""
+    warn_renamed("lavender.watch(trainer)", "trainer.add_callback(lavender.LavenderCallback(trainer))")
+    trainer.add_callback(LavenderCallback(trainer, processor=processor, picture_steps=picture_steps))

@@ -45,7 +45,8 @@ from ..files import write_atomically
 from ..patching import patch
 from ..students.patch import StudentPatch
 from ..targets.store import TargetStore
-from .callback import watch
+from ..types import WordBatch
+from .callback import LavenderCallback
 
 logger = logging.getLogger("lavender")
 
@@ -105,7 +106,7 @@ def fine_tune(
     """
     training = training or TrainingConfig()
     out = Path(out)
-    _require_pictures(samples)
+    _require_images(samples)
     if adapter is not None and not training.lora_rank:
         raise ConfigError(
             "an adapter was given, and lora_rank is 0; leave lora_rank as it is to train the adapter, or the adapter out"
@@ -186,7 +187,7 @@ class _Run:
             aligner_learning_rate=self.training.aligner_learning_rate,
         )
         if self.targets is not None:
-            watch(trainer, processor=processor)
+            trainer.add_callback(LavenderCallback(trainer, processor=processor))
         with arguments.main_process_first():
             checkpoint = _last_checkpoint(out / "checkpoints")
         _train(trainer, checkpoint)
@@ -240,7 +241,7 @@ class _Plain:
         self.collator = collator
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
-        return {key: value for key, value in self.collator(samples).items() if not key.startswith("lavender_")}
+        return WordBatch.split(self.collator(samples))[0]
 
 
 class _Trainer(Trainer):
@@ -257,11 +258,11 @@ class _Trainer(Trainer):
         if made_before or self.aligner_learning_rate is None:
             return optimizer
         trained: Any = self.model if model is None else model
-        own = {id(p) for name, p in trained.named_parameters() if "lavender." in name}
+        aligner_ids = {id(p) for name, p in trained.named_parameters() if "lavender." in name}
         groups = list(optimizer.param_groups)
         for group in groups:
-            aligner = [p for p in group["params"] if id(p) in own]
-            group["params"] = [p for p in group["params"] if id(p) not in own]
+            aligner = [p for p in group["params"] if id(p) in aligner_ids]
+            group["params"] = [p for p in group["params"] if id(p) not in aligner_ids]
             if aligner:
                 optimizer.add_param_group({**group, "params": aligner, "lr": self.aligner_learning_rate})
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
@@ -301,7 +302,7 @@ def _paths(sample: Sample | Conversation) -> list[Path]:
     return [Path(image) for image in images if isinstance(image, str | Path)]
 
 
-def _require_pictures(samples: Sequence[Sample | Conversation]) -> None:
+def _require_images(samples: Sequence[Sample | Conversation]) -> None:
     if not samples:
         raise DataError("there are no samples to train on")
     missing = [(sample.id, path) for sample in samples for path in _paths(sample) if not path.is_file()]
@@ -331,14 +332,14 @@ def _with_lora(student: Any, training: TrainingConfig, adapter: str | Path | Non
         except ValueError as error:
             raise ModelError(f"LoRA cannot be added to the student's {targets} ({_first_line(error)})") from error
     try:
-        found = PeftConfig.from_pretrained(str(adapter))
-        found.inference_mode, found.modules_to_save = False, beside
-        trained = get_peft_model(student, found)
+        peft_config = PeftConfig.from_pretrained(str(adapter))
+        peft_config.inference_mode, peft_config.modules_to_save = False, beside
+        trained = get_peft_model(student, peft_config)
         # PEFT wants the weights of everything that it saves, the aligner's too.
-        own = {name: value for name, value in get_peft_model_state_dict(trained).items() if "lavender." in name}
+        aligner = {name: value for name, value in get_peft_model_state_dict(trained).items() if "lavender." in name}
         loaded = load_peft_weights(str(adapter), device="cpu")
         lacking = sorted(name for name in get_peft_model_state_dict(trained) if "lora_" in name and name not in loaded)
-        report: Any = set_peft_model_state_dict(trained, own | loaded)
+        report: Any = set_peft_model_state_dict(trained, aligner | loaded)
     except (KeyError, ValueError, RuntimeError, OSError) as error:
         raise ModelError(f"cannot load a LoRA adapter for this student from {adapter} ({_first_line(error)})") from error
     if lacking:
@@ -351,7 +352,7 @@ def _with_lora(student: Any, training: TrainingConfig, adapter: str | Path | Non
 
 
 def _arguments(folder: Path, training: TrainingConfig, progress: bool) -> TrainingArguments:
-    own: dict[str, Any] = {
+    required: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": training.steps,
         "per_device_train_batch_size": training.batch_size,
@@ -363,7 +364,7 @@ def _arguments(folder: Path, training: TrainingConfig, progress: bool) -> Traini
         "remove_unused_columns": False,
     }
     if training.gradient_checkpointing:
-        own |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        required |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     preset: dict[str, Any] = {
         "lr_scheduler_type": "linear",
         "weight_decay": 0.0,
@@ -380,7 +381,7 @@ def _arguments(folder: Path, training: TrainingConfig, progress: bool) -> Traini
     if precision in ("bf16", "fp16"):  # `accelerate launch` says it to DeepSpeed, which wants the Trainer to say the same
         preset[precision] = True
     try:
-        return TrainingArguments(**preset | dict(training.arguments) | own)
+        return TrainingArguments(**preset | dict(training.arguments) | required)
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"transformers.TrainingArguments refuses the training's arguments ({_first_line(error)})") from error
 
@@ -389,10 +390,10 @@ def _require_targets(samples: Sequence[Sample | Conversation], targets: TargetSt
     missing = [sample.id for sample in samples if sample.id not in targets]
     if not missing:
         return
-    told = f"{targets.folder} has no targets for {len(missing)} of {len(samples)} samples (first: {missing[0]!r})"
+    message = f"{targets.folder} has no targets for {len(missing)} of {len(samples)} samples (first: {missing[0]!r})"
     if len(missing) == len(samples):
-        raise TargetError(f"{told}; extract them, or give the samples the ids that they were extracted by")
-    logger.warning("%s; these train the language loss alone", told)
+        raise TargetError(f"{message}; extract them, or give the samples the ids that they were extracted by")
+    logger.warning("%s; these train the language loss alone", message)
 
 
 def _begin(out: Path, record: dict[str, Any], writes: bool) -> bool:
@@ -404,10 +405,10 @@ def _begin(out: Path, record: dict[str, Any], writes: bool) -> bool:
     # A run that wrote no checkpoint may be begun anew with other settings.
     if path.exists() and (finished or any((out / "checkpoints").glob("checkpoint-*"))):
         try:
-            found = json.loads(path.read_text())
+            present = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise DataError(f"{path} is damaged ({error}); give --out a new folder") from None
-        changed = [key for key in record if found.get(key) != record[key]]
+        changed = [key for key in record if present.get(key) != record[key]]
         if changed:
             raise TargetError(
                 f"{out} holds a run with another {', '.join(changed)}; give a new folder, or the settings of that run (see {path})"
@@ -422,8 +423,8 @@ def _begin(out: Path, record: dict[str, Any], writes: bool) -> bool:
 def _saved(out: Path) -> dict[str, Any]:
     """What a finished run is loaded from, as settings of a run."""
     places = {"model": out / "model", "adapter": out / "adapter"}
-    found = {name: path for name, path in places.items() if path.exists()}
-    return found | ({"aligner": out} if (out / "aligner.safetensors").exists() else {})
+    saved = {name: path for name, path in places.items() if path.exists()}
+    return saved | ({"aligner": out} if (out / "aligner.safetensors").exists() else {})
 
 
 def _train(trainer: Trainer, checkpoint: str | None) -> None:
@@ -455,7 +456,7 @@ def _write_results(out: Path, trainer: Trainer, processor: Any, frozen: bool) ->
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
-        _part(folder, out / "aligner.safetensors")
+        _move_aligner(folder, out / "aligner.safetensors")
         (folder / "training_args.bin").unlink(missing_ok=True)
         if folder.name == "model":
             processor.save_pretrained(folder)
@@ -466,15 +467,15 @@ def _write_results(out: Path, trainer: Trainer, processor: Any, frozen: bool) ->
     trainer.accelerator.wait_for_everyone()
 
 
-def _part(folder: Path, aligner_file: Path) -> None:
+def _move_aligner(folder: Path, aligner_file: Path) -> None:
     """Moves the aligner from what the Trainer saved to a file of its own: the rest is what plain PEFT or transformers expect."""
     aligner: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         weights = load_file(path)
-        own = {name: value for name, value in weights.items() if "lavender." in name}
-        if own:
-            aligner |= {name.split("lavender.", 1)[1]: value for name, value in own.items()}
-            save_file({name: value for name, value in weights.items() if name not in own}, path, metadata={"format": "pt"})
+        moved = {name: value for name, value in weights.items() if "lavender." in name}
+        if moved:
+            aligner |= {name.split("lavender.", 1)[1]: value for name, value in moved.items()}
+            save_file({name: value for name, value in weights.items() if name not in moved}, path, metadata={"format": "pt"})
     if aligner:
         save_file(aligner, aligner_file)
     _edit(folder / "model.safetensors.index.json", _without_aligner)

@@ -22,18 +22,20 @@ from lavender.students.families import STUDENTS, known_family
 from lavender.students.image_tokens import require_pair
 from lavender.targets.manifest import StoreConfig
 from lavender.targets.store import Target, TargetStore, TargetWriter
+from lavender.testing.grid_probe import silenced
+from lavender.testing.student import noise_image
 from lavender.types import WordMaps
 from lavender.words import words_of
 
-from ..students.probe import noise, silenced
-from ..students.test_contract import NAMES, built, family_of
+from ..conftest import with_targets, without_lavender, words_of_batch
+from ..students.zoo import built, families, sampled
 
 # Stand-ins for remote code have no processor with a chat template, and families of another form are refused.
 STAND_INS = {"flamingo", "minicpmv"}
-COLLATED = [name for name in NAMES if name not in STAND_INS and family_of(built(name)).collates]
+COLLATED = [name for name in families(lambda student: student.family.collates) if name not in STAND_INS]
 SAMPLES = [
-    Sample("0", noise(60, 90), "what is this ?", "a red cat in the house"),
-    Sample("1", noise(96, 48, seed=1), "what is in the picture ?", "dog"),
+    Sample("0", noise_image(60, 90), "what is this ?", "a red cat in the house"),
+    Sample("1", noise_image(96, 48, seed=1), "what is in the picture ?", "dog"),
 ]
 
 
@@ -78,7 +80,7 @@ def turns_of(name: str) -> tuple[Message, ...]:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", COLLATED)
+@pytest.mark.parametrize("name", sampled(COLLATED))
 def test_labels_are_the_answer_and_rows_its_words(name, side):
     collator = collator_of(name, side)
     batch = collator(SAMPLES)
@@ -86,20 +88,21 @@ def test_labels_are_the_answer_and_rows_its_words(name, side):
     for b, sample in enumerate(SAMPLES):
         assert tokenizer.decode(batch["labels"][b][batch["labels"][b] >= 0]).split() == sample.answer.split()
         words = [word.text for word in Collator.words(sample.answer)]
-        valid = batch["lavender_tokens"][b] >= 0
-        spoken = batch["input_ids"][b][batch["lavender_tokens"][b][valid]]
-        assert tokenizer.convert_ids_to_tokens(spoken) == [words[w] for w in batch["lavender_token_words"][b][valid]]
-        assert batch["lavender_present"][b].sum() == len(words)
+        batch_words = words_of_batch(batch)
+        valid = batch_words.tokens[b] >= 0
+        spoken = batch["input_ids"][b][batch_words.tokens[b][valid]]
+        assert tokenizer.convert_ids_to_tokens(spoken) == [words[w] for w in batch_words.token_words[b][valid]]
+        assert batch_words.present[b].sum() == len(words)
 
 
-@pytest.mark.parametrize("name", COLLATED)
+@pytest.mark.parametrize("name", sampled(COLLATED))
 def test_a_training_step_aligns_and_no_row_knows_a_later_token(name):
     model = copy.deepcopy(built(name).model)
-    batch = collator_of(name, "right")(SAMPLES)
-    targets = torch.rand(*batch["lavender_present"].shape, 8, 8, generator=torch.Generator().manual_seed(0))
-    plain = {k: v for k, v in batch.items() if not k.startswith("lavender_")}
+    torch.manual_seed(0)
+    batch = with_targets(collator_of(name, "right")(SAMPLES), 8)
+    plain = without_lavender(batch)
     with lavender.patch(model, AlignmentConfig(rows="reads", aligner="identity", weight=1.0)) as patch:
-        output = model(**batch, lavender_targets=targets)
+        output = model(**batch)
         assert patch.last.loss > 0
         torch.testing.assert_close(output.loss, model(**plain).loss + patch.last.loss)
     last = int((batch["labels"][0] >= 0).nonzero().max())
@@ -112,10 +115,10 @@ def test_a_training_step_aligns_and_no_row_knows_a_later_token(name):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", COLLATED)
+@pytest.mark.parametrize("name", sampled(COLLATED))
 def test_labels_are_every_answer_and_what_closes_it(name, side):
     collator = collator_of(name, side, closes=True)
-    pictures = (noise(60, 90), noise(96, 48, seed=1))[: 1 if name in ONE_PICTURE else 2]
+    pictures = (noise_image(60, 90), noise_image(96, 48, seed=1))[: 1 if name in ONE_PICTURE else 2]
     batch = collator([Conversation("0", pictures, turns_of(name)), SAMPLES[1]])
     tokenizer = collator.processor.tokenizer
     answers = ["a red cat", "the dog and the cat", "blue"]
@@ -128,13 +131,13 @@ def test_labels_are_every_answer_and_what_closes_it(name, side):
     assert tokenizer.convert_ids_to_tokens(labels[1][labels[1] >= 0]) == ["dog", "</s>"]
 
 
-@pytest.mark.parametrize("name", COLLATED)
+@pytest.mark.parametrize("name", sampled(COLLATED))
 def test_no_answer_knows_a_later_turn(name):
     """Neither what is asked then, nor, where a family shows a question and its picture to what stands before, through that."""
     model = built(name).model
-    pictures = (noise(60, 90), noise(96, 48, seed=1))[: 1 if name in ONE_PICTURE else 2]
+    pictures = (noise_image(60, 90), noise_image(96, 48, seed=1))[: 1 if name in ONE_PICTURE else 2]
     collator = collator_of(name, "right", closes=True)
-    batch = {k: v for k, v in collator([Conversation("0", pictures, turns_of(name))]).items() if not k.startswith("lavender_")}
+    batch = without_lavender(collator([Conversation("0", pictures, turns_of(name))]))
     kept = torch.nonzero(batch["labels"][0] >= 0).flatten().tolist()
     first_end = next(at for at in kept if at + 1 not in kept)
     tree = collator.processor.tokenizer.convert_tokens_to_ids("tree")
@@ -148,7 +151,7 @@ def test_no_answer_knows_a_later_turn(name):
             assert (after[at] - before[at]).abs().max() > 1e-3
 
 
-PICTURES = (noise(60, 90), noise(96, 48, seed=1), noise(48, 48, seed=2))
+PICTURES = (noise_image(60, 90), noise_image(96, 48, seed=1), noise_image(48, 48, seed=2))
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +175,7 @@ def three_pictures(sample_id: str, pictures=PICTURES) -> Conversation:
 
 def test_a_cropped_target_has_the_students_places_in_its_part(tmp_path):
     """The target shows the lower right quarter: only the image tokens there have places, and they fill the map."""
-    picture, words = noise(48, 48), words_of("a red cat")
+    picture, words = noise_image(48, 48), words_of("a red cat")
     maps = WordMaps("a red cat", words, np.ones((3, 8, 8), np.float32), (0.5, 0.5, 1.0, 1.0))
     with TargetWriter(tmp_path / "t", {"model": "m", "weights": "w"}, StoreConfig(map_size=8)) as writer:
         writer.add(Target("x", image_sha256(picture), maps))
@@ -197,33 +200,35 @@ def seen_states(model: nn.Module, cross: bool, batch: dict[str, torch.Tensor]) -
     layer = next(m for m in decoder.modules() if isinstance(m, nn.ModuleList))[0]
     handle = (attention_modules(decoder)[0].k_proj if cross else layer).register_forward_pre_hook(see, with_kwargs=True)
     with torch.no_grad(), silenced(model):
-        model(**{k: v for k, v in batch.items() if not k.startswith("lavender_")}, use_cache=False)
+        model(**without_lavender(batch), use_cache=False)
     handle.remove()
     return found[0].reshape(len(batch["input_ids"]), -1, found[0].shape[-1])
 
 
-@pytest.mark.parametrize("name", SEVERAL)
-def test_columns_and_boxes_are_those_of_the_targets_picture(name, targets):
-    """Repaint the top left quarter of one picture after the other: columns of its sample move, where their boxes say so."""
-    student, family = built(name), family_of(built(name))
+@pytest.mark.parametrize("name", sampled(SEVERAL))
+def test_image_positions_and_boxes_are_those_of_the_targets_picture(name, targets):
+    """Repaint the top left quarter of one picture after the other: image tokens of its sample move, where their boxes say so."""
+    student = built(name)
+    cross = student.family.cross
     collator = collator_of(name, "left", targets=targets)
-    single = Sample("single", noise(60, 90), "what is this ?", "a red cat")
+    single = Sample("single", noise_image(60, 90), "what is this ?", "a red cat")
     batch = collator([*(three_pictures(str(n)) for n in range(3)), single])
-    plain = seen_states(student.model, family.cross, batch)
+    plain = seen_states(student.model, cross, batch)
     for n in range(3):
         painted = [picture.copy() for picture in PICTURES]
         ImageDraw.Draw(painted[n]).rectangle([0, 0, painted[n].width // 2 - 1, painted[n].height // 2 - 1], fill=(255, 0, 0))
-        # Its fingerprint is another one, so that it cannot have targets: the columns are those of the plain batch.
+        # Its fingerprint is another one, so that it cannot have targets: the positions are those of the plain batch.
         other = collator_of(name, "left")([three_pictures("x", painted)] * 3 + [single])
-        change = (seen_states(student.model, family.cross, other) - plain).norm(dim=-1)
-        columns, boxes = batch["lavender_columns"][n], batch["lavender_boxes"][n]
-        own = change[n, columns[columns >= 0]]
-        boxes = boxes[columns >= 0]
+        change = (seen_states(student.model, cross, other) - plain).norm(dim=-1)
+        words = words_of_batch(batch)
+        is_token = words.image_positions[n] >= 0
+        positions, boxes = words.image_positions[n][is_token], words.boxes[n][is_token]
+        of_image = change[n, positions]
         elsewhere = change[n].clone()
-        elsewhere[columns[columns >= 0]] = 0
+        elsewhere[positions] = 0
         assert elsewhere.max() < 1e-4
-        moved = own > 0.25 * own.max()
-        assert own.max() > 1e-2
+        moved = of_image > 0.25 * of_image.max()
+        assert of_image.max() > 1e-2
         placed = ~boxes.isnan().any(dim=1)
         assert (boxes[moved & placed][:, :2] < 0.51).all(), "a token moves whose box is elsewhere"
         inside = placed & (boxes[:, 2:] < 0.4).all(dim=1)
@@ -231,8 +236,8 @@ def test_columns_and_boxes_are_those_of_the_targets_picture(name, targets):
         assert (~moved & placed).any()
 
 
-@pytest.mark.parametrize("name", [name for name in SEVERAL if family_of(built(name)).pictures == (0, float("inf"))])
-def test_a_sample_without_a_picture_has_no_columns_and_no_words(name):
+@pytest.mark.parametrize("name", sampled(name for name in SEVERAL if built(name).family.num_images == (0, float("inf"))))
+def test_a_sample_without_a_picture_has_no_image_positions_and_no_words(name):
     collator = collator_of(name, "left")
     text = Conversation("0", (), (Message("user", "what is red ?"), Message("assistant", "a cat")))
     batch = collator([text, SAMPLES[0], three_pictures("2")])
@@ -279,16 +284,16 @@ def test_where_text_sees_the_latest_picture_alone_the_words_of_another_are_absen
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", COLLATED)
+@pytest.mark.parametrize("name", sampled(COLLATED))
 def test_a_cut_batch_is_the_beginning_of_the_whole_one(name, side):
     """Token by token, whatever the processor says of them; the model reads it."""
-    conversation = Conversation("0", (noise(60, 90),), turns_of("blip-2"))
+    conversation = Conversation("0", (noise_image(60, 90),), turns_of("blip-2"))
     samples = [conversation, SAMPLES[1]]
     whole = collator_of(name, side, closes=True)(samples)
     lengths = whole["attention_mask"].sum(dim=1).tolist()
     cut = collator_of(name, side, closes=True, max_length=max(lengths) - 4)(samples)
     assert cut["input_ids"].shape[1] == max(lengths) - 4
-    changed = [key for key in whole if not key.startswith("lavender_") and whole[key].shape[:2] == whole["input_ids"].shape]
+    changed = [key for key in without_lavender(whole) if whole[key].shape[:2] == whole["input_ids"].shape]
     assert {"input_ids", "attention_mask", "labels"} <= {*changed}
     for b in range(2):
         before, after = whole["attention_mask"][b].bool(), cut["attention_mask"][b].bool()
@@ -296,19 +301,20 @@ def test_a_cut_batch_is_the_beginning_of_the_whole_one(name, side):
         assert after[-1 if side == "left" else 0], "the padding has changed its side"
         for key in changed:
             assert torch.equal(cut[key][b][after], whole[key][b][before][: after.sum()]), key
-        for key in ("lavender_columns", "lavender_tokens"):
-            if key == "lavender_columns" and family_of(built(name)).cross:
+        for field in ("image_positions", "tokens"):
+            if field == "image_positions" and built(name).family.cross:
                 continue
-            ids = [batch["input_ids"][b][batch[key][b][batch[key][b] >= 0]] for batch in (whole, cut)]
+            positions = [getattr(words_of_batch(batch), field)[b] for batch in (whole, cut)]
+            ids = [batch["input_ids"][b][at[at >= 0]] for batch, at in zip((whole, cut), positions, strict=True)]
             assert torch.equal(ids[0][: len(ids[1])], ids[1])
     # "blue </s>", the last answer of the longest sample, is cut off with "?" and "!".
     assert cut["lavender_outcomes"][lengths.index(max(lengths))] == 3
-    inputs = {k: v for k, v in cut.items() if not k.startswith("lavender_")}
+    inputs = without_lavender(cut)
     with torch.no_grad():
         assert built(name).model(**inputs, use_cache=False).loss.isfinite()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sampled(families()))
 def test_every_processor_goes_with_its_own_model(name):
     require_pair(built(name).processor, built(name).model.config)
 

@@ -20,7 +20,7 @@ from lavender.batches.word_selection import WordSelector
 from lavender.config import WordsConfig
 from lavender.errors import ConfigError
 from lavender.types import Word
-from lavender.words import match_words, words_of
+from lavender.words import Caption, match_words, words_of
 
 LEMMAS = {"dogs": "dog", "sat": "sit", "sits": "sit", "mice": "mouse", "Mice": "mouse", "does": "do", "n't": "not"}
 # Parses as spaCy writes them: per token its head and its label, by ClearNLP or by Universal Dependencies.
@@ -98,7 +98,7 @@ def found(selector, caption, answer):
     words = words_of(answer)
     return {
         word.text: [own.start for own in same]
-        for word, same in zip(words, selector.occurrences(caption, answer, words), strict=True)
+        for word, same in zip(words, selector.occurrences(Caption.of(caption), answer, words), strict=True)
     }
 
 
@@ -208,9 +208,9 @@ texts = st.lists(
 def test_each_match_contains_the_stricter_one(selector, caption, answer):
     words = words_of(answer)
     exact, casefold = (
-        WordSelector(WordsConfig(match=match)).occurrences(caption, answer, words) for match in ("exact", "casefold")
+        WordSelector(WordsConfig(match=match)).occurrences(Caption.of(caption), answer, words) for match in ("exact", "casefold")
     )
-    root = selector.occurrences(caption, answer, words)
+    root = selector.occurrences(Caption.of(caption), answer, words)
     assert casefold == match_words(caption, [word.text for word in words])
     for narrow, wide in ((exact, casefold), (casefold, root)):
         assert len(narrow) == len(wide) == len(words)
@@ -231,7 +231,7 @@ def test_every_word_has_a_flag_and_matches_itself(selector, answer):
     for config in (WordsConfig(), WordsConfig(match="exact")):
         plain = WordSelector(config)
         assert plain.selected(answer, words) == [True] * len(words)
-        assert all(word in same for word, same in zip(words, plain.occurrences(answer, answer, words), strict=True))
+        assert all(word in same for word, same in zip(words, plain.occurrences(Caption.of(answer), answer, words), strict=True))
 
 
 def test_dense_maps_reach_half_of_their_range_in_enough_places():
@@ -260,7 +260,7 @@ def test_a_text_is_tagged_once(tagger, monkeypatch):
     for _ in range(2):
         for answer in ("a cat", "the ball"):
             selector.selected(answer, words_of(answer))
-            selector.occurrences("dogs", answer, words_of(answer))
+            selector.occurrences(Caption.of("dogs"), answer, words_of(answer))
     assert tagged == ["a cat", "dogs", "the ball"]
 
 
@@ -327,7 +327,7 @@ def test_trained_components_set_what_they_say(tmp_path):
     config = WordsConfig(match="root", parts_of_speech=("subject", "noun"), tagger=str(tmp_path / "p"))
     selector = WordSelector(config)
     assert kept(selector, "Dogs run.") == ["Dogs"]
-    assert selector.occurrences("dog", "Dogs run.", [Word("Dogs", 0, 4)]) == [[Word("dog", 0, 3)]]
+    assert selector.occurrences(Caption.of("dog"), "Dogs run.", [Word("Dogs", 0, 4)]) == [[Word("dog", 0, 3)]]
 
 
 def test_importing_and_plain_matching_need_no_spacy():

@@ -5,28 +5,45 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from lavender.cli import main
 from lavender.miniworld import write_dataset
 
 
-def lavender(*arguments, cwd=None):
-    return subprocess.run([sys.executable, "-m", "lavender", *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+@pytest.fixture
+def lavender(monkeypatch, capsys):
+    """Runs the command in this process."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lavender", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        output = capsys.readouterr()
+        return SimpleNamespace(returncode=end.value.code or 0, stdout=output.out, stderr=output.err)
+
+    return run
 
 
-def refused(*arguments, cwd=None):
+@pytest.fixture
+def refused(lavender):
     """Runs a command that must fail as a user's mistake does; returns its one line."""
-    result = lavender(*arguments, cwd=cwd)
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith("lavender: ")]
-    assert len(lines) == 1, result.stderr
-    return lines[0]
+
+    def run(*arguments):
+        result = lavender(*arguments)
+        assert result.returncode == 2, result.stderr
+        assert "Traceback" not in result.stderr
+        lines = [line for line in result.stderr.splitlines() if line.startswith("lavender: ")]
+        assert len(lines) == 1, result.stderr
+        return lines[0]
+
+    return run
 
 
 @pytest.mark.parametrize("command", [None, "demo", "extract", "train", "evaluate", "report"])
-def test_help(command):
+def test_help(command, lavender):
     result = lavender(*filter(None, [command]), "--help")
     assert result.returncode == 0
     assert "Usage: " in result.stdout
@@ -34,7 +51,20 @@ def test_help(command):
         assert all(name in result.stdout for name in ("demo", "extract", "train", "evaluate", "report"))
 
 
-def test_an_unknown_option_is_a_users_mistake():
+def test_in_a_process_of_its_own(teacher_folder, data, tmp_path):
+    """A run and a mistake, from the exit code to the streams."""
+    command = (sys.executable, "-m", "lavender", "extract", "--model", str(teacher_folder), "--out", str(tmp_path / "t"))
+    options = ("--inversion", "noise", "--timesteps", "51", "--map-size", "8")
+    result = subprocess.run([*command, "--data", str(data), *options], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "3 written, 0 there before, 0 skipped" in result.stdout
+    result = subprocess.run([*command, "--data", str(tmp_path / "nothing"), *options], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("lavender: there is no data at ")
+    assert "Traceback" not in result.stderr
+
+
+def test_an_unknown_option_is_a_users_mistake(lavender):
     assert lavender("extract", "--modle", "x").returncode == 2
 
 
@@ -43,7 +73,7 @@ def data(scenes, tmp_path):
     return write_dataset(scenes[:3], tmp_path / "data")
 
 
-def test_extract_then_train_then_evaluate(teacher_folder, student_folder, data, tmp_path):
+def test_extract_then_train_then_evaluate(lavender, refused, teacher_folder, student_folder, data, tmp_path):
     options = ("--inversion", "noise", "--timesteps", "51", "--map-size", "8")
     result = lavender("extract", "--model", teacher_folder, "--data", data, "--out", tmp_path / "t", *options)
     assert result.returncode == 0, result.stderr
@@ -64,7 +94,7 @@ def test_extract_then_train_then_evaluate(teacher_folder, student_folder, data, 
     assert "another training" in refused(*train[:-4], "--steps", 3, "--out", tmp_path / "run")
 
 
-def test_mistakes_with_paths(teacher_folder, student_folder, data, tmp_path):
+def test_mistakes_with_paths(refused, teacher_folder, student_folder, data, tmp_path):
     missing = tmp_path / "nothing"
     assert f"no data at {missing}" in refused("extract", "--model", teacher_folder, "--data", missing, "--out", tmp_path / "t")
     assert "cannot load a text-to-image pipeline" in refused("extract", "--model", missing, "--data", data, "--out", tmp_path / "t")
@@ -91,7 +121,7 @@ def test_mistakes_with_paths(teacher_folder, student_folder, data, tmp_path):
     assert file.read_text() == "mine"
 
 
-def test_mistakes_with_data(teacher_folder, student_folder, data, tmp_path):
+def test_mistakes_with_data(lavender, refused, teacher_folder, student_folder, data, tmp_path):
     empty = tmp_path / "data/empty.jsonl"
     empty.write_text('{"image": "images/00000.png", "caption": ""}')
     result = lavender("extract", "--model", teacher_folder, "--data", empty, "--out", tmp_path / "t", "--inversion", "noise")
@@ -108,7 +138,7 @@ def test_mistakes_with_data(teacher_folder, student_folder, data, tmp_path):
     )
 
 
-def test_mistakes_with_settings(teacher_folder, data, tmp_path):
+def test_mistakes_with_settings(refused, teacher_folder, data, tmp_path):
     common = ("extract", "--model", teacher_folder, "--data", data, "--out", tmp_path / "t")
     assert "timesteps is (1000,)" in refused(*common, "--timesteps", "1000")
     assert "integers separated by commas" in refused(*common, "--timesteps", "soon")
@@ -117,7 +147,7 @@ def test_mistakes_with_settings(teacher_folder, data, tmp_path):
     assert "no attention layer is named like attic" in refused(*common, "--layers", "attic")
 
 
-def test_settings_that_would_do_nothing_are_refused(teacher_folder, data, tmp_path):
+def test_settings_that_would_do_nothing_are_refused(refused, teacher_folder, data, tmp_path):
     extract = ("extract", "--model", teacher_folder, "--data", data, "--out", tmp_path / "t")
     assert "there is no setting 'normalisation'" in refused(*extract, "--set", "normalisation=sum")
     assert "an option of its own, --map-size" in refused(*extract, "--set", "map_size=16")
@@ -126,7 +156,7 @@ def test_settings_that_would_do_nothing_are_refused(teacher_folder, data, tmp_pa
     assert not (tmp_path / "t").exists()
 
 
-def test_a_run_in_which_every_picture_fails_says_so_by_its_exit_code(teacher_folder, data, tmp_path):
+def test_a_run_in_which_every_picture_fails_says_so_by_its_exit_code(lavender, teacher_folder, data, tmp_path):
     data.write_text('{"image": "images/none.png", "caption": "a red ring"}')
     result = lavender("extract", "--model", teacher_folder, "--data", data, "--out", tmp_path / "t", "--inversion", "noise")
     assert result.returncode == 1

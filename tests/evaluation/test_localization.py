@@ -6,30 +6,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-import torch
 from typer.testing import CliRunner
 
-import lavender
 from lavender.cli import app
 from lavender.data.samples import read_pairs
 from lavender.errors import DataError, LavenderError
 from lavender.evaluation.grounding import RASTER, Grounding, NamingWord, Region, read_groundings
 from lavender.evaluation.localization import (
     MeasuredWord,
-    accuracy,
-    alignment_error,
-    best_constant_error,
     chance,
-    compare_targets,
-    evaluate_answers,
-    evaluate_attention,
     evaluate_maps,
-    generate,
     localization,
     word_agnostic,
 )
 from lavender.images import image_sha256
 from lavender.miniworld import write_dataset
+from lavender.miniworld.measures import compare_targets
 from lavender.miniworld.scenes import make_scene
 from lavender.targets.manifest import StoreConfig
 from lavender.targets.store import Target, TargetStore, TargetWriter
@@ -92,86 +84,6 @@ def test_nothing_to_measure_is_said():
         localization([])
 
 
-def test_exact_masks_score_as_they_must(scenes):
-    """The scenes' own masks, at the resolution of targets: the ceiling of every measure."""
-    maps = [{(r.start, r.end): s.word_mask(r)[::2, ::2].astype(np.float32) for r in s.referents} for s in scenes]
-    figures = compare_targets(scenes, maps)
-    assert figures["maps"]["pointing"] > 0.97
-    assert figures["maps"]["own_object"] == 1
-    assert figures["maps"]["auc"] > 0.97
-    assert figures["control"]["own_object"] < 0.6
-
-
-def test_wilson_interval():
-    """Against the closed form worked by hand for 8 of 10."""
-    result = accuracy([True] * 8 + [False] * 2)
-    assert (result.accuracy, result.low, result.high) == (0.8, 0.4902, 0.9433)
-    assert accuracy([True] * 5).high == 1.0
-
-
-def test_best_constant_is_the_mean_of_the_targets():
-    targets = np.random.default_rng(0).random((50, 6, 6))
-    normalized = (targets - targets.mean((1, 2), keepdims=True)) / targets.std((1, 2), keepdims=True)
-    best = best_constant_error(targets, "zscore")
-    assert best == pytest.approx(((normalized - normalized.mean(0)) ** 2).mean(), rel=1e-4)
-    for constant in np.random.default_rng(1).random((20, 6, 6)):
-        assert ((normalized - constant) ** 2).mean() > best
-
-
-def test_alignment_error_of_the_targets_themselves_is_zero():
-    maps = [{(0, 3): np.random.default_rng(0).random((16, 16), np.float32)}]
-    config = lavender.AlignmentConfig()
-    assert alignment_error(maps, maps, config) == pytest.approx(0, abs=1e-10)
-    assert alignment_error([{(0, 3): np.zeros((8, 8), np.float32)}], maps, config) == pytest.approx(1, rel=1e-3)
-
-
-def test_evaluating_a_student_leaves_it_as_it_was(student, processor, scenes):
-    student.train()
-    with lavender.patch(student) as patch:
-        figures = evaluate_attention(patch, processor, scenes[:6])
-        answers = evaluate_answers(student, processor, scenes[:6])
-    assert student.training
-    assert figures["raw"]["maps"]["words"] == sum(r.kind != "size" for s in scenes[:6] for r in s.referents)
-    assert figures["raw"] == figures["aligned"]
-    assert answers["all"]["questions"] == sum(len(s.questions) for s in scenes[:6])
-
-
-@pytest.mark.parametrize(
-    ("said", "right"), [("red", 1.0), (" Red\n", 1.0), ("", 0.0), ("re", 0.0), ("red ring", 0.0), ("blue", 0.0)]
-)
-def test_only_the_whole_answer_is_right(monkeypatch, student, processor, said, right):
-    from lavender.evaluation import localization as evaluate
-    from lavender.miniworld.scenes import Question, make_scene
-
-    scene = make_scene(0, 0)
-    monkeypatch.setattr(evaluate, "generate", lambda *_, **__: [said])
-    object.__setattr__(scene, "questions", (Question("color", "What color is it?", "red"),))
-    assert evaluate_answers(student, processor, [scene])["color"]["accuracy"] == right
-
-
-def test_generated_answers_do_not_depend_on_the_batch(processor, scenes):
-    from lavender.miniworld import STUDENT
-    from lavender.training.train import load_student
-
-    model, own = load_student(STUDENT)
-    questions = [s.questions[i % 3].text for i, s in enumerate(scenes[:6])]
-    together = generate(model, own, [s.image for s in scenes[:6]], questions, 6)
-    alone = [generate(model, own, [s.image], [q], 6)[0] for s, q in zip(scenes[:6], questions, strict=True)]
-    assert together == alone
-    assert together == [s.questions[i % 3].answer for i, s in enumerate(scenes[:6])]
-
-
-def test_aligned_maps_come_from_the_aligner(student, processor, scenes):
-    from lavender.evaluation.localization import student_maps
-
-    torch.manual_seed(0)
-    with lavender.patch(student, lavender.AlignmentConfig()) as patch:
-        raw, aligned = student_maps(patch, processor, scenes[:2])
-    span = next(iter(raw[0]))
-    assert raw[0][span].shape == aligned[0][span].shape == (8, 8)
-    assert not np.allclose(raw[0][span], aligned[0][span])
-
-
 @dataclass(frozen=True)
 class Known:
     """Groundings by sample id."""
@@ -186,8 +98,8 @@ class Known:
         return self.by_id.get(sample_id)
 
 
-def target(own_id, caption, maps, crop=WHOLE_PICTURE):
-    return Target(own_id, "", WordMaps(caption, words_of(caption), np.asarray(maps, np.float32), crop))
+def target(sample_id, caption, maps, crop=WHOLE_PICTURE):
+    return Target(sample_id, "", WordMaps(caption, words_of(caption), np.asarray(maps, np.float32), crop))
 
 
 HALVES = (Region(boxes=((0, 0, 1, 0.5),)), Region(boxes=((0, 0.5, 1, 1),)))
@@ -247,7 +159,7 @@ def test_what_cannot_be_measured_is_counted():
     assert figures["counts"]["words_without_map"] == 2  # the map of NaN, and "lef"
     assert figures["counts"]["words_not_measurable"] == 2  # fills the picture; too small for the raster
     assert figures["chance"]["own_object"] == 0.3333  # nobody finds what no map can show
-    store = {own_id: target(own_id, CAPTION, [IN_LEFT] * 3) for own_id in "abc"}
+    store = {sample_id: target(sample_id, CAPTION, [IN_LEFT] * 3) for sample_id in "abc"}
     figures = evaluate_maps(store, Known({"a": Grounding(HALVES, (CAT,)), "b": Grounding(HALVES, ())}), progress=False)
     assert [figures["counts"][name] for name in ("samples", "samples_measured", "samples_without_grounding")] == [3, 1, 1]
 
@@ -269,7 +181,7 @@ def test_maps_of_a_part_of_the_picture_meet_that_part():
 
 
 def test_nothing_to_measure_names_what_both_sides_have():
-    store = {own_id: target(own_id, CAPTION, [IN_LEFT] * 3) for own_id in ("a", "b", "c", "d")}
+    store = {sample_id: target(sample_id, CAPTION, [IN_LEFT] * 3) for sample_id in ("a", "b", "c", "d")}
     with pytest.raises(DataError, match=r"4 of 4 samples have no masks.* ids are 'a', 'b', 'c', \.\.\.; .* are 'a.jpg'"):
         evaluate_maps(store, Known({"a.jpg": Grounding(HALVES, (CAT,))}), progress=False)
     with pytest.raises(DataError, match="0 of 1 samples have no masks, 1 words no map"):
@@ -306,7 +218,7 @@ def test_a_small_world_store_scores_as_its_scenes_do(scenes, small_world):
     """To the digit: the grounding beside the captions says what the scenes know."""
     store, out = TargetStore(small_world / "targets"), small_world / "figures.json"
     figures = evaluate_maps(store, read_groundings(small_world / "grounding.jsonl"), progress=False)
-    known = [store[own_id].word_maps for own_id in store]
+    known = [store[sample_id].word_maps for sample_id in store]
     expected = compare_targets(scenes, [{(w.start, w.end): m for w, m in zip(k.words, k.maps, strict=True)} for k in known])
     assert {name: figures[name] for name in expected} == expected
     assert expected["maps"]["own_object"] > expected["control"]["own_object"]

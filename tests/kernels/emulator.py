@@ -7,12 +7,12 @@ import hashlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from lavender.kernels.cuda.driver import Argument, Grid, Program, arguments_type, kernels, packed, source, sources
+from lavender.kernels.cuda.driver import Launch, Program, arguments_type, kernels, packed, source, sources
 
 HERE = Path(__file__).parent
 
@@ -41,36 +41,28 @@ class Emulator:
     def why_not(self, program: Program, device: torch.device) -> list[str]:
         return [] if device.type == "cpu" else [f"the emulator takes CPU tensors, not {device.type}"]
 
-    def launch(
-        self,
-        program: Program,
-        kernel: str,
-        grid: Grid,
-        shared_bytes: int,
-        arguments: Mapping[str, Argument],
-        device: torch.device,
-    ) -> None:
-        self.launched.append(kernel)
-        library = self._libraries.get(program)
+    def launch(self, launch: Launch) -> None:
+        self.launched.append(launch.kernel)
+        library = self._libraries.get(launch.program)
         if library is None:
-            library = self._libraries[program] = ctypes.CDLL(str(self._build(program)))
+            library = self._libraries[launch.program] = ctypes.CDLL(str(self._build(launch.program)))
             library.guard.restype = ctypes.c_void_p
-        structure = packed(program.file, arguments)
+        structure = packed(launch.program.file, launch.arguments)
         copies: list[tuple[int, int, int]] = []
-        for name, value in arguments.items():
+        for name, value in launch.arguments.items():
             if isinstance(value, torch.Tensor) and value.numel():
                 extent = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
                 size = extent * value.element_size()
                 copy = library.guard(ctypes.c_void_p(value.data_ptr()), ctypes.c_size_t(size))
                 copies.append((copy, value.data_ptr(), size))
                 setattr(structure, name, copy)
-        run = getattr(library, f"run_{kernel}")
+        run = getattr(library, f"run_{launch.kernel}")
         run.restype = ctypes.c_char_p
-        reason = run(ctypes.byref(structure), *grid, ctypes.c_size_t(shared_bytes), self.seed)
+        reason = run(ctypes.byref(structure), *launch.grid, ctypes.c_size_t(launch.shared_bytes), self.seed)
         for copy, target, size in copies:
             library.unguard(ctypes.c_void_p(copy), ctypes.c_void_p(target), ctypes.c_size_t(size))
         if reason:
-            raise EmulatorError(f"{kernel}: {reason.decode()}")
+            raise EmulatorError(f"{launch.kernel}: {reason.decode()}")
 
     def _build(self, program: Program) -> Path:
         """A shared library of the program's kernels; one that was built before is taken again."""

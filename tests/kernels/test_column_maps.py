@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lavender.errors import ConfigError
-from lavender.kernels.column_maps import api as module
-from lavender.kernels.column_maps.api import column_attention, column_maps
+from lavender.kernels.column_maps import chunked, column_attention, column_maps
 
 IMPLS = ["reference", "torch"]
 
@@ -35,11 +34,11 @@ def test_maps_and_gradients_equal_the_definition(impl, mask):
     visible = torch.rand(2, 1, 20, 7, generator=generator) < 0.7
     visible[..., 0] = True
     if mask == "none":
-        expected, given_ = by_hand(query, key, weights), None
+        expected, mask_argument = by_hand(query, key, weights), None
     else:
         expected = by_hand(query, key, weights, visible)
-        given_ = visible if mask == "boolean" else torch.where(visible, 0.0, -1e9)
-    maps = column_maps(query, key, weights, mask=given_, impl=impl)
+        mask_argument = visible if mask == "boolean" else torch.where(visible, 0.0, -1e9)
+    maps = column_maps(query, key, weights, mask=mask_argument, impl=impl)
     torch.testing.assert_close(maps, expected, rtol=0, atol=1e-12)
     for ours, theirs in zip(
         torch.autograd.grad(maps.square().sum(), (query, key)),
@@ -74,8 +73,8 @@ def test_lower_precision_carries_float32s_error(dtype):
     exact, ours = by_hand(exact_query, exact_key, weights), column_maps(query, key, weights, impl="torch")
     assert (ours - exact).norm() / exact.norm() < 2e-6
     wanted = torch.autograd.grad(exact.square().sum(), (exact_query, exact_key))
-    given_ = torch.autograd.grad(ours.square().sum(), (query, key))
-    for one, other in zip(given_, wanted, strict=True):
+    gradients = torch.autograd.grad(ours.square().sum(), (query, key))
+    for one, other in zip(gradients, wanted, strict=True):
         assert (one.double() - other).norm() / other.norm() < 3e-6 + torch.finfo(dtype).eps
 
 
@@ -95,10 +94,10 @@ def test_chunks_change_nothing(monkeypatch):
     query, key, weights, _ = draw(4, queries=50)
     whole = column_maps(query, key, weights, impl="torch")
     gradients = torch.autograd.grad(whole.square().sum(), (query, key))
-    monkeypatch.setattr(module, "BYTE_BUDGET", 1)
-    chunked = column_maps(query, key, weights, impl="torch")
-    torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-14)
-    for one, other in zip(torch.autograd.grad(chunked.square().sum(), (query, key)), gradients, strict=True):
+    monkeypatch.setattr(chunked, "BYTE_BUDGET", 1)
+    in_chunks = column_maps(query, key, weights, impl="torch")
+    torch.testing.assert_close(in_chunks, whole, rtol=1e-12, atol=1e-14)
+    for one, other in zip(torch.autograd.grad(in_chunks.square().sum(), (query, key)), gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
@@ -106,7 +105,7 @@ def test_the_operation_is_registered_completely():
     query, key, weights, _ = draw(5, dtype=torch.float32)
     value = torch.rand(2, 3, 7, 4, requires_grad=True)
     for mask in (None, torch.zeros(1, 1, 1, 7)):
-        torch.library.opcheck(torch.ops.lavender.column_maps_torch.default, (query, key, value, weights.float(), mask, 0.3))
+        torch.library.opcheck(torch.ops.lavender.column_maps_torch.default, (query, key, value, weights.float(), mask, 0.3, None))
 
 
 def test_gradcheck():

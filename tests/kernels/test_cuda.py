@@ -10,15 +10,15 @@ import torch
 
 from lavender.errors import ConfigError
 from lavender.kernels import grids
-from lavender.kernels.column_maps.api import column_attention, column_maps
+from lavender.kernels.column_maps import column_attention, column_maps
 from lavender.kernels.cuda import driver as cuda
 from lavender.kernels.dispatch import HAS_TRITON, cuda_reasons
 from lavender.kernels.row_map_loss import row_map_loss
-from lavender.kernels.row_maps.api import row_maps
+from lavender.kernels.row_maps import row_maps
 
-from .budget import DEVICE, poison_fresh_memory, relative_error
-from .emulator import Emulator, EmulatorError, whole
-from .test_error_budget import WORDS, check_columns, check_rows, collate, draw
+from .budget import DEVICE, WORDS, check_columns, check_rows, collate, draw, poison_fresh_memory, relative_error
+from .emulator import Emulator, EmulatorError
+from .faults import large_logits_probe, replaced, rows_probe
 
 HALF = torch.float16
 
@@ -80,11 +80,11 @@ def test_more_words_than_a_tile_has_rows():
     check_rows("cuda", HALF, heads=(2, 1), length=71, keys=20, num_columns=20, words=words)
 
 
-def test_a_given_normalizer_saves_its_pass(runner):
+def test_a_known_normalizer_saves_its_pass(runner):
     query, key = draw(3, (2, 4, 11, 40), (2, 2, 77, 40), dtype=HALF)
     columns = torch.arange(70, device=DEVICE).expand(2, -1)
     lse = (query.double() @ key.double().repeat_interleave(2, dim=1).mT * 40**-0.5).logsumexp(-1)
-    maps = [row_maps(query, key, collate(WORDS), columns, lse=given, impl="cuda") for given in (None, lse)]
+    maps = [row_maps(query, key, collate(WORDS), columns, lse=known, impl="cuda") for known in (None, lse)]
     torch.testing.assert_close(maps[1], maps[0], rtol=1e-5, atol=1e-7)
     if DEVICE == "cpu":
         assert runner.launched == ["row_lse", "row_word_maps", "row_word_maps"]
@@ -119,22 +119,8 @@ def test_columns_under_masks(additive):
     check_columns("cuda", HALF, mask=mask.to(DEVICE))
 
 
-def with_large_logits():
-    """Scores of several hundred: what a softmax without its peak taken off overflows at."""
-    query, key, value = draw(1, (1, 2, 20, 40), (1, 2, 77, 40), (1, 2, 77, 40), dtype=HALF)
-    weights = torch.rand(1, 3, 77, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    found = column_attention(query * 60, key, value, weights, impl="cuda")
-    exact = column_attention((query * 60).double(), key.double(), value.double(), weights, impl="reference")
-    for one, other in zip(found, exact, strict=True):
-        torch.testing.assert_close(one.double(), other.double(), rtol=2e-3, atol=2e-3)
-    columns = torch.arange(77, device=DEVICE)[None]
-    rows = [row_maps(*pair, collate(WORDS[:1]), columns, impl=impl) for pair, impl in (
-        ((query * 60, key), "cuda"), (((query * 60).double(), key.double()), "reference"))]  # fmt: skip
-    torch.testing.assert_close(rows[0].double(), rows[1], rtol=2e-3, atol=2e-3)
-
-
 def test_large_logits():
-    with_large_logits()
+    large_logits_probe()
 
 
 def test_gradients_do_not_vanish_where_probabilities_are_small():
@@ -142,33 +128,33 @@ def test_gradients_do_not_vanish_where_probabilities_are_small():
     query, key = draw(2, (1, 2, 8, 64), (1, 2, 576, 64), dtype=HALF)
     rows, columns = collate([[[1, 2], [4]]]), torch.arange(576, device=DEVICE)[None]
     target = torch.rand(1, 2, 24, 24, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    present, found = torch.ones(1, 2, dtype=torch.bool, device=DEVICE), {}
+    present, results = torch.ones(1, 2, dtype=torch.bool, device=DEVICE), {}
     for impl, dtype in (("cuda", HALF), ("reference", torch.float64)):
         inputs = [(3 * query).to(dtype).requires_grad_(), key.to(dtype).requires_grad_()]
         options = {"normalization": "sum", "distance": "kl", "impl": impl}
         loss = row_map_loss(
             *inputs, rows, columns, (24, 24), target.to(dtype if impl == "reference" else torch.float32), present, **options
         )
-        found[impl] = torch.autograd.grad(loss * 1024, inputs)
-    for one, other in zip(*found.values(), strict=True):
+        results[impl] = torch.autograd.grad(loss * 1024, inputs)
+    for one, other in zip(*results.values(), strict=True):
         assert relative_error(one, other) < 1e-3
 
 
 def test_a_small_gradient_of_the_output_beside_a_large_one_of_the_maps():
     query, key, value = draw(2, (1, 2, 33, 40), (1, 2, 77, 40), (1, 2, 77, 40), dtype=HALF)
-    weights, found = torch.rand(1, 3, 77, generator=torch.Generator().manual_seed(0)).to(DEVICE), {}
+    weights, results = torch.rand(1, 3, 77, generator=torch.Generator().manual_seed(0)).to(DEVICE), {}
     pull = draw(3, (1, 2, 33, 40))[0]
     for impl, dtype in (("cuda", HALF), ("reference", torch.float64)):
         inputs = [t.to(dtype).requires_grad_() for t in (query, key, value)]
         output, maps = column_attention(*inputs, weights, impl=impl)
         total = (output * pull.to(dtype)).sum() * 2.0**-10 + maps.sin().sum() * 1000
-        found[impl] = torch.autograd.grad(total, inputs)
-    for one, other in zip(*found.values(), strict=True):
+        results[impl] = torch.autograd.grad(total, inputs)
+    for one, other in zip(*results.values(), strict=True):
         assert relative_error(one, other) < 2e-3
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch", *(["triton"] if HAS_TRITON else []), "cuda"])
-def test_what_is_no_number_stays_none(impl):
+def test_nan_stays_nan(impl):
     query, key = draw(2, (1, 2, 8, 40), (1, 2, 77, 40), dtype=HALF)
     key[0, :, 70] = torch.nan  # no column of the rows' maps
     rows, columns, weights = collate([[[1, 2], [4]]]), torch.arange(60, device=DEVICE)[None], torch.ones(1, 3, 77, device=DEVICE)
@@ -182,12 +168,12 @@ def test_inputs_of_any_strides():
     query, key = query.mT, key[..., 3:].expand(1, 2, 13, 40)
     weights = torch.rand(1, 3, 13, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     heads = torch.tensor([[0.3, 9.0], [0.7, 9.0]], device=DEVICE)[:, 0]
-    found = column_attention(query, key, key, weights, head_weights=heads, impl="cuda")
+    results = column_attention(query, key, key, weights, head_weights=heads, impl="cuda")
     exact = column_attention(query.double(), key.double(), key.double(), weights, head_weights=heads, impl="reference")
     rows, columns = collate([[[1, 2], [4]]]), torch.arange(6, device=DEVICE)[None]
-    found += (row_maps(query, key, rows, columns, head_weights=heads, impl="cuda"),)
+    results += (row_maps(query, key, rows, columns, head_weights=heads, impl="cuda"),)
     exact += (row_maps(query.double(), key.double(), rows, columns, head_weights=heads, impl="reference"),)
-    for one, other in zip(found, exact, strict=True):
+    for one, other in zip(results, exact, strict=True):
         torch.testing.assert_close(one.double(), other.double(), rtol=2e-3, atol=2e-3)
 
 
@@ -224,73 +210,6 @@ def test_keys_and_queries_split_over_many_blocks(monkeypatch):
     monkeypatch.setattr(grids, "num_processors", lambda device: 12)
     check_rows("cuda", HALF, heads=(8, 2), keys=1590, num_columns=1590, width=16, weighted=True)
     check_columns("cuda", HALF, queries=600, keys=20, width=16, weighted=True)
-
-
-def rows_probe():
-    words = [[[w, w + 1] for w in range(35)]]
-    check_rows("cuda", HALF, heads=(4, 2), length=40, keys=150, num_columns=140, width=16, weighted=True, words=words)
-
-
-def columns_probe():
-    check_columns("cuda", HALF, queries=70, width=16, weighted=True)
-    check_columns("cuda", HALF, queries=70, keys=100, width=16)
-    check_columns("cuda", HALF, queries=20, keys=200, width=16, has_value=False)
-
-
-def barriers() -> list:
-    """Every barrier of the kernels: its file, and where it stands."""
-    found = []
-    for file in ("row_maps", "column_maps"):
-        for number, match in enumerate(re.finditer(r"__sync(threads|warp)\(\);", whole(file))):
-            found.append(pytest.param(file, match.span(), id=f"{file}-{number}"))
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("file", "span"), barriers())
-def test_no_barrier_can_be_spared(emulate, file, span):
-    emulate(fault=lambda text: text[: span[0]] + text[span[1] :], seed=1)
-    with pytest.raises(AssertionError):
-        {"row_maps": rows_probe, "column_maps": columns_probe}[file]()
-
-
-def replaced(old, new):
-    """A fault: every place of `old` in a file's text becomes `new`; there must be one."""
-
-    def change(text):
-        if old not in text:  # no AssertionError, which the tests take for a fault that was caught
-            raise ValueError(f"there is no {old!r} to plant a fault in")
-        return text.replace(old, new)
-
-    return change
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("probe", "old", "new"),
-    [
-        pytest.param(rows_probe, "n >= call.num_keys || ", "", id="rows: an unmasked key"),
-        pytest.param(columns_probe, "query.exists && n < call.num_keys", "query.exists", id="columns: an unmasked key"),
-        pytest.param(rows_probe, "call.head_weights[h] * entry.weight", "entry.weight", id="rows: no head weight"),
-        pytest.param(columns_probe, "by_words[j] * head_weight", "by_words[j]", id="columns: no head weight"),
-        pytest.param(rows_probe, "(wanted - delta)", "wanted", id="rows: no delta"),
-        pytest.param(rows_probe, "add<true, false>", "add<false, false>", id="rows: dS not transposed"),
-        pytest.param(rows_probe, "h / group != loaded", "loaded < 0", id="rows: keys of another head"),
-        pytest.param(rows_probe, "m < call.num_columns ?", "m < 100000 ?", id="rows: columns read behind their end"),
-        pytest.param(columns_probe, "if (i >= call.num_queries) return;", "", id="columns: maps written behind their end"),
-        pytest.param(columns_probe, "start + n < call.num_keys ?", "true ?", id="columns: keys read behind their end"),
-    ],
-)
-def test_planted_faults_are_caught(emulate, probe, old, new):
-    emulate(fault=replaced(old, new))
-    with pytest.raises(AssertionError):
-        probe()
-
-
-def test_a_softmax_without_its_peak_is_caught(emulate):
-    emulate(fault=replaced("sum.add(scores);", "sum.peak = 0; for (float s : scores) sum.total += exp2f(s);"))
-    with pytest.raises(AssertionError):
-        with_large_logits()
 
 
 def test_a_barrier_that_some_threads_pass_by_is_caught(emulate):
@@ -339,8 +258,8 @@ def test_compiled_graphs_do_not_break():
     results = []
     for function in (both, torch.compile(both, fullgraph=True, backend="aot_eager")):
         inputs = query.detach().requires_grad_(), key.detach().requires_grad_()
-        found = function(*inputs)
-        results.append([*found, *torch.autograd.grad(sum(t.sin().sum() for t in found), inputs)])
+        maps = function(*inputs)
+        results.append([*maps, *torch.autograd.grad(sum(t.sin().sum() for t in maps), inputs)])
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
@@ -355,8 +274,8 @@ def test_a_compiled_function_sees_heads_of_two_widths():
 
 
 def test_arguments_go_by_name():
-    found = cuda.packed("row_maps", {"query_b": 2**40, "num_heads": 3, "scale": 0.5, "bias": None, "causal": True})
-    assert (found.query_b, found.num_heads, found.scale, found.bias, found.causal) == (2**40, 3, 0.5, None, 1)
+    results = cuda.packed("row_maps", {"query_b": 2**40, "num_heads": 3, "scale": 0.5, "bias": None, "causal": True})
+    assert (results.query_b, results.num_heads, results.scale, results.bias, results.causal) == (2**40, 3, 0.5, None, 1)
     with pytest.raises(TypeError, match="RowMaps has no nonsense"):
         cuda.packed("row_maps", {"nonsense": 1})
 

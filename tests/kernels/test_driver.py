@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lavender.kernels.cuda import driver as cuda
-from lavender.kernels.cuda.driver import Driver, DriverError, Program, kernels
+from lavender.kernels.cuda.driver import Driver, DriverError, Launch, Program, kernels
 from lavender.kernels.cuda.nvrtc import CompileError
 
 FAKE = r"""
@@ -96,14 +96,14 @@ def test_a_launch_as_the_driver_sees_it(card):
     driver, query = Driver(), torch.zeros(4)
     assert driver.why_not(PROGRAM, DEVICE) == []
     for _ in range(2):
-        driver.launch(PROGRAM, "row_lse", (3, 2, 5), 1234, {"query": query, "num_heads": 7}, DEVICE)
-    launch = f"enter 0x4444444444\nlaunch 0x2222222222 3 2 5 256 1 1 1234 0x3333333333 1\nfirst {hex(query.data_ptr())}\n"
+        driver.launch(Launch(PROGRAM, "row_lse", (3, 2, 5), {"query": query, "num_heads": 7}, DEVICE))
+    launch = f"launch 0x2222222222 3 2 5 256 1 1 {PROGRAM.shared_bytes} 0x3333333333 1\nfirst {hex(query.data_ptr())}\n"
     taken = card.taken().decode()
     assert taken.startswith("retain 0\nenter 0x4444444444\nload ELF\n")
     for kernel in kernels("row_maps"):  # a refusal must come before anything is launched
         assert taken.count(f"get 0x1111111111 {kernel}\nset 0x2222222222 8 {PROGRAM.shared_bytes}\nset 0x2222222222 9 100\n") == 1
     assert taken.count("load") == 1
-    assert taken.endswith(2 * launch)
+    assert taken.endswith(2 * f"enter 0x4444444444\n{launch}")
 
 
 def test_a_driver_that_refuses_gives_a_reason_once(card, caplog):
@@ -131,7 +131,7 @@ def test_a_launch_that_fails_raises(card):
     assert driver.why_not(PROGRAM, DEVICE) == []
     card.refuse(1)
     with pytest.raises(DriverError, match=r"refused cuLaunchKernel: unknown error \(status 1\)"):
-        driver.launch(PROGRAM, "row_lse", (1, 1, 1), 0, {}, DEVICE)
+        driver.launch(Launch(PROGRAM, "row_lse", (1, 1, 1), {}, DEVICE))
 
 
 def test_a_compiler_that_refuses_gives_a_reason(card, monkeypatch):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lavender.errors import ConfigError
-from lavender.kernels.map_loss.api import EPSILON, NORMALIZATIONS, map_loss, resample
+from lavender.kernels.map_loss import map_loss, resample
+from lavender.kernels.map_loss.normalization import EPSILON, NORMALIZATIONS
 
 IMPLS = ["reference", "torch"]
 

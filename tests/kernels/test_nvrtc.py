@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 CHILD = f"""
 import hashlib, logging, resource, signal, sys
-from lavender.kernels import nvrtc
+from lavender.kernels.cuda import nvrtc
 logging.basicConfig(format="WARNED %(message)s", level=logging.WARNING)
 if sys.argv[1] == "full":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -213,11 +213,11 @@ def test_volta_is_spoken_of_if_only_nvrtc_13_is_there(monkeypatch):
 
 
 def test_the_next_library_is_taken_if_the_first_will_not_do(monkeypatch):
-    found = {"13": Fake((13, 0), (75, 80)), "12": Fake((12, 6), (70, 75, 80))}
+    libraries = {"13": Fake((13, 0), (75, 80)), "12": Fake((12, 6), (70, 75, 80))}
     monkeypatch.setattr(module, "_candidates", lambda: ["13", "12"])
-    monkeypatch.setattr(module, "_opened", found.__getitem__)
-    assert find_nvrtc() is find_nvrtc(80) is found["13"]
-    assert find_nvrtc(70) is found["12"]
+    monkeypatch.setattr(module, "_opened", libraries.__getitem__)
+    assert find_nvrtc() is find_nvrtc(80) is libraries["13"]
+    assert find_nvrtc(70) is libraries["12"]
 
 
 def test_what_is_no_nvrtc_is_passed_over(monkeypatch, tmp_path):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lavender.kernels.column_maps.api import column_attention
-from lavender.kernels.map_loss.api import map_loss
-from lavender.kernels.row_maps.api import row_maps
+from lavender.kernels.column_maps import column_attention
+from lavender.kernels.map_loss import map_loss
+from lavender.kernels.row_maps import row_maps
 from lavender.words import collate_rows
 
 from .budget import DEVICE
@@ -27,20 +27,22 @@ def tensors():
     return {"query": draw(2, 4, 9, 8), "key": draw(2, 2, 13, 8), "value": draw(2, 4, 13, 8), "heads": draw(4)}
 
 
-def test_the_triton_operations_are_registered_completely(tensors):
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.full), True])
+def test_the_triton_operations_are_registered_completely(tensors, masked):
     pytest.importorskip("triton")
     import lavender.kernels.column_maps.triton_kernels  # they register the operations
     import lavender.kernels.row_maps.triton_kernels  # noqa: F401
 
     query, key, value, heads = tensors.values()
+    bias = torch.zeros(1, 1, 1, 13, device=DEVICE)
     lse = torch.full((2, 4, ROWS.rows.shape[1]), 3.0, device=DEVICE)
     words = (ROWS.rows, ROWS.words, ROWS.weights, COLUMNS, ROWS.num_words)
-    for options in ((None, True, 0.3, None, None), (torch.zeros(1, 1, 1, 13, device=DEVICE), False, 0.3, heads, lse)):
-        torch.library.opcheck(torch.ops.lavender.row_maps_triton.default, (query, key, *words, *options))
+    options = (bias, False, 0.3, heads, lse) if masked else (None, True, 0.3, None, None)
+    torch.library.opcheck(torch.ops.lavender.row_maps_triton.default, (query, key, *words, *options))
     weights = torch.rand(2, 3, 13, device=DEVICE)
     key = value.detach().flip(0).requires_grad_()
-    for options in ((None, 0.3, None), (torch.zeros(1, 1, 1, 13, device=DEVICE), 0.3, heads)):
-        torch.library.opcheck(torch.ops.lavender.column_maps_triton.default, (query, key, value, weights, *options))
+    options = (bias, 0.3, heads) if masked else (None, 0.3, None)
+    torch.library.opcheck(torch.ops.lavender.column_maps_triton.default, (query, key, value, weights, *options))
     maps = (torch.rand(2, 3, 5, 4, device=DEVICE).requires_grad_(), torch.rand(2, 3, 5, 4, device=DEVICE))
     present = torch.ones(2, 3, dtype=torch.bool, device=DEVICE)
     torch.library.opcheck(torch.ops.lavender.map_loss.default, (*maps, present, "zscore", "mse", "triton"))

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from lavender.errors import ConfigError
-from lavender.kernels.row_maps import api as module
-from lavender.kernels.row_maps.api import row_maps
+from lavender.kernels.row_maps import chunked, row_maps
 from lavender.types import WordRows
 from lavender.words import collate_rows
 
@@ -65,8 +64,8 @@ def test_maps_and_gradients_equal_the_definition(impl, renormalize):
     torch.testing.assert_close(maps, expected, rtol=0, atol=1e-7)
     weight = torch.randn(maps.shape, generator=generator, dtype=torch.float64)
     wanted = torch.autograd.grad((expected * weight).sum(), (query, key))
-    given_ = torch.autograd.grad((maps * weight).sum(), (query, key))
-    for ours, theirs in zip(given_, wanted, strict=True):
+    gradients = torch.autograd.grad((maps * weight).sum(), (query, key))
+    for ours, theirs in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
 
 
@@ -125,9 +124,9 @@ def test_lower_precision_stays_within_twice_the_references_error(impl, dtype):
     gradients = torch.autograd.grad((ours * weight).sum(), (query, key))
     # Sums run in float32 whatever the inputs: maps carry float32's error, gradients one rounding to the inputs' dtype.
     assert (ours - exact).norm() / exact.norm() < 2e-6
-    for given_, wanted in zip(gradients, exact_gradients, strict=True):
-        assert given_.dtype == dtype
-        assert (given_.double() - wanted).norm() / wanted.norm() < 2e-6 + torch.finfo(dtype).eps
+    for gradient, wanted in zip(gradients, exact_gradients, strict=True):
+        assert gradient.dtype == dtype
+        assert (gradient.double() - wanted).norm() / wanted.norm() < 2e-6 + torch.finfo(dtype).eps
 
 
 @settings(max_examples=40, deadline=None)
@@ -157,10 +156,10 @@ def test_torch_equals_reference_on_any_shape(seed, heads, rows, keys, width, dat
 def test_chunks_change_nothing(monkeypatch):
     query, key, _ = draw(4, heads=8, groups=4)
     whole = row_maps(query, key, collate_rows(WORDS), COLUMNS, impl="torch")
-    monkeypatch.setattr(module, "BYTE_BUDGET", 1)
-    chunked = row_maps(query, key, collate_rows(WORDS), COLUMNS, impl="torch")
-    torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-14)
-    gradients = [torch.autograd.grad(m.square().sum(), (query, key)) for m in (whole, chunked)]
+    monkeypatch.setattr(chunked, "BYTE_BUDGET", 1)
+    in_chunks = row_maps(query, key, collate_rows(WORDS), COLUMNS, impl="torch")
+    torch.testing.assert_close(in_chunks, whole, rtol=1e-12, atol=1e-14)
+    gradients = [torch.autograd.grad(m.square().sum(), (query, key)) for m in (whole, in_chunks)]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
@@ -190,8 +189,8 @@ def test_the_operation_is_registered_completely():
     bias = torch.zeros(1, 1, 1, 13)
     weights = torch.rand(4, requires_grad=True)
     lse = torch.rand(2, 4, rows.rows.shape[1])
-    for options in ((None, 0.3, None, None), (bias, 0.3, weights, None), (None, 0.3, weights, lse)):
-        arguments = (query, key, rows.rows, rows.indicator(torch.float32), COLUMNS, *options)
+    for options in ((None, True, 0.3, None, None), (bias, False, 0.3, weights, None), (None, False, 0.3, weights, lse)):
+        arguments = (query, key, rows.rows, rows.words, rows.weights, COLUMNS, rows.num_words, *options)
         torch.library.opcheck(torch.ops.lavender.row_maps_torch.default, arguments)
 
 
@@ -210,7 +209,7 @@ def test_memory_is_that_of_the_word_rows():
 def broken(rows=None, words=None, weights=None, num_words=3):
     """The usual word rows with one part replaced."""
     whole = collate_rows(WORDS)
-    return {"rows": WordRows(*(own if new is None else new for own, new in (
+    return {"rows": WordRows(*(old if new is None else new for old, new in (
         (whole.rows, rows), (whole.words, words), (whole.weights, weights))), num_words)}  # fmt: skip
 
 

@@ -51,11 +51,7 @@ def test_oracle_targets_are_the_exact_masks(stores):
 
 def test_shuffled_targets_belong_to_other_pictures(stores):
     _, teacher, _, shuffled = stores
-    owner = {
-        m.tobytes(): sample_id
-        for sample_id, maps in zip(teacher, target_maps(teacher, teacher), strict=True)
-        for m in maps.values()
-    }
+    owner = {m.tobytes(): sample_id for sample_id, maps in zip(teacher, target_maps(teacher), strict=True) for m in maps.values()}
     for sample_id in shuffled:
         for values in shuffled[sample_id].word_maps.maps:
             assert owner[values.tobytes()] != sample_id
@@ -70,7 +66,6 @@ def test_shuffling_is_reproducible_and_follows_the_seed(stores, tmp_path):
     assert len({teacher.fingerprint, shuffled.fingerprint}) == 2
 
 
-@pytest.mark.slow
 def test_the_demo_from_end_to_end(tmp_path, capsys):
     report = run_demo(tmp_path / "demo", CONFIG)
     results = json.loads((tmp_path / "demo/results.json").read_text())

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from lavender.config import TeacherConfig
-from lavender.evaluation.localization import compare_targets, evaluate_answers, teacher_maps
 from lavender.miniworld import STUDENT, TEACHER, WEIGHTS
-from lavender.miniworld.cards import autoencoder_psnr
 from lavender.miniworld.experiment import held_out_scenes, training_scenes
+from lavender.miniworld.measures import compare_targets, evaluate_answers, teacher_maps
 from lavender.teachers.model import Teacher
+from recipes.cards import autoencoder_psnr
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,8 @@ def test_so_it_does_by_the_published_inversion(held_out):
 
 
 def test_untrained_weights_do_not(held_out):
-    from lavender.miniworld.teacher import make_text_encoder, make_unet
     from lavender.teachers.model import load_pipeline
+    from recipes.teacher import make_text_encoder, make_unet
 
     pipe = load_pipeline(TEACHER)
     torch.manual_seed(0)
@@ -93,7 +93,7 @@ def test_the_student_answers(held_out):
 def test_cards_are_there_and_name_recipe_and_cost():
     for folder in (TEACHER, STUDENT):
         card = (folder / "README.md").read_text()
-        assert "lavender.miniworld train" in card
+        assert "python -m recipes train" in card
         assert "CPU seconds" in card
         assert "pointing" in card
         assert (folder / "recipe.json").exists()

@@ -10,9 +10,11 @@ from torch.nn import functional as F
 
 import lavender
 from lavender.config import Activation, Aggregation, AlignerKind, AlignmentConfig, Norm
-from lavender.kernels.map_loss.api import map_loss
-from lavender.students.aligner import Aligner, Alignment, HiddenStates, flow, keeps_heads
+from lavender.kernels.map_loss import map_loss
+from lavender.students.aligner import Aligner, Alignment, HiddenStates, attention_flow, keeps_heads
 from lavender.types import WordRows
+
+from ..conftest import without_lavender, words_of_batch
 
 B, L, H, W, Y, X = 2, 3, 4, 5, 6, 7
 
@@ -101,7 +103,7 @@ def test_flow_keeps_a_gradient_where_the_product_is_zero():
     scores = torch.randn(1, 8, 2, 40 * 40, generator=torch.Generator().manual_seed(0)) * 3
     maps = (scores.softmax(dim=-1) * 1e-3).unflatten(-1, (40, 40)).requires_grad_()
     assert not maps.detach().prod(dim=1).any()
-    found = flow(maps)
+    found = attention_flow(maps)
     torch.testing.assert_close(found.mean((-2, -1)), torch.ones(1, 2))
     found[..., 7, 9].sum().backward()
     exact = maps.detach().double().requires_grad_()
@@ -127,7 +129,7 @@ def test_absent_words_take_no_part(norm):
     assert ((per_word > 0) == present).all()
 
 
-def test_a_batch_without_words_uses_every_weight_all_the_same():
+def test_a_batch_without_lavender_uses_every_weight_all_the_same():
     """Processes of a distributed run must not differ in which weights they use."""
     for name in ("project_mean", "learned"):
         module = alignment(aggregation=name)
@@ -215,16 +217,17 @@ def test_a_student_trains_by_parallel_attention(student, training_batch, checkpo
 def test_parallel_attention_reads_the_layers_inputs(student, training_batch):
     """Against the hidden states that transformers itself gives out."""
     config = AlignmentConfig(aggregation="parallel", parallel_heads=2, parallel_width=8, rows="reads")
-    inputs = {k: v for k, v in training_batch.items() if not k.startswith("lavender_") and k != "labels"}
+    inputs = {k: v for k, v in without_lavender(training_batch).items() if k != "labels"}
+    words = words_of_batch(training_batch)
     with lavender.patch(student, config) as patch, torch.no_grad():
         aligned = patch.align(**training_batch)
         hidden = torch.stack(student(**inputs, output_hidden_states=True).hidden_states[:-1], dim=1)
         b = 1
-        tokens, columns = training_batch["lavender_tokens"][b], training_batch["lavender_columns"][b]
+        tokens, columns = words.tokens[b], words.image_positions[b]
         rows = WordRows(
             torch.arange(len(tokens)).where(tokens >= 0, -1)[None],
-            training_batch["lavender_token_words"][b : b + 1],
-            training_batch["lavender_token_weights"][b : b + 1],
+            words.token_words[b : b + 1],
+            words.token_weights[b : b + 1],
             aligned.shape[1],
         )
         states = HiddenStates(

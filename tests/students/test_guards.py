@@ -20,9 +20,11 @@ import lavender
 from lavender.batches.collator import Collator
 from lavender.config import AlignmentConfig
 from lavender.errors import CaptureError, DataError, ModelError
-from lavender.students.families import STUDENTS, Family, Pictures, known_family, register_family
+from lavender.students.families import STUDENTS, Family, ProcessedImages, known_family, register_family
+from lavender.types import WordBatch
 
-from .test_contract import built, encoded, with_keys
+from ..conftest import changed, with_targets, words_of_batch
+from .zoo import built
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -66,16 +68,16 @@ def test_a_layer_that_passes_nothing_on_is_noticed():
     )
     ids = torch.full((1, 20), 5)
     ids[:, 16:] = 7
-    keys = {
-        "lavender_tokens": torch.tensor([[17]]),
-        "lavender_token_words": torch.zeros(1, 1, dtype=torch.long),
-        "lavender_token_weights": torch.ones(1, 1),
-        "lavender_present": torch.ones(1, 1, dtype=torch.bool),
-        "lavender_columns": torch.arange(16)[None],
-    }
+    words = WordBatch(
+        tokens=torch.tensor([[17]]),
+        token_words=torch.zeros(1, 1, dtype=torch.long),
+        token_weights=torch.ones(1, 1),
+        image_positions=torch.arange(16)[None],
+        present=torch.ones(1, 1, dtype=torch.bool),
+    )
     told = pytest.raises(CaptureError, match=r"2 of 2 .* recorded nothing.*StableLmAttention")
     with lavender.patch(model) as patch, torch.no_grad(), told:
-        patch.capture(input_ids=ids, pixel_values=torch.zeros(1, 3, 32, 32), **keys)
+        patch.capture(input_ids=ids, pixel_values=torch.zeros(1, 3, 32, 32), **words.to_batch())
 
 
 def test_another_attention_after_patching_is_noticed(student, batch):
@@ -110,7 +112,7 @@ def test_reentrant_checkpointing_in_training_is_refused(student, training_batch)
 
 def test_places_that_are_not_as_many_as_image_tokens_are_refused(processor, samples):
     family = known_family("llava")
-    register_family("llava", Family(boxes=lambda pictures: [b[1:] for b in family.boxes(pictures)]))
+    register_family("llava", Family(boxes=lambda images: [b[1:] for b in family.boxes(images)]))
     try:
         with pytest.raises(DataError, match=r"samples '0', '1': 64 image tokens but 63 places"):
             Collator(processor)(samples[:2])
@@ -120,7 +122,7 @@ def test_places_that_are_not_as_many_as_image_tokens_are_refused(processor, samp
 
 def test_mllama_without_its_cross_attention_mask_is_refused():
     student = built("mllama")
-    batch = with_keys(student, encoded(student))
+    batch = student.batch()
     del batch["cross_attention_mask"]
     with lavender.patch(student.model) as patch, torch.no_grad(), pytest.raises(CaptureError, match="cross_attention_mask"):
         patch.capture(**batch)
@@ -128,9 +130,9 @@ def test_mllama_without_its_cross_attention_mask_is_refused():
 
 def test_a_cross_attention_with_too_few_keys_is_refused():
     student = built("mllama")
-    batch = with_keys(student, encoded(student))
-    batch["lavender_columns"] = torch.cat([batch["lavender_columns"], batch["lavender_columns"] + 68], dim=1)
-    del batch["lavender_boxes"]
+    batch = student.batch()
+    positions = words_of_batch(batch).image_positions
+    batch = changed(batch, image_positions=torch.cat([positions, positions + 68], dim=1), boxes=None)
     with lavender.patch(student.model) as patch, torch.no_grad(), pytest.raises(CaptureError, match=r"68 keys .* 136 places"):
         patch.capture(**batch)
 
@@ -138,7 +140,7 @@ def test_a_cross_attention_with_too_few_keys_is_refused():
 def test_dropped_query_rows_are_refused():
     """Where layers share their keys, Gemma 4 computes only the rows whose logits are kept."""
     student = built("gemma4")
-    batch = with_keys(student, encoded(student))
+    batch = student.batch()
     with lavender.patch(student.model) as patch, torch.no_grad():
         with pytest.raises(CaptureError, match=r"received 1 queries .* every logit kept"):
             patch.capture(**batch, logits_to_keep=1)
@@ -149,19 +151,17 @@ def test_a_family_of_ones_own(processor, samples):
     """A model type that lavender has never heard of is captured; its places come from a registered family."""
     student = built("llava")
     model = student.model
-    inputs = encoded(student)
-    batch = with_keys(student, inputs)
+    batch = changed(student.batch(), boxes=None)
     named = model.config.model_type
     type(model.config).model_type = "unheard_of"
     try:
         assert known_family("unheard_of") is None
-        del batch["lavender_boxes"]
         with torch.no_grad(), lavender.patch(model) as patch:
             assert patch.family is None
             tokens = patch.capture(**batch)
-        assert tokens.shape[-1] == batch["lavender_columns"].shape[1]
-        register_family("unheard_of", Family(boxes=lambda pictures: known_family("llava").boxes(pictures)))
-        assert len(known_family("unheard_of").boxes(Pictures(student.processor, inputs, [(60, 90)]))[0]) == 36
+        assert tokens.shape[-1] == words_of_batch(batch).image_positions.shape[1]
+        register_family("unheard_of", Family(boxes=lambda images: known_family("llava").boxes(images)))
+        assert len(known_family("unheard_of").boxes(ProcessedImages(student.processor, student.inputs(), [(60, 90)]))[0]) == 36
     finally:
         type(model.config).model_type = named
         STUDENTS.pop("unheard_of", None)
@@ -183,12 +183,12 @@ def test_split_sequences_are_refused(student, training_batch):
 
 
 def test_a_batch_of_another_models_processor_is_named(student, training_batch):
-    """Its image columns hold other tokens: found at the first forward of a training."""
+    """Its image positions hold other tokens: found at the first forward of a training."""
     with lavender.patch(student, AlignmentConfig()):
         student(**training_batch)
-    columns = training_batch["lavender_columns"]
-    training_batch["lavender_columns"] = torch.where(columns >= 0, columns + 1, columns)
-    told = r"made for another model: 4 of its image columns .* LlavaForConditionalGeneration's image token \d+"
+    positions = words_of_batch(training_batch).image_positions
+    training_batch = changed(training_batch, image_positions=torch.where(positions >= 0, positions + 1, positions))
+    told = r"made for another model: 4 of its image positions .* LlavaForConditionalGeneration's image token \d+"
     with lavender.patch(student, AlignmentConfig()), pytest.raises(CaptureError, match=told):
         student(**training_batch)
 
@@ -205,8 +205,7 @@ def test_no_batch_sees_anything_of_another(student, processor, samples, checkpoi
     """Train, evaluate, train: the second step is what it would be alone, with other words, lengths and sizes between."""
 
     def targeted(chosen):
-        batch = Collator(processor)(chosen)
-        return {**batch, "lavender_targets": torch.rand(*batch["lavender_present"].shape, 16, 16)}
+        return with_targets(Collator(processor)(chosen), 16)
 
     torch.manual_seed(0)
     first, between, second = targeted(samples[:4]), targeted(samples[4:7]), targeted(samples[7:9])
@@ -220,7 +219,7 @@ def test_no_batch_sees_anything_of_another(student, processor, samples, checkpoi
             patch.capture(**between)
             patch.align(**between)
         found = gradients_of_a_step(student.train(), second)
-        assert patch.last.words == second["lavender_present"].sum()
+        assert patch.last.words == words_of_batch(second).present.sum()
     assert found.keys() == alone.keys()
     for name, gradient in found.items():
         assert torch.equal(gradient, alone[name]), name
@@ -241,3 +240,12 @@ def test_a_compiled_student_trains_the_same(student, training_batch):
             if parameter.grad is not None:
                 torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-4, atol=1e-6)
     torch._dynamo.reset()
+
+
+def test_the_old_name_of_a_familys_setting_warns_once(monkeypatch):
+    monkeypatch.setattr(lavender.errors, "_warned", set())
+    with pytest.warns(FutureWarning, match=r"Family\(num_images=...\)"):
+        family = Family(boxes=list, pictures=(1, 1))
+    assert family == Family(boxes=list, num_images=(1, 1))
+    with pytest.warns(FutureWarning, match="use lavender.ProcessedImages"):
+        assert lavender.Pictures is ProcessedImages

@@ -9,24 +9,24 @@ import lavender
 from lavender.batches.collator import Collator
 from lavender.data.samples import Sample
 from lavender.errors import CaptureError, ConfigError, DataError, ModelError
-from lavender.students.families import STUDENTS, student_family
+from lavender.students.families import STUDENTS
 from lavender.students.image_tokens import image_token_of, model_type_of
-from lavender.students.look import _inputs, _with_answer
+from lavender.students.look import append_answer, process_question
+from lavender.testing.student import noise_image
 
-from .probe import noise
-from .test_contract import NAMES, built, student
+from .zoo import built, families, sampled
 
-assert student  # a fixture
 # Idefics wants picture and text in one list: its prompts are not of the others' form. A stand-in for remote code cannot generate.
-ASKED = [name for name in NAMES if name != "idefics" and built(name).model.can_generate()]
+ASKED = [name for name in families(lambda student: student.model.can_generate()) if name != "idefics"]
 ENCODER_DECODER = {"florence2"}
 
 
-@pytest.mark.parametrize("name", [name for name in ASKED if name not in ENCODER_DECODER])
-def test_one_forward_over_prompt_and_answer_is_what_the_model_generated(student):
+@pytest.mark.parametrize("name", sampled(name for name in ASKED if name not in ENCODER_DECODER))
+def test_one_forward_over_prompt_and_answer_is_what_the_model_generated(name):
+    student = built(name)
     model = student.model
     prompt = f"{student.placeholder} what is this ?"
-    inputs = {k: v for k, v in _inputs(student.processor, noise(60, 90), None, prompt).items() if k != "labels"}
+    inputs = {k: v for k, v in process_question(student.processor, noise_image(60, 90), None, prompt).items() if k != "labels"}
     generated = model.generate(
         **inputs,
         max_new_tokens=4,
@@ -38,18 +38,18 @@ def test_one_forward_over_prompt_and_answer_is_what_the_model_generated(student)
     )
     length = inputs["input_ids"].shape[1]
     ids = generated.sequences[0, -4:].tolist()
-    family = student_family(model_type_of(student.processor, model.config))
-    batch, first = _with_answer(model, inputs, ids, family.answer_type)
+    batch, first = append_answer(model, inputs, ids, student.family.answer_type)
     assert first == length
     with torch.no_grad():
         logits = model(**batch, use_cache=False).logits[0, first - 1 : -1]
     torch.testing.assert_close(logits, torch.cat(generated.logits), rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ASKED)
-def test_every_word_of_an_answer_has_a_map(student):
+@pytest.mark.parametrize("name", sampled(ASKED))
+def test_every_word_of_an_answer_has_a_map(name):
+    student = built(name)
     with lavender.patch(student.model, processor=student.processor) as lens:
-        maps = lens.look(noise(60, 90), answer="a red cat", prompt=f"{student.placeholder} what is this ?")
+        maps = lens.look(noise_image(60, 90), answer="a red cat", prompt=f"{student.placeholder} what is this ?")
         assert lens.maps is maps
     assert list(maps) == ["a", "red", "cat"]
     assert len(maps.layers) == lens.num_layers
@@ -107,7 +107,7 @@ def test_pictures_are_read_as_the_collator_reads_them(tmp_path):
     from PIL import Image
 
     student = built("qwen2_vl")
-    image = noise(60, 90)
+    image = noise_image(60, 90)
     turned = image.getexif()
     turned[0x0112] = 6
     image.save(tmp_path / "a.png", exif=turned)
@@ -128,7 +128,7 @@ def test_a_family_of_ones_own_comes_before_the_processors(tmp_path):
     config = student.model.config
     named = type(config).model_type
     type(config).model_type = "my_model"
-    lavender.register_family("my_model", lavender.Family(boxes=lambda pictures: []))
+    lavender.register_family("my_model", lavender.Family(boxes=lambda images: []))
     try:
         assert model_type_of(student.processor, config) == "my_model"
     finally:

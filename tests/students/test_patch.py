@@ -15,7 +15,16 @@ from lavender.config import AlignmentConfig
 from lavender.errors import CaptureError, ModelError
 from lavender.students.families import student_family
 
-from ..conftest import without_lavender
+from ..conftest import changed, without_lavender, words_of_batch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def only_these_tests_objects_are_collected():
+    """What was imported and built before is left out: the collections below are quick."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -35,13 +44,14 @@ def eager_rows(model, batch, dtype=torch.float64, rows="predicts"):
     eager.set_attn_implementation("eager")
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in without_lavender(batch).items()}
     attentions = torch.stack(eager(**inputs, output_attentions=True).attentions, dim=1)
-    words = batch["lavender_present"].shape[1]
-    maps = attentions.new_zeros(*attentions.shape[:3], words, 64)
+    words = words_of_batch(batch)
+    num_words = words.present.shape[1]
+    maps = attentions.new_zeros(*attentions.shape[:3], num_words, 64)
     for b in range(len(attentions)):
-        for w in range(words):
-            own = batch["lavender_tokens"][b][batch["lavender_token_words"][b] == w] - int(rows == "predicts")
-            if len(own):
-                maps[b, :, :, w] = attentions[b][:, :, own][..., batch["lavender_columns"][b]].mean(2)
+        for w in range(num_words):
+            word_rows = words.tokens[b][words.token_words[b] == w] - int(rows == "predicts")
+            if len(word_rows):
+                maps[b, :, :, w] = attentions[b][:, :, word_rows][..., words.image_positions[b]].mean(2)
     return maps.unflatten(-1, (8, 8))
 
 
@@ -164,7 +174,7 @@ def test_a_deepcopy_of_a_patched_model_is_independent(student, batch):
 
 
 def test_a_dropped_model_lets_go_of_the_registry(processor):
-    from lavender.miniworld.student import make_model
+    from recipes.student import make_model
 
     lavender.patch(make_model(processor))
     gc.collect()
@@ -202,9 +212,8 @@ def test_the_identity_aligner_trains_on_the_mean_over_heads_alone(student, train
     batch = {k: v.double() if v.is_floating_point() else v for k, v in training_batch.items() if k != "labels"}
     with lavender.patch(student, AlignmentConfig(aligner="identity", weight=1.0)) as patch:
         kept = patch.capture(**batch)
-        expected = mean_loss(
-            student.lavender(kept, lambda maps: maps, batch["lavender_targets"], batch["lavender_present"])[0], batch
-        )
+        words = words_of_batch(batch)
+        expected = mean_loss(student.lavender(kept, lambda maps: maps, words.targets, words.present)[0], batch)
         wanted = torch.autograd.grad(expected, student.model.language_model.layers[0].self_attn.q_proj.weight)[0]
         seen = []
         student.lavender.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[2]))
@@ -256,16 +265,15 @@ def test_the_gradient_equals_that_of_eager_attention(student, training_batch):
         student.set_attn_implementation("eager")
         inputs = dict(without_lavender(batch).items())
         attentions = torch.stack(student(**inputs, output_attentions=True).attentions, dim=1)
-        indicator = torch.zeros(4, batch["lavender_present"].shape[1], attentions.shape[3], dtype=torch.float64)
+        words = words_of_batch(batch)
+        indicator = torch.zeros(4, words.present.shape[1], attentions.shape[3], dtype=torch.float64)
         for b in range(4):
-            for row, word, share in zip(
-                batch["lavender_tokens"][b], batch["lavender_token_words"][b], batch["lavender_token_weights"][b], strict=True
-            ):
+            for row, word, share in zip(words.tokens[b], words.token_words[b], words.token_weights[b], strict=True):
                 if word >= 0:
                     indicator[b, word, row - 1] = share
-        columns = batch["lavender_columns"][:, None, None, None].expand(-1, 4, 4, attentions.shape[3], -1)
+        columns = words.image_positions[:, None, None, None].expand(-1, 4, 4, attentions.shape[3], -1)
         maps = (indicator[:, None, None] @ attentions.gather(4, columns)).unflatten(-1, (8, 8))
-        per_word, _ = alignment(maps, lambda maps: maps, batch["lavender_targets"], batch["lavender_present"])
+        per_word, _ = alignment(maps, lambda maps: maps, words.targets, words.present)
         mean_loss(per_word, batch).backward()
         student.set_attn_implementation("sdpa")
     assert captured.keys() == {n for n, p in student.named_parameters() if p.grad is not None} | {
@@ -285,7 +293,7 @@ def test_reentrant_checkpointing_is_refused(student, training_batch):
 
 
 def test_no_matched_word_adds_exactly_zero(student, training_batch):
-    training_batch["lavender_present"] = torch.zeros_like(training_batch["lavender_present"])
+    training_batch = changed(training_batch, present=torch.zeros_like(words_of_batch(training_batch).present))
     plain = student(**without_lavender(training_batch)).loss
     with lavender.patch(student, AlignmentConfig(weight=1000)) as patch:
         assert torch.equal(student(**training_batch).loss, plain)
@@ -415,7 +423,7 @@ def test_ids_may_come_by_position(student, batch):
 
 
 def test_an_encoder_decoder_is_captured_and_not_trained():
-    from .test_contract import built
+    from .zoo import built
 
     florence = built("florence2")
     with pytest.raises(ModelError, match="encoder-decoder"):

@@ -10,12 +10,12 @@ import torch
 import lavender
 from lavender.config import AlignmentConfig
 from lavender.errors import CaptureError
-from lavender.students.boxes import lattice_of, rasterize
+from lavender.students.boxes import grid_of, rasterize
 
-from .test_contract import NAMES, built, encoded, family_of, student, with_keys, without_boxes
+from ..conftest import changed, with_targets, without_lavender, words_of_batch
+from .zoo import built, families, sampled
 
-assert student  # a fixture
-RESAMPLED = [name for name in NAMES if family_of(built(name)).resamplers]
+RESAMPLED = families(lambda student: student.family.resamplers is not None)
 
 
 def explicit_shares(model, family, inputs) -> torch.Tensor:
@@ -35,48 +35,49 @@ def explicit_shares(model, family, inputs) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", RESAMPLED)
-def test_word_to_token_to_patch_is_composed(student, implementation):
-    model, family = student.model, family_of(student)
+@pytest.mark.parametrize("name", sampled(RESAMPLED))
+def test_word_to_token_to_patch_is_composed(name, implementation):
+    student = built(name).copy()
+    model, family = student.model, student.family
     model.set_attn_implementation(implementation)
-    inputs = encoded(student)
-    batch = with_keys(student, inputs)
+    batch = student.batch()
+    inputs = without_lavender(batch)
     shares = explicit_shares(model, family, inputs)
     torch.testing.assert_close(shares.sum(-1), torch.ones(shares.shape[:2]))
     with torch.no_grad(), lavender.patch(model) as patch:
-        tokens = patch.capture(**without_boxes(batch))
+        tokens = patch.capture(**changed(batch, boxes=None))
         maps = patch.capture(**batch)
         plain = model(**inputs, use_cache=False).logits
         assert torch.equal(model(**batch, use_cache=False).logits, plain)
-    expected = rasterize(tokens @ shares[:, None, None], batch["lavender_boxes"], lattice_of(batch["lavender_boxes"]))
+    boxes = words_of_batch(batch).boxes
+    expected = rasterize(tokens @ shares[:, None, None], boxes, grid_of(boxes))
     torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-6)
     assert maps[:, :, :, :2].std() > 1e-5
 
 
 @pytest.mark.parametrize("name", RESAMPLED[:1])
-def test_the_gradient_is_that_of_the_language_models_attention(student):
-    model = student.model
-    batch = with_keys(student, encoded(student))
+def test_the_gradient_is_that_of_the_language_models_attention(name):
+    student = built(name).copy()
+    model, batch = student.model, student.batch()
     with lavender.patch(model) as patch:
         patch.capture(**batch).square().sum().backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.get_decoder().parameters())
 
 
 @pytest.mark.parametrize("name", RESAMPLED[:1])
-def test_batches_that_cannot_be_composed_are_refused(student):
-    batch = with_keys(student, encoded(student))
-    batch["lavender_columns"] = batch["lavender_columns"][:, :-1]
+def test_batches_that_cannot_be_composed_are_refused(name):
+    student = built(name)
+    batch = student.batch()
+    batch = changed(batch, image_positions=words_of_batch(batch).image_positions[:, :-1])
     with torch.no_grad(), lavender.patch(student.model) as patch, pytest.raises(CaptureError, match="one picture per sample"):
         patch.capture(**batch)
 
 
 def test_inputs_in_one_mapping_are_captured_and_trained_alike(monkeypatch):
     """MiniCPM-V's own code takes `forward(data, **kwargs)`: lavender's keys lie in there, or beside it."""
-    student = built("minicpmv")
-    model = copy.deepcopy(student.model)
-    batch = with_keys(student, encoded(student))
-    training = batch | {"lavender_targets": torch.rand(*batch["lavender_present"].shape, 8, 8)}
-    inputs = {key: value for key, value in batch.items() if not key.startswith("lavender_")}
+    student = built("minicpmv").copy()
+    model, batch = student.model, student.batch()
+    training, inputs = with_targets(batch, 8), without_lavender(batch)
     original = type(model).forward
     with lavender.patch(model, AlignmentConfig()) as patch, torch.no_grad():
         expected, loss = patch.capture(**batch), model(**training).loss

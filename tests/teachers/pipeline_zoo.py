@@ -20,7 +20,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from lavender.miniworld.teacher import make_scheduler
+from recipes.teacher import make_scheduler
 
 from .zoo import DENOISERS, LATENTS, POOLED, WIDTH, entry
 

@@ -12,11 +12,11 @@ import torch
 from lavender.config import TeacherConfig
 from lavender.images import Picture
 from lavender.miniworld import TEACHER
-from lavender.miniworld.teacher import make_scheduler
 from lavender.teachers.framing import frame
 from lavender.teachers.inversion import read_maps
 from lavender.teachers.model import Teacher, _frozen
 from lavender.words import Caption, words_of
+from recipes.teacher import make_scheduler
 
 from .explicit import NAMES, SIDE, built, forwards_of, picture
 

@@ -106,7 +106,7 @@ def test_ddim_inversion_returns_to_the_picture(scenes):
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_both_kinds_of_prediction_lead_to_noise_and_back(kind):
     """A denoiser that knows the picture, asked for the noise or for the velocity (Salimans and Ho 2022)."""
-    from lavender.miniworld.teacher import make_scheduler
+    from recipes.teacher import make_scheduler
 
     torch.manual_seed(0)
     picture, start = torch.randn(2, 1, 4, 8, 8)

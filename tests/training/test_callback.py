@@ -10,8 +10,10 @@ import lavender
 from lavender import AlignmentConfig
 from lavender.batches.collator import Collator
 from lavender.errors import ConfigError, ModelError
-from lavender.miniworld.student import make_model
 from lavender.training.callback import draw
+from recipes.student import make_model
+
+from ..conftest import changed, with_targets, without_lavender, words_of_batch
 
 
 @pytest.fixture
@@ -25,17 +27,11 @@ def tracked(processor, samples, tmp_path):
         collator = Collator(processor)
 
         def collate(given):
-            batch = collator(given)
             torch.manual_seed(len(given[0].id))
-            targets = torch.rand(*batch["lavender_present"].shape, 8, 8)
+            batch = with_targets(collator(given), 8)
             missing = torch.tensor([sample.id in drop for sample in given])
-            present = batch["lavender_present"] & ~missing[:, None]
-            return {
-                **batch,
-                "lavender_targets": targets,
-                "lavender_present": present,
-                "lavender_outcomes": missing.long(),
-            }
+            present = words_of_batch(batch).present & ~missing[:, None]
+            return changed(batch, present=present, outcomes=missing.long())
 
         settings = {
             "max_steps": 4,
@@ -56,7 +52,7 @@ def tracked(processor, samples, tmp_path):
             processing_class=processor,
         )
         if watched:
-            lavender.watch(trainer, picture_steps=2)
+            trainer.add_callback(lavender.LavenderCallback(trainer, picture_steps=2))
         trainer.train()
         return trainer
 
@@ -83,7 +79,7 @@ def test_the_language_loss_is_that_of_the_model(tracked, processor, samples):
     losses = []
     for start in range(0, 8, 2):
         batch = Collator(processor)(samples[start : start + 2])
-        losses.append(student(**{k: v for k, v in batch.items() if not k.startswith("lavender_")}).loss.item())
+        losses.append(student(**without_lavender(batch)).loss.item())
     assert trainer.state.log_history[0]["language_loss"] == pytest.approx(sum(losses) / 4, abs=1e-4)
 
 
@@ -136,7 +132,7 @@ def test_lambda_falls_with_the_optimizers_steps(tracked, schedule, expected):
 
 def test_a_lambda_that_falls_needs_to_know_how_far_the_training_is(tracked, student, training_batch):
     config = AlignmentConfig(schedule="linear")
-    with pytest.raises(ConfigError, match=r"lavender.watch\(trainer\)"):
+    with pytest.raises(ConfigError, match=r"lavender.LavenderCallback\(trainer\)"):
         tracked(config, watched=False)
     with lavender.patch(student.train(), config) as patch:  # a loop of one's own sets it
         patch.progress = 0.25
@@ -171,10 +167,28 @@ def test_losses_that_drop_the_models_own_are_refused(student, tmp_path):
             arguments = TrainingArguments(tmp_path, report_to=[], use_cpu=True, **settings)
             trainer = Trainer(model=student, args=arguments, compute_loss_func=None if settings else lambda *_, **__: 0)
             with pytest.raises(ConfigError, match="drops the model's loss"):
-                lavender.watch(trainer)
+                lavender.LavenderCallback(trainer)
 
 
 def test_a_model_that_is_not_patched_for_training_is_named(student, tmp_path):
     trainer = Trainer(model=student, args=TrainingArguments(tmp_path, report_to=[], use_cpu=True))
     with pytest.raises(ModelError, match=r"lavender.patch\(model, AlignmentConfig"):
-        lavender.watch(trainer)
+        lavender.LavenderCallback(trainer)
+
+
+def test_the_callback_stands_before_the_trackers(tracked):
+    """They get what it adds to the log; every other callback keeps its place."""
+    trainer = tracked(report_to=["tensorboard"])
+    names = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
+    assert names[0] == "LavenderCallback"
+    assert names.count("LavenderCallback") == 1
+    assert {"DefaultFlowCallback", "TensorBoardCallback"} <= {*names}
+
+
+def test_watch_is_deprecated_and_adds_the_callback(student, tmp_path, monkeypatch):
+    monkeypatch.setattr(lavender.errors, "_warned", set())
+    trainer = Trainer(model=student, args=TrainingArguments(tmp_path, report_to=[], use_cpu=True))
+    with lavender.patch(student, AlignmentConfig()):
+        with pytest.warns(FutureWarning, match=r"add_callback\(lavender.LavenderCallback\(trainer\)\)"):
+            lavender.watch(trainer, picture_steps=3)
+        assert trainer.callback_handler.callbacks[-1].picture_steps == 3

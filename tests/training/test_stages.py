@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lavender.cli.presets import PRESETS, preset
-from lavender.config import AlignmentConfig, TrainingConfig, WordsConfig, override
+from lavender.config import AlignmentConfig, TrainingConfig
 from lavender.data.samples import read_samples
 from lavender.errors import ConfigError, DataError, ModelError, TargetError
 from lavender.miniworld import write_dataset
@@ -206,61 +205,3 @@ def test_arguments_reach_transformers(train, tmp_path):
         train("b", replace(TRAINING, arguments={"no_such": 1}))
     with pytest.raises(ConfigError, match="max_steps, set elsewhere: steps"):
         TrainingConfig(arguments={"max_steps": 3})
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_sound_in_both_precisions(name):
-    found = preset(name)
-    for precision, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
-        training = found.in_precision(precision).training
-        assert training.dtype == (dtype if training.lora_rank else "float32")
-        assert training.arguments[precision] is True
-        assert not (training.arguments["bf16"] and training.arguments["fp16"])
-        assert training.arguments.items() >= found.training.arguments.items()
-    assert found.in_precision("bf16").alignment == found.alignment
-
-
-def test_the_published_preset_has_the_published_settings():
-    found = preset("llama-3.2-11b-vision-lora")
-    training = found.training
-    assert (training.lora_rank, training.lora_alpha, training.lora_dropout) == (8, 32, 0.05)
-    assert training.lora_targets == ("q_proj", "v_proj")
-    assert (training.learning_rate, found.alignment.weight, found.alignment.aligner) == (1e-4, 10, "sim")
-    assert found.alignment.aggregation == "project_mean"
-
-
-def test_settings_are_changed_by_texts():
-    found = preset("small-world").with_settings(
-        [
-            "alignment.schedule=linear",
-            "alignment.layers=[1, 3]",
-            "words.match=exact",
-            "training.arguments.bf16=true",
-            "training.steps=7",
-        ]
-    )
-    assert found.alignment == replace(preset("small-world").alignment, schedule="linear", layers=(1, 3))
-    assert found.words == WordsConfig(match="exact")
-    assert (found.training.steps, found.training.arguments) == (7, {"bf16": True})
-    assert override(TrainingConfig(), ["learning_rate=2e-5"]).learning_rate == 2e-5
-    assert override(TrainingConfig(), ["freeze_student=false"]).freeze_student is False
-    assert override(TrainingConfig(), ["lora_targets=.*q_proj"]).lora_targets == ".*q_proj"
-    assert override(TrainingConfig(), ['lora_targets=["q_proj"]']).lora_targets == ("q_proj",)
-    assert override(WordsConfig(), ["exclude=red"]).exclude == ("red",)
-    assert override(WordsConfig(), ['exclude=["red", "blue"]']).exclude == ("red", "blue")
-    for wrong, message in (
-        ("steps=7", "expected alignment, training, words"),
-        ("training.stepz=7", "stepz"),
-        ("training.steps", "'training.steps' changes nothing"),
-        ("training.steps=many", "steps is 'many'.*expected: int"),
-        ("training.steps=1.5", "steps is 1.5.*expected: int"),
-        ("training.freeze_student=False", "freeze_student is 'False'.*expected: bool"),
-        ("training.arguments=5", "arguments is 5.*expected: Mapping"),
-        ("training.arguments.a.b=5", "sets nothing"),
-        ("alignment.layers=[1.5]", "layers is"),
-        ("training.steps.x=1", "no settings below 'steps'"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            preset("small-world").with_settings([wrong])
-    with pytest.raises(ConfigError, match="small-world"):
-        preset("large-world")

@@ -24,6 +24,8 @@ from lavender.training.train import fine_tune, load_aligner, load_student
 from lavender.types import WordMaps
 from lavender.words import words_of
 
+from ..conftest import without_lavender
+
 TRAINING = TrainingConfig(steps=4, batch_size=4, learning_rate=1e-3, save_steps=2)
 
 
@@ -68,7 +70,7 @@ def test_a_run_writes_what_it_promises(student_folder, data, targets, tmp_path, 
     plain, _ = load_student(student_folder)
     loaded = PeftModel.from_pretrained(plain, out / "adapter").eval()
     batch = Collator(processor)(samples[:3])
-    inputs = {k: v for k, v in batch.items() if not k.startswith("lavender_")}
+    inputs = without_lavender(batch)
     with torch.no_grad():
         expected = trained(**inputs).logits
         assert torch.equal(loaded(**inputs).logits, expected)
@@ -125,7 +127,6 @@ def test_accumulated_micro_batches_equal_one_batch(student_folder, processor, ta
     assert losses[0] == pytest.approx(losses[1], rel=0.03)
 
 
-@pytest.mark.slow
 def test_alignment_falls_and_plain_training_does_not_align(student_folder, scenes, data, targets, tmp_path):
     """Overfit four pictures: the alignment loss falls with the term, and stays where it was without it."""
     training = TrainingConfig(steps=30, batch_size=4, learning_rate=5e-3, lora_targets=("q_proj", "k_proj", "v_proj"))
@@ -214,13 +215,13 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-5"]
 
 
-@pytest.mark.slow
 def test_kill_9_and_the_same_command_end_as_an_undisturbed_run(student_folder, data, targets, tmp_path):
     command = [
         *(sys.executable, "-m", "lavender", "train", "--model", str(student_folder), "--data", str(data)),
         *("--targets", str(targets.folder), "--steps", "30", "--batch-size", "4", "--save-steps", "5", "--out"),
     ]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    training = TrainingConfig(steps=30, batch_size=4, save_steps=5)
+    fine_tune(student_folder, read_samples(data), tmp_path / "whole", training, targets=targets, progress=False)
     process = subprocess.Popen([*command, str(tmp_path / "run")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (tmp_path / "run/checkpoints/checkpoint-10").exists():
         time.sleep(0.01)

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from ..cuda.driver import LAYOUTS, Argument, Grid, Program, launch, vectors
-from ..grids import splits_for
+from ..cuda import driver
+from ..cuda.driver import LAYOUTS, Argument, Grid, Launch, Program, vectors
+from ..grids import gradient_strides, head_parts, splits_for
 from .op import ColumnGradients, ColumnKernels, column_maps_operation
 
 TILES = LAYOUTS["column_maps"]
@@ -31,7 +32,7 @@ class _CudaColumns(ColumnKernels):
             "word_weights": self.word_weights, "head_weights": self.head_weights, "num_heads": self.heads,
             "num_queries": self.num_queries, "num_keys": self.num_keys, "num_words": self.num_words, "scale": self.scale,
         }  # fmt: skip
-        launch(program, kernel, grid, self.device, arguments)
+        driver.runner.launch(Launch(program, kernel, grid, arguments, self.device))
 
     @property
     def _row_blocks(self) -> int:
@@ -41,43 +42,40 @@ class _CudaColumns(ColumnKernels):
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        blocks = self._row_blocks * self.batch
-        parts = self.heads if self.head_weights is None else splits_for(blocks, self.heads, self.device)
-        heads_per_part = math.ceil(self.heads / parts)
-        parts = math.ceil(self.heads / heads_per_part)
+        weighted = self.head_weights is not None
+        parts, heads_per_part = head_parts(self.heads, self._row_blocks * self.batch, weighted, self.device)
         output = self._empty(self.batch, self.heads, self.num_queries, self.value_width, dtype=torch.float16)
         maps = torch.zeros(self.batch, parts, self.num_words, self.num_queries, device=self.device)
         lse = self._empty(self.batch, self.heads, self.num_queries)
         grid = (self._row_blocks, parts, self.batch)
         self._launch("column_maps", grid, output=output, maps=maps, lse=lse, heads_per_part=heads_per_part)
-        return output, maps if self.head_weights is None or parts == 1 else maps.sum(dim=1, keepdim=True), lse
+        return output, maps.sum(dim=1, keepdim=True) if weighted and parts > 1 else maps, lse
 
-    def query_gradient(self, flow: ColumnGradients) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def query_gradient(self, saved: ColumnGradients) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         out = self._empty(self.batch, self.heads, self.num_queries, self.width, dtype=torch.float16)
-        delta, head_delta = torch.empty_like(flow.lse), torch.empty_like(flow.lse)
+        delta, head_delta = torch.empty_like(saved.lse), torch.empty_like(saved.lse)
         self._launch(
             "column_query_gradient", (self._row_blocks, self.batch * self.heads, 1), query_gradient=out, new_delta=delta,
-            head_delta=head_delta, **self._flow(flow),
+            head_delta=head_delta, **self._saved(saved),
         )  # fmt: skip
         return out, delta, head_delta
 
-    def key_gradient(self, flow: ColumnGradients, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def key_gradient(self, saved: ColumnGradients, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         key_blocks = math.ceil(self.num_keys / TILES.keys)
         splits = splits_for(key_blocks * self.batch * self.heads, math.ceil(self._row_blocks / 4), self.device)
         keys = self._empty(splits, self.batch, self.heads, self.num_keys, self.width)
         values = self._empty(splits, self.batch, self.heads, self.num_keys, self.value_width)
         self._launch(
             "column_key_gradient", (key_blocks, splits, self.batch * self.heads), delta=delta, key_partial=keys,
-            value_partial=values, **self._flow(flow),
+            value_partial=values, **self._saved(saved),
         )  # fmt: skip
         return keys.sum(dim=0).half(), values.sum(dim=0).half()
 
-    def _flow(self, flow: ColumnGradients) -> dict[str, Any]:
-        """What flows back, as every head reads it: all heads the same where C is 1."""
-        head_stride = flow.maps.stride(1) if flow.maps.shape[1] == self.heads else 0
+    def _saved(self, saved: ColumnGradients) -> dict[str, Any]:
+        gradient_b, gradient_h = gradient_strides(saved.maps, self.heads)
         return {
-            "lse": flow.lse, "gradient": flow.maps, "output_gradient": flow.output, "peak": flow.peak,
-            "output_peak": flow.output_peak, "gradient_b": flow.maps.stride(0), "gradient_h": head_stride,
+            "lse": saved.lse, "gradient": saved.maps, "output_gradient": saved.output, "grad_scale": saved.grad_scale,
+            "output_scale": saved.output_scale, "gradient_b": gradient_b, "gradient_h": gradient_h,
         }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`column_maps` and `column_attention` by kernels of their own: the operation around them, whatever their language.
+"""`column_maps` and `column_attention` by kernels of their own: the operation around their launches, whatever their language.
 
 The forward pass gives output, maps and log-sum-exp; the backward pass is `query_gradient`, which also gives delta, and
 `key_gradient`.
@@ -9,65 +9,46 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from ..checks import in_full_precision
 from ..grids import last_axis_dense
 from ..numerics import HEADROOM, largest
+from ..operation import register
+from .call import ColumnCall
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ColumnGradients:
-    """What the gradients of query, key and value are made from, beside the call's tensors.
+    """What the gradients of query, key and value are made from, beside the call.
 
-    Args:
+    Attributes:
         lse: float32 [B, H, Q], as `ColumnKernels.forward` gives it.
         maps: the gradient of the maps, float32, contiguous [B, C, W, Q].
         output: the gradient of the output, contiguous [B, H, Q, E], in the inputs' dtype.
-        peak: a scalar that `maps` was divided by, and that dq and dk are multiplied by before they are rounded; or None.
-        output_peak: a scalar that `output` was divided by, and that dv is multiplied by; None without values, or without a peak.
-            Beside `maps`, `output` counts output_peak / peak.
+        grad_scale: a scalar that `maps` was divided by, and that dq and dk are multiplied by before they are rounded; or None.
+        output_scale: a scalar that `output` was divided by, and that dv is multiplied by; None without values, or without a
+            `grad_scale`. Beside `maps`, `output` counts output_scale / grad_scale.
     """
 
     lse: torch.Tensor
     maps: torch.Tensor
     output: torch.Tensor
-    peak: torch.Tensor | None
-    output_peak: torch.Tensor | None
+    grad_scale: torch.Tensor | None
+    output_scale: torch.Tensor | None
 
 
 class ColumnKernels(ABC):
-    """One call's launches, in whatever language the kernels are written, and what they share: tensors and sizes.
+    """The launches of one call, and what they share: dense tensors, and sizes."""
 
-    Args:
-        query: [B, H, Q, D].
-        key: [B, H, N, D] of the same dtype.
-        value: [B, H, N, E] of the same dtype; E is zero where maps alone are asked for.
-        word_weights: float32 [B, W, N], contiguous.
-        bias: additive, broadcastable to [B, H, Q, N]; None for no mask.
-        scale: softmax scale.
-        head_weights: float32 [H]; None keeps the heads apart.
-    """
-
-    def __init__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        word_weights: torch.Tensor,
-        bias: torch.Tensor | None,
-        scale: float,
-        head_weights: torch.Tensor | None,
-    ) -> None:
-        self.query, self.key, self.value = (last_axis_dense(t) for t in (query, key, value))
-        self.word_weights, self.head_weights = word_weights, head_weights
-        self.batch, self.heads, self.num_queries, self.width = query.shape
-        self.num_keys, self.value_width = value.shape[2:]
-        self.num_words, self.scale, self.device = word_weights.shape[1], scale, query.device
-        self.bias = None if bias is None else bias.expand(self.batch, self.heads, self.num_queries, self.num_keys)
+    def __init__(self, call: ColumnCall) -> None:
+        self.query, self.key, self.value = (last_axis_dense(t) for t in (call.query, call.key, call.value))
+        self.word_weights = call.word_weights.contiguous()
+        self.head_weights = None if call.head_weights is None else call.head_weights.contiguous()
+        self.batch, self.heads, self.num_queries, self.width = call.query.shape
+        self.num_keys, self.value_width = call.value.shape[2:]
+        self.num_words, self.scale, self.device = call.word_weights.shape[1], call.scale, call.query.device
+        self.bias = None if call.bias is None else call.bias.expand(self.batch, self.heads, self.num_queries, self.num_keys)
         self.bias_strides = (0, 0, 0, 0) if self.bias is None else self.bias.stride()
 
     @abstractmethod
@@ -78,109 +59,50 @@ class ColumnKernels(ABC):
         """
 
     @abstractmethod
-    def query_gradient(self, flow: ColumnGradients) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def query_gradient(self, saved: ColumnGradients) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """dq, contiguous, in the query's shape and dtype; delta; and its part by the maps per unit of head weight.
 
-        The last two are float32 [B, H, Q], and stay divided by the peak.
+        The last two are float32 [B, H, Q], and stay divided by `grad_scale`.
         """
 
     @abstractmethod
-    def key_gradient(self, flow: ColumnGradients, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def key_gradient(self, saved: ColumnGradients, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """dk and dv, contiguous, in the inputs' shapes and dtypes."""
 
 
-def column_maps_operation(name: str, kernels: type[ColumnKernels]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """Registers `lavender::column_maps_{name}` and its backward pass; returns `column_attention` for validated arguments."""
+def column_maps_operation(name: str, kernels: type[ColumnKernels]) -> Callable[[ColumnCall], tuple[torch.Tensor, torch.Tensor]]:
+    """Registers `lavender::column_maps_{name}`, which keeps the log-sum-exp; returns `column_attention` of checked calls."""
 
-    def column_maps(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        word_weights: torch.Tensor,
-        bias: torch.Tensor | None,
-        scale: float,
-        head_weights: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Output [B, H, Q, E], maps [B, C, W, Q], and the queries' base-2 log-sum-exp [B, H, Q] for the backward pass."""
-        return kernels(query, key, value, word_weights, bias, scale, head_weights).forward()
+    def forward(call: ColumnCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return kernels(call).forward()
 
-    def column_maps_backward(
-        output_gradient: torch.Tensor,
-        gradient: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        word_weights: torch.Tensor,
-        bias: torch.Tensor | None,
-        scale: float,
-        head_weights: torch.Tensor | None,
-        lse: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of query, key, value and head weights (those of heads that are kept mean nothing)."""
-        call = kernels(query, key, value, word_weights, bias, scale, head_weights)
-        peak, output_peak = None, None
-        # dS is rounded to the inputs' dtype for its products: float16 needs it in its range, whatever the loss's scale. So is the
-        # output's gradient, which may be small beside that of the maps, and has a peak of its own.
-        if query.dtype == torch.float16:
-            peak = largest(gradient) / HEADROOM
-            if value.shape[3]:
-                output_peak = largest(output_gradient)
-                peak = torch.maximum(peak, output_peak)
-                output_gradient = (output_gradient.float() / output_peak).to(query.dtype)
-            gradient = gradient / peak
-        flow = ColumnGradients(lse, gradient, output_gradient, peak, output_peak)
-        query_gradient, delta, head_delta = call.query_gradient(flow)
-        key_gradient, value_gradient = call.key_gradient(flow, delta)
-        head_gradient = head_delta.sum(dim=(0, 2))
-        return query_gradient, key_gradient, value_gradient, head_gradient if peak is None else head_gradient * peak
-
-    operation = torch.library.custom_op(f"lavender::column_maps_{name}", column_maps, mutates_args=())
-    operation.register_fake(_fake)
-    backward_operation = torch.library.custom_op(f"lavender::column_maps_{name}_backward", column_maps_backward, mutates_args=())
-    backward_operation.register_fake(_backward_fake)
-
-    @once_differentiable
     def backward(
-        ctx: Any, output_gradient: torch.Tensor, gradient: torch.Tensor, _: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
-        *tensors, bias, head_weights, lse = ctx.saved_tensors
-        arguments = (*tensors, bias, ctx.scale, head_weights, lse)
-        with in_full_precision(gradient):
-            *gradients, head_gradient = backward_operation(output_gradient.contiguous(), gradient.contiguous(), *arguments)
-        return (*gradients, None, None, None, head_gradient if head_weights is not None else None)
+        call: ColumnCall, lse: torch.Tensor, output_gradient: torch.Tensor, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        launches, grad_scale, output_scale = kernels(call), None, None
+        # dS is rounded to the inputs' dtype for its products: float16 needs it in its range, whatever the loss's scale. So is the
+        # output's gradient, which may be small beside that of the maps, and has a scale of its own.
+        if call.query.dtype == torch.float16:
+            grad_scale = largest(gradient) / HEADROOM
+            if launches.value_width:
+                output_scale = largest(output_gradient)
+                grad_scale = torch.maximum(grad_scale, output_scale)
+                output_gradient = (output_gradient.float() / output_scale).to(call.query.dtype)
+            gradient = gradient / grad_scale
+        saved = ColumnGradients(lse, gradient, output_gradient, grad_scale, output_scale)
+        query_gradient, delta, head_delta = launches.query_gradient(saved)
+        key_gradient, value_gradient = launches.key_gradient(saved, delta)
+        head_gradient = head_delta.sum(dim=(0, 2))
+        head_gradient = head_gradient if grad_scale is None else head_gradient * grad_scale
+        return query_gradient, key_gradient, value_gradient, head_gradient
 
-    operation.register_autograd(backward, setup_context=_setup_context)
-
-    def validated(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        word_weights: torch.Tensor,
-        bias: torch.Tensor | None,
-        scale: float,
-        head_weights: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`column_attention` for validated arguments; a value of width zero asks for maps alone."""
-        heads = None if head_weights is None else head_weights.contiguous()
-        output, maps, _ = operation(query, key, value, word_weights.contiguous(), bias, scale, heads)
-        return output, maps
-
-    return validated
-
-
-def _fake(query, key, value, word_weights, bias, scale, head_weights):  # type: ignore[no-untyped-def]
-    output = query.new_empty(*query.shape[:3], value.shape[3])
-    channels = query.shape[1] if head_weights is None else 1
-    maps = word_weights.new_empty(query.shape[0], channels, word_weights.shape[1], query.shape[2])
-    return output, maps, word_weights.new_empty(query.shape[:3])
+    differentiable = ("query", "key", "value", "head_weights")
+    operation = register(
+        f"column_maps_{name}", ColumnCall, forward, _fake, backward, differentiable, num_outputs=3, saves_last=True
+    )
+    return lambda call: operation(call)[:2]
 
 
-def _backward_fake(output_gradient, gradient, query, key, value, *arguments):  # type: ignore[no-untyped-def]
-    gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value)]
-    return (*gradients, gradient.new_empty(query.shape[1]))
-
-
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    query, key, value, word_weights, bias, ctx.scale, head_weights = inputs
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(query, key, value, word_weights, bias, head_weights, output[2])
+def _fake(call: ColumnCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    maps, lse = (call.word_weights.new_empty(shape) for shape in (call.maps_shape, call.query.shape[:3]))
+    return call.query.new_empty(call.output_shape), maps, lse

@@ -140,22 +140,39 @@ def arguments_type(file: str) -> type[ctypes.Structure]:
 Argument = torch.Tensor | int | float | None
 
 
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """One kernel of a program, and what it runs on.
+
+    Attributes:
+        kernel: its name in the .cuh file.
+        grid: blocks in x, y and z.
+        arguments: members of the file's structure, by name; what is left out is zero.
+        device: where the tensors are; the kernel runs behind what was launched there before.
+        shares_memory: whether the kernel uses shared memory; one that does not should not get any, which others could use.
+    """
+
+    program: Program
+    kernel: str
+    grid: Grid
+    arguments: Mapping[str, Argument]
+    device: torch.device
+    shares_memory: bool = True
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block."""
+        return self.program.shared_bytes if self.shares_memory else 0
+
+
 class Runner(Protocol):
     """What runs kernels: the driver, or in tests an emulator."""
 
     def why_not(self, program: Program, device: torch.device) -> list[str]:
         """The reasons why this program cannot run on this device, none if it can."""
 
-    def launch(
-        self,
-        program: Program,
-        kernel: str,
-        grid: Grid,
-        shared_bytes: int,
-        arguments: Mapping[str, Argument],
-        device: torch.device,
-    ) -> None:
-        """Runs a kernel after what the device was given before."""
+    def launch(self, launch: Launch) -> None:
+        """Runs a kernel. Raises `CompileError` or `DriverError` if it cannot be compiled, loaded or launched."""
 
 
 class Driver:
@@ -196,23 +213,15 @@ class Driver:
                 )  # fmt: skip
         return [refused]
 
-    def launch(
-        self,
-        program: Program,
-        kernel: str,
-        grid: Grid,
-        shared_bytes: int,
-        arguments: Mapping[str, Argument],
-        device: torch.device,
-    ) -> None:
-        structure = packed(program.file, arguments)
-        with torch.cuda.device(device):
+    def launch(self, launch: Launch) -> None:
+        structure = packed(launch.program.file, launch.arguments)
+        with torch.cuda.device(launch.device):
             index = torch.cuda.current_device()
-            function = self._function(program, kernel, index)
+            function = self._function(launch.program, launch.kernel, index)
             self._enter(index)
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
             pointers = (ctypes.c_void_p * 1)(ctypes.addressof(structure))
-            call_driver("cuLaunchKernel", function, *grid, 256, 1, 1, shared_bytes, stream, pointers, None)
+            call_driver("cuLaunchKernel", function, *launch.grid, 256, 1, 1, launch.shared_bytes, stream, pointers, None)
 
     def _enter(self, index: int) -> None:
         """Makes a device's primary context, which is torch's too, this thread's current one: torch does so only when it must."""
@@ -284,26 +293,6 @@ def _driver() -> ctypes.CDLL:
 
 runner: Runner = Driver()
 """What launches go to."""
-
-
-def launch(
-    program: Program,
-    kernel: str,
-    grid: Grid,
-    device: torch.device,
-    arguments: Mapping[str, Argument],
-    shares_memory: bool = True,
-) -> None:
-    """Runs a kernel of a program on a device, behind what was launched there before.
-
-    Args:
-        arguments: members of the file's structure, by name; what is left out is zero.
-        shares_memory: whether the kernel uses shared memory; one that does not should not be given any, which others could use.
-
-    Raises:
-        CompileError, DriverError: it cannot be compiled, loaded or launched.
-    """
-    runner.launch(program, kernel, grid, program.shared_bytes if shares_memory else 0, arguments, device)
 
 
 def vectors(width: int, *tensors: torch.Tensor) -> bool:

@@ -252,9 +252,9 @@ def cache_folder() -> Path:
     Raises:
         FileNotFoundError: neither is set, and the user has no home folder.
     """
-    own, shared = os.environ.get("LAVENDER_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own).expanduser().absolute() / "cubins"
+    folder, shared = os.environ.get("LAVENDER_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if folder:
+        return Path(folder).expanduser().absolute() / "cubins"
     if shared:
         return Path(shared, "lavender", "cubins")
     try:

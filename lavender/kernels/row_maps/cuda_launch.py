@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from ..cuda.driver import LAYOUTS, Argument, Grid, Program, launch, vectors
-from ..grids import splits_for
+from ..cuda import driver
+from ..cuda.driver import LAYOUTS, Argument, Grid, Launch, Program, vectors
+from ..grids import gradient_strides, head_parts, splits_for
 from .op import RowGradients, RowKernels, row_maps_operation
 
 TILES = LAYOUTS["row_maps"]
@@ -27,10 +28,11 @@ class _CudaRows(RowKernels):
             "key": self.key, "key_b": key_b, "key_g": key_g, "key_n": key_n,
             "bias": self.bias, "bias_b": bias_b, "bias_h": bias_h, "bias_r": bias_r, "bias_n": bias_n,
             "rows": self.rows, "words": self.words, "weights": self.weights, "columns": self.columns,
-            "num_heads": self.heads, "num_groups": self.groups, "num_queries": self.query.shape[2], "num_rows": self.num_rows,
-            "num_keys": self.num_keys, "num_columns": self.num_columns, "causal": self.causal, "scale": self.scale,
+            "num_heads": self.heads, "num_groups": self.groups, "num_queries": self.num_queries, "num_rows": self.num_rows,
+            "num_keys": self.num_keys, "num_columns": self.num_columns, "num_words": self.num_words, "causal": self.causal,
+            "head_weights": self.head_weights, "scale": self.scale,
         }  # fmt: skip
-        launch(program, kernel, grid, self.device, arguments, shares_memory)
+        driver.runner.launch(Launch(program, kernel, grid, arguments, self.device, shares_memory))
 
     def _walk(self, length: int) -> Grid:
         """Blocks of a kernel that walks stacked rows along `length` keys or columns: splits, row blocks, B * G."""
@@ -38,55 +40,52 @@ class _CudaRows(RowKernels):
         blocks = row_blocks * self.batch * self.groups
         return splits_for(blocks, math.ceil(length / (4 * TILES.keys)), self.device), row_blocks, self.batch * self.groups
 
+    def _partial(self, grid: Grid, *width: int) -> torch.Tensor:
+        return self.weights.new_empty(grid[0], self.batch, self.heads, self.num_rows, *width)
+
     def lse(self) -> torch.Tensor:
         grid = self._walk(self.num_keys)
-        partial = self.weights.new_empty(grid[0], self.batch, self.heads, self.num_rows)
+        partial = self._partial(grid)
         self._launch("row_lse", grid, partial=partial)
         lse = partial[0] if grid[0] == 1 else torch.logsumexp(partial * math.log(2), dim=0) / math.log(2)
         return lse.masked_fill(lse == -torch.inf, torch.inf)
 
-    def maps(self, lse: torch.Tensor, num_words: int, head_weights: torch.Tensor | None) -> torch.Tensor:
-        tiles = math.ceil(self.num_columns / TILES.keys)
-        parts = self.heads if head_weights is None else splits_for(tiles * self.batch, self.heads, self.device)
-        heads_per_part = math.ceil(self.heads / parts)
-        parts = math.ceil(self.heads / heads_per_part)
-        maps = torch.zeros(self.batch, parts, num_words, self.num_columns, device=self.device)
-        self._launch(
-            "row_word_maps", (tiles, parts, self.batch), lse=lse, head_weights=head_weights, maps=maps, num_words=num_words,
-            heads_per_part=heads_per_part,
-        )  # fmt: skip
-        return maps if head_weights is None or parts == 1 else maps.sum(dim=1, keepdim=True)
+    def maps(self, lse: torch.Tensor) -> torch.Tensor:
+        tiles, weighted = math.ceil(self.num_columns / TILES.keys), self.head_weights is not None
+        parts, heads_per_part = head_parts(self.heads, tiles * self.batch, weighted, self.device)
+        maps = torch.zeros(self.batch, parts, self.num_words, self.num_columns, device=self.device)
+        self._launch("row_word_maps", (tiles, parts, self.batch), lse=lse, maps=maps, heads_per_part=heads_per_part)
+        return maps.sum(dim=1, keepdim=True) if weighted and parts > 1 else maps
 
     def delta(self, lse: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         grid = self._walk(self.num_columns)
-        partial = self.weights.new_empty(grid[0], self.batch, self.heads, self.num_rows)
+        partial = self._partial(grid)
         self._launch("row_delta", grid, lse=lse, partial=partial, **self._gradient(gradient))
         return partial.sum(dim=0)
 
-    def query_gradient(self, flow: RowGradients) -> torch.Tensor:
+    def query_gradient(self, saved: RowGradients) -> torch.Tensor:
         grid = self._walk(self.num_keys)
-        partial = self.weights.new_empty(grid[0], self.batch, self.heads, self.num_rows, self.width)
-        self._launch("row_query_gradient", grid, partial=partial, **self._flow(flow))
+        partial = self._partial(grid, self.width)
+        self._launch("row_query_gradient", grid, partial=partial, **self._saved(saved))
         out = torch.zeros(self.query.shape, dtype=torch.float16, device=self.device)
         sums = (self.num_rows, self.batch * self.heads, 1)
-        self._launch("row_sum", sums, shares_memory=False, partial=partial, peak=flow.peak, out=out, num_splits=grid[0])
+        self._launch(
+            "row_sum", sums, shares_memory=False, partial=partial, grad_scale=saved.grad_scale, out=out, num_splits=grid[0]
+        )
         return out
 
-    def key_gradient(self, flow: RowGradients) -> torch.Tensor:
+    def key_gradient(self, saved: RowGradients) -> torch.Tensor:
         out = torch.empty(self.key.shape, dtype=torch.float16, device=self.device)
         grid = (math.ceil(self.num_keys / TILES.keys), self.batch * self.groups, 1)
-        self._launch("row_key_gradient", grid, out=out, peak=flow.peak, **self._flow(flow))
+        self._launch("row_key_gradient", grid, out=out, grad_scale=saved.grad_scale, **self._saved(saved))
         return out
 
-    def _flow(self, flow: RowGradients) -> dict[str, Any]:
-        return {"lse": flow.lse, "delta": flow.delta, "head_weights": flow.head_weights, **self._gradient(flow.full)}
+    def _saved(self, saved: RowGradients) -> dict[str, Any]:
+        return {"lse": saved.lse, "delta": saved.delta, **self._gradient(saved.full)}
 
     def _gradient(self, gradient: torch.Tensor) -> dict[str, Any]:
-        """[B, C, W, ..], as every head reads it: all heads the same where C is 1."""
-        head_stride = gradient.stride(1) if gradient.shape[1] == self.heads else 0
-        return {
-            "gradient": gradient, "gradient_b": gradient.stride(0), "gradient_h": head_stride, "num_words": gradient.shape[2],
-        }  # fmt: skip
+        gradient_b, gradient_h = gradient_strides(gradient, self.heads)
+        return {"gradient": gradient, "gradient_b": gradient_b, "gradient_h": gradient_h}
 
 
 row_maps_cuda = row_maps_operation("cuda", _CudaRows)

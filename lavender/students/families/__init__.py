@@ -1,5 +1,4 @@
-"""What differs between model families: a file per grid rule says where a student's image tokens lie, `denoisers` and `prompts`
-say where a teacher keeps its text.
+"""What differs between families of students: a file per grid rule gives the places of their image tokens.
 
 A student without an entry here is captured all the same; only the places of its image tokens are then unknown.
 """
@@ -8,18 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...errors import ConfigError, ModelError
+from ...errors import ConfigError, ModelError, warn_renamed
 
 
 @dataclass(frozen=True, eq=False)
-class Pictures:
+class ProcessedImages:
     """One call of a processor: all that the places of image tokens can follow from.
 
     Attributes:
@@ -58,15 +57,22 @@ class Family:
         collates: whether the answer follows the picture in one text, as `lavender.Collator` builds it.
         resamplers: the attention modules by which the model's few image tokens were made from many patches; the attention to an
             image token is then carried on to its patches, and `boxes` are those of the patches.
-        pictures: the fewest and the most pictures that a sample may have. Through a resampler exactly one is followed.
+        num_images: the fewest and the most pictures that a sample may have. Through a resampler exactly one is followed.
+        pictures: deprecated name of `num_images`.
     """
 
-    boxes: Callable[[Pictures], list[torch.Tensor]]
+    boxes: Callable[[ProcessedImages], list[torch.Tensor]]
     cross: bool = False
     answer_type: int = 0
     collates: bool = True
     resamplers: Callable[[nn.Module], list[nn.Module]] | None = None
-    pictures: tuple[int, float] = (0, math.inf)
+    num_images: tuple[int, float] = (0, math.inf)
+    pictures: InitVar[tuple[int, float] | None] = None
+
+    def __post_init__(self, pictures: tuple[int, float] | None) -> None:
+        if pictures is not None:
+            warn_renamed("Family(pictures=...)", "Family(num_images=...)")
+            object.__setattr__(self, "num_images", pictures)
 
 
 STUDENTS: dict[str, str | Family] = {

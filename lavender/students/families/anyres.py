@@ -15,54 +15,54 @@ from transformers.image_utils import ChannelDimension
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from ..boxes import shown_boxes, square_boxes, unframed_boxes
-from . import Family, Pictures
+from . import Family, ProcessedImages
 
 
-def _llava_next(pictures: Pictures) -> list[torch.Tensor]:
-    processor, tile = pictures.processor, _tile(pictures)
-    lattice = (tile[0] // processor.patch_size, tile[1] // processor.patch_size)
-    return [_two_views(processor, size, tile, lattice) for size in pictures.sizes]
+def _llava_next(images: ProcessedImages) -> list[torch.Tensor]:
+    processor, tile = images.processor, _tile(images)
+    grid = (tile[0] // processor.patch_size, tile[1] // processor.patch_size)
+    return [_two_views(processor, size, tile, grid) for size in images.sizes]
 
 
-def _llava_onevision(pictures: Pictures) -> list[torch.Tensor]:
-    processor, tile = pictures.processor, _tile(pictures)
+def _llava_onevision(images: ProcessedImages) -> list[torch.Tensor]:
+    processor, tile = images.processor, _tile(images)
     side = isqrt(processor.num_image_tokens)
     # Pictures that share a text are not tiled.
-    shared = [count > 1 for count in pictures.outputs["batch_num_images"].tolist() for _ in range(count)]
+    shared = [count > 1 for count in images.outputs["batch_num_images"].tolist() for _ in range(count)]
     return [
         _one_view(size, (side, side)) if several else _two_views(processor, size, tile, (side, side))
-        for size, several in zip(pictures.sizes, shared, strict=True)
+        for size, several in zip(images.sizes, shared, strict=True)
     ]
 
 
-def _tile(pictures: Pictures) -> tuple[int, int]:
+def _tile(images: ProcessedImages) -> tuple[int, int]:
     """Height and width of a tile in pixels."""
-    height, width = pictures.outputs["pixel_values"][0][0].shape[-2:]
+    height, width = images.outputs["pixel_values"][0][0].shape[-2:]
     return height, width
 
 
-def _two_views(processor: Any, size: tuple[int, int], tile: tuple[int, int], lattice: tuple[int, int]) -> torch.Tensor:
-    """The picture squeezed onto one tile, row by row, then its rows in the frame of tiles; `lattice` is one tile's."""
+def _two_views(processor: Any, size: tuple[int, int], tile: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
+    """The picture squeezed onto one tile, row by row, then its rows in the frame of tiles; `grid` is one tile's."""
     frame = select_best_resolution(size, processor.image_processor.image_grid_pinpoints)
     tiles = (frame[0] // tile[0], frame[1] // tile[1])
-    whole = (lattice[0] * tiles[0], lattice[1] * tiles[1])
+    whole = (grid[0] * tiles[0], grid[1] * tiles[1])
     # The model's own function says how many rows or columns it keeps, out of the middle.
     kept = unpad_image(torch.empty(1, *whole, device="meta"), size).shape[1:]
     # LLaVA-OneVision shrinks what it keeps to fewer tokens; LLaVA-NeXT does not.
-    tokens, rows = processor._get_unpadded_features(*size, *lattice, *tiles)
-    newlines = torch.full((rows, 1, 4), torch.nan)
+    tokens, grid_height = processor._get_unpadded_features(*size, *grid, *tiles)
+    newlines = torch.full((grid_height, 1, 4), torch.nan)
     if not tokens:  # A sliver, thinner than a token, keeps the newlines alone.
-        return torch.cat([square_boxes(*lattice), newlines.flatten(0, 1)])
+        return torch.cat([square_boxes(*grid), newlines.flatten(0, 1)])
     share = (torch.tensor(kept) / torch.tensor(whole)).repeat(2)
-    view = (1 - share) / 2 + square_boxes(rows, tokens // rows) * share
+    view = (1 - share) / 2 + square_boxes(grid_height, tokens // grid_height) * share
     fitted = get_patch_output_size(torch.empty(1, *size, device="meta"), frame, ChannelDimension.FIRST)
-    lines = _centered(view, frame, fitted).view(rows, -1, 4)
-    return torch.cat([square_boxes(*lattice), torch.cat([lines, newlines], dim=1).flatten(0, 1)])
+    lines = _centered(view, frame, fitted).view(grid_height, -1, 4)
+    return torch.cat([square_boxes(*grid), torch.cat([lines, newlines], dim=1).flatten(0, 1)])
 
 
-def _one_view(size: tuple[int, int], lattice: tuple[int, int]) -> torch.Tensor:
+def _one_view(size: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
     """The picture padded to a square, row by row, then one newline."""
-    boxes = _centered(square_boxes(*lattice), (max(size), max(size)), size)
+    boxes = _centered(square_boxes(*grid), (max(size), max(size)), size)
     return torch.cat([boxes, torch.full((1, 4), torch.nan)])
 
 

@@ -8,24 +8,24 @@ import torch
 
 from ...errors import ModelError
 from ..boxes import shown_boxes, square_boxes, tiled_boxes
-from . import Family, Pictures
+from . import Family, ProcessedImages
 from .tiles import layout_function
 
 
-def _mllama(pictures: Pictures) -> list[torch.Tensor]:
-    """The picture is fitted into tiles at the top left; every tile is a class token and a lattice, and empty ones follow."""
-    image_processor = pictures.processor.image_processor
+def _mllama(images: ProcessedImages) -> list[torch.Tensor]:
+    """The picture is fitted into tiles at the top left; every tile is a class token and a grid, and empty ones follow."""
+    image_processor = images.processor.image_processor
     tile, most = image_processor.size["height"], image_processor.max_image_tiles
-    side = tile // pictures.patch_size
+    side = tile // images.patch_size
     boxes = []
-    for size in pictures.sizes:
+    for size in images.sizes:
         canvas = layout_function(image_processor, "get_optimal_tiled_canvas")(*size, most, tile)
         fitted = layout_function(image_processor, "get_image_size_fit_to_canvas")(*size, *canvas, tile)
-        rows, columns = (int(edge) // tile for edge in canvas)
+        grid_height, grid_width = (int(edge) // tile for edge in canvas)
         stretch = torch.tensor([int(a) / int(b) for a, b in zip(canvas, fitted, strict=True)]).repeat(2)
         keys = torch.full((most, 1 + side * side, 4), torch.nan)
-        shown = shown_boxes(tiled_boxes(rows, columns, square_boxes(side, side)) * stretch)
-        keys[: rows * columns, 1:] = shown.view(rows * columns, -1, 4)
+        shown = shown_boxes(tiled_boxes(grid_height, grid_width, square_boxes(side, side)) * stretch)
+        keys[: grid_height * grid_width, 1:] = shown.view(grid_height * grid_width, -1, 4)
         boxes.append(keys.flatten(0, 1))
     return boxes
 
@@ -33,24 +33,24 @@ def _mllama(pictures: Pictures) -> list[torch.Tensor]:
 MLLAMA = Family(boxes=_mllama, cross=True)
 
 
-def _idefics(pictures: Pictures) -> list[torch.Tensor]:
-    """The picture is stretched to the tower's square; a class token stands before its lattice."""
-    side = pictures.processor.image_processor.image_size // pictures.patch_size
-    if pictures.config.use_resampler:
+def _idefics(images: ProcessedImages) -> list[torch.Tensor]:
+    """The picture is stretched to the tower's square; a class token stands before its grid."""
+    side = images.processor.image_processor.image_size // images.patch_size
+    if images.config.use_resampler:
         raise ModelError("Idefics' resampler mixes all patches, and lavender cannot read its attention: there are no places")
-    return [torch.cat([torch.full((1, 4), torch.nan), square_boxes(side, side)])] * len(pictures.sizes)
+    return [torch.cat([torch.full((1, 4), torch.nan), square_boxes(side, side)])] * len(images.sizes)
 
 
 IDEFICS = Family(boxes=_idefics, cross=True, collates=False)
 
 
-def _florence2(pictures: Pictures) -> list[torch.Tensor]:
-    """The picture is stretched to the tower's square; the mean of all places stands before its lattice.
+def _florence2(images: ProcessedImages) -> list[torch.Tensor]:
+    """The picture is stretched to the tower's square; the mean of all places stands before its grid.
 
     The tower's strided convolutions look about half a token further up and left than their boxes, which is left as it is.
     """
-    side = isqrt(pictures.processor.num_image_tokens - 1)
-    return [torch.cat([torch.full((1, 4), torch.nan), square_boxes(side, side)])] * len(pictures.sizes)
+    side = isqrt(images.processor.num_image_tokens - 1)
+    return [torch.cat([torch.full((1, 4), torch.nan), square_boxes(side, side)])] * len(images.sizes)
 
 
 FLORENCE2 = Family(boxes=_florence2, collates=False)

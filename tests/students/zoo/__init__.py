@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+import subprocess
+from collections.abc import Callable, Iterable
+from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
-from PIL import Image
+import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.video_processing_utils import BaseVideoProcessor
+
+from lavender import __version__
+from lavender.testing.student import Student
 
 _WORDS = "a b c d e f g h red blue green cat dog hat tree house what is in the picture of and on . ? !"
 WORDS = tuple(_WORDS.split())
 """What the zoo's tokenizers know, a token each, beside special tokens."""
-
-
-@dataclass(frozen=True, eq=False)
-class Student:
-    """A tiny model in float32 and eval mode, attending by sdpa, and what turns pictures and texts into its inputs.
-
-    Attributes:
-        model: random weights, a few layers.
-        processor: the family's own processor class, with its own image processor.
-        placeholder: what stands for one picture in a text given to the processor.
-    """
-
-    model: PreTrainedModel
-    processor: Any
-    placeholder: str
-
-    def encode(self, images: Sequence[Image.Image], texts: Sequence[str]) -> dict[str, Any]:
-        """Model inputs for one picture and one text each, padded to one length."""
-        given = [f"{self.placeholder} {text}" for text in texts]
-        batch = self.processor(images=[[image] for image in images], text=given, padding=True, return_tensors="pt")
-        return dict(batch)
 
 
 def tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:
@@ -71,24 +55,59 @@ def with_video(processor: type, video: type[BaseVideoProcessor] = BaseVideoProce
         return processor(**parts, video_processor=video())
 
 
-def seeded(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """A model whose random weights are the same every time, larger than the library's: attention is far from uniform."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = build()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim >= 2:
-                    parameter.normal_(0, 0.2)
-    return model.float().eval()
-
-
 MODULES = ("square", "thw", "sizes", "anyres", "tiles", "cross", "resampler")
+"""One per grid rule."""
+NUM_SAMPLED = 12
+"""Families that the fast gate tests; all of them carry the mark `full`."""
 
 
 def students() -> dict[str, Callable[[], Student]]:
     """Every tiny model's builder by name: the model type, or `type/variant`."""
-    found: dict[str, Callable[[], Student]] = {}
-    for module in MODULES:
-        found.update(import_module(f"{__name__}.{module}").STUDENTS)
-    return found
+    return {name: builder for builders in _by_rule().values() for name, builder in builders.items()}
+
+
+@cache
+def built(name: str) -> Student:
+    """A tiny model, the same object at every call: tests that change it take `built(name).copy()`."""
+    return students()[name]()
+
+
+def families(where: Callable[[Student], bool] = lambda student: True) -> list[str]:
+    """Sorted names of the students that a condition holds for."""
+    return [name for name in sorted(students()) if where(built(name))]
+
+
+def sampled(names: Iterable[str]) -> list[Any]:
+    """Names as parameters of a test: those that are not in this commit's sample carry the mark `full`.
+
+    The first name stays in the fast gate where the sample has none of them.
+    """
+    names = list(names)
+    fast = sample_of(_commit()).intersection(names) or names[:1]
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.full) for name in names]
+
+
+def sample_of(commit: str) -> frozenset[str]:
+    """`NUM_SAMPLED` names that a commit's hash chooses, one per grid rule at least."""
+
+    def order(name: str) -> bytes:
+        return hashlib.sha256(f"{commit} {name}".encode()).digest()
+
+    chosen = {min(builders, key=order) for builders in _by_rule().values()}
+    rest = sorted(students().keys() - chosen, key=order)
+    return frozenset(chosen | {*rest[: NUM_SAMPLED - len(chosen)]})
+
+
+@cache
+def _by_rule() -> dict[str, dict[str, Callable[[], Student]]]:
+    return {module: import_module(f"{__name__}.{module}").STUDENTS for module in MODULES}
+
+
+@cache
+def _commit() -> str:
+    """The checked-out commit; lavender's version where there is no git."""
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return __version__

@@ -23,7 +23,9 @@ from transformers import (
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-from . import Student, seeded, tokenizer, with_video
+from lavender.testing.student import Student, seeded
+
+from . import tokenizer, with_video
 
 TILE = {"height": 48, "width": 48}
 FRAMES = [[48, 96], [96, 48], [96, 96], [144, 48], [48, 144]]

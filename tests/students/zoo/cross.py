@@ -28,7 +28,9 @@ from transformers.models.idefics.image_processing_pil_idefics import IdeficsImag
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
-from . import Student, seeded, tokenizer
+from lavender.testing.student import Student, seeded
+
+from . import tokenizer
 
 TILE = {"height": 32, "width": 32}
 

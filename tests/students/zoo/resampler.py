@@ -35,9 +35,10 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
 from lavender.students.boxes import square_boxes
-from lavender.students.families import Family, Pictures, register_family
+from lavender.students.families import Family, ProcessedImages, register_family
+from lavender.testing.student import Student, seeded
 
-from . import Student, seeded, tokenizer
+from . import tokenizer
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 QUERIES = 4
@@ -321,7 +322,7 @@ class FlamingoProcessor(ProcessorMixin):
         return self.image_token
 
 
-def _stretched(pictures: Pictures) -> list[torch.Tensor]:
+def _stretched(pictures: ProcessedImages) -> list[torch.Tensor]:
     size, patch = pictures.processor.image_processor.size, pictures.config.vision_config.patch_size
     return [square_boxes(size["height"] // patch, size["width"] // patch) for _ in pictures.sizes]
 

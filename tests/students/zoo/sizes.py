@@ -20,7 +20,9 @@ from transformers import (
 from transformers.models.pixtral import image_processing_pil_pixtral
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
-from . import Student, seeded, tokenizer
+from lavender.testing.student import Student, seeded
+
+from . import tokenizer
 
 PATCH = 8
 

@@ -52,7 +52,9 @@ from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProce
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from . import Student, seeded, tokenizer
+from lavender.testing.student import Student, seeded
+
+from . import tokenizer
 
 SIDE = 48
 PATCH = 8

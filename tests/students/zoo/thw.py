@@ -22,7 +22,9 @@ from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProce
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.video_llama_3.image_processing_pil_video_llama_3 import VideoLlama3ImageProcessorPil
 
-from . import Student, seeded, tokenizer, with_video
+from lavender.testing.student import Student, seeded
+
+from . import tokenizer, with_video
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 """Heads of 8: four frequencies, two for the order in the text and one each for rows and columns."""

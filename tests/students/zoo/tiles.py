@@ -43,7 +43,9 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from transformers.processing_utils import ImagesKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from . import Student, seeded, tokenizer, with_video
+from lavender.testing.student import Student, seeded
+
+from . import tokenizer, with_video
 
 TEXT = {
     "hidden_size": 32,

@@ -3,6 +3,8 @@
     accelerate launch --config_file examples/engines/zero3.yaml ... worker.py settings.json
 
 It fails unless the engine really does what its name says. `words.RANK.json` in a run's folder has the process's own matched words.
+A run with `kill_after` is killed after so many steps, in processes that every worker forks for it; then the workers call the same
+`fine_tune`.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 
 os.environ.update(DS_ACCELERATOR="cpu", ACCELERATE_TORCH_DEVICE="cpu")
 
+import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -28,7 +31,7 @@ from lavender.training import train
 
 
 class Witness(TrainerCallback):
-    """Sees that the engine is at work, counts words, and kills the process when it is told to."""
+    """Asserts that the engine is at work, counts words, and kills the process at the end of step `kill_after`."""
 
     def __init__(self, engine, trainer, out, kill_after):
         self.engine, self.trainer, self.out, self.kill_after = engine, trainer, out, kill_after
@@ -64,7 +67,7 @@ class Witness(TrainerCallback):
                 assert sum(p.to_local().numel() for p in aligner) < sum(p.numel() for p in aligner)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.words.append(int(self.patch.last.present.sum()))
+        self.words.append(int(self.patch.last.batch.present.sum()))
         if state.global_step == self.kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -87,28 +90,48 @@ def go_without_gpus(engine):
     return {}
 
 
-def main(settings):
-    engine = settings["engine"]
-    arguments = {"logging_steps": 1} | go_without_gpus(engine)
+def train_until_killed(run, settings, arguments):
+    """Trains in a process of its own, which SIGKILL ends in the middle of the run."""
+    child = os.fork()
+    if not child:
+        fine_tune(run, settings, arguments, kill_after=run["kill_after"])
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    # The launcher's store still has the addresses of the processes that died: meet at another one.
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=str(int(os.environ["MASTER_PORT"]) + 1))
+
+
+def fine_tune(run, settings, arguments, kill_after=None):
     fit = train._train
+
+    def witnessed(trainer, checkpoint):
+        out = Path(trainer.args.output_dir).parent
+        trainer.add_callback(Witness(settings["engine"], trainer, out, kill_after))
+        fit(trainer, checkpoint)
+
+    train._train = witnessed
+    train.fine_tune(
+        settings["model"],
+        read_samples(settings["data"]),
+        run["out"],
+        TrainingConfig(**run["training"] | {"arguments": arguments | run["training"].get("arguments", {})}),
+        targets=TargetStore(run["targets"]),
+        alignment=AlignmentConfig(weight=2.0, hidden_channels=8),
+        progress=False,
+    )
+    train._train = fit
+
+
+def main(settings):
+    arguments = {"logging_steps": 1} | go_without_gpus(settings["engine"])
     for run in settings["runs"]:
-
-        def witnessed(trainer, checkpoint, run=run):
-            out = Path(trainer.args.output_dir).parent
-            trainer.add_callback(Witness(engine, trainer, out, run.get("kill_after")))
-            fit(trainer, checkpoint)
-
-        train._train = witnessed
-        train.fine_tune(
-            settings["model"],
-            read_samples(settings["data"]),
-            run["out"],
-            TrainingConfig(**run["training"] | {"arguments": arguments | run["training"].get("arguments", {})}),
-            targets=TargetStore(run["targets"]),
-            alignment=AlignmentConfig(weight=2.0, hidden_channels=8),
-            progress=False,
-        )
+        if "kill_after" in run:
+            train_until_killed(run, settings, arguments)
+        fine_tune(run, settings, arguments)
 
 
 if __name__ == "__main__":
     main(json.loads(Path(sys.argv[1]).read_text()))
+    if dist.is_initialized():
+        # Its threads would run into the end of the interpreter.
+        dist.destroy_process_group()

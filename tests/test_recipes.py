@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from lavender.miniworld import fitting
-from lavender.miniworld.student import StudentRecipe, _pack, _patch_labels, make_processor, train_student
-from lavender.miniworld.teacher import TeacherRecipe, train_teacher
+from recipes import fitting
+from recipes.student import StudentRecipe, _pack, _patch_labels, make_processor, train_student
+from recipes.teacher import TeacherRecipe, train_teacher
 
 
 @pytest.fixture(autouse=True)
@@ -101,3 +104,17 @@ def test_packed_turns_read_as_separate_conversations(scenes):
             assert torch.equal(packed.positions[row][chosen], torch.arange(len(expected)))
             labels = packed.labels[row][chosen]
             assert processor.tokenizer.decode(labels[labels != -100]) == question.answer + "</s>"
+
+
+def test_the_commands_earlier_name_works_and_says_the_new_one():
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "lavender.miniworld", "train", "--help"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: python -m recipes train")
+    assert "use python -m recipes" in done.stderr
+
+
+def test_the_package_does_not_know_its_recipes():
+    for path in (Path(__file__).parents[1] / "lavender").rglob("*.py"):
+        assert "import recipes" not in path.read_text(), path
+        assert "from recipes" not in path.read_text(), path

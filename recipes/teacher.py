@@ -20,8 +20,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from lavender.miniworld.scenes import IMAGE_SIZE, make_scenes
+
 from .fitting import declare_float32, fit
-from .scenes import IMAGE_SIZE, make_scenes
 
 MAX_TOKENS = 32
 LATENT_SIZE = IMAGE_SIZE // 4

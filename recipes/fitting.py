@@ -46,7 +46,6 @@ def fit(
 
     Returns the cost: `{"steps", "cpu_seconds", "loss"}`, the loss averaged over the last 100 steps.
     """
-    done_path = folder / f"{name}.json"
     state_path = folder / f"{name}.state.pt"
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99))
@@ -94,10 +93,8 @@ def fit(
         for parameter, average in zip(parameters, averaged, strict=True):
             parameter.copy_(average)
     module.eval()
-    cost = {
+    return {
         "steps": steps,
         "cpu_seconds": round(cpu_before + time.process_time() - start),
         "loss": round(sum(recent) / len(recent), 5),
     }
-    done_path.write_text(json.dumps(cost))
-    return cost

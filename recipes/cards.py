@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..config import TeacherConfig
-from ..evaluation.localization import compare_targets, evaluate_answers, evaluate_attention, teacher_maps
-from ..patching import patch
-from ..teachers.model import Teacher, load_pipeline
-from ..training.train import load_student
-from .experiment import held_out_scenes
-from .scenes import Scene
+from lavender.config import TeacherConfig
+from lavender.miniworld.experiment import held_out_scenes
+from lavender.miniworld.measures import compare_targets, evaluate_answers, evaluate_attention, teacher_maps
+from lavender.miniworld.scenes import Scene
+from lavender.patching import patch
+from lavender.teachers.model import Teacher, load_pipeline
+from lavender.training.train import load_student
+
 from .teacher import make_text_encoder, make_unet, to_float
 
 NUM_SCENES = 200
@@ -26,20 +27,19 @@ NUM_UNTRAINED = 5
 def measure_teacher(folder: Path) -> dict[str, Any]:
     """Localization under both inversions, of the same pipeline with an untrained U-Net, and the autoencoder's fidelity."""
     scenes = held_out_scenes(NUM_SCENES)
-    config = TeacherConfig()
     figures: dict[str, Any] = {"scenes": NUM_SCENES}
-    for name, own in (("ddim", config), ("noise", replace(config, inversion="noise"))):
-        teacher = Teacher(folder, own)
-        figures[name] = compare_targets(scenes, teacher_maps(teacher, scenes))
-    figures["untrained_unet"] = _measure_untrained(folder, scenes, text_encoder_too=False)
-    figures["untrained"] = _measure_untrained(folder, scenes, text_encoder_too=True)
+    for inversion in ("ddim", "noise"):
+        teacher = Teacher(folder, TeacherConfig(inversion=inversion))
+        figures[inversion] = compare_targets(scenes, teacher_maps(teacher, scenes))
+    figures["untrained_unet"] = measure_untrained(folder, scenes, text_encoder_too=False)
+    figures["untrained"] = measure_untrained(folder, scenes, text_encoder_too=True)
     figures["autoencoder_psnr_db"] = round(autoencoder_psnr(load_pipeline(folder).vae, scenes), 2)
     return figures
 
 
-def _measure_untrained(folder: Path, scenes: list[Scene], *, text_encoder_too: bool) -> dict[str, float]:
-    """Mean over several random U-Nets: with so few different words, each of them has likings of its own."""
-    found = []
+def measure_untrained(folder: Path, scenes: list[Scene], *, text_encoder_too: bool) -> dict[str, float]:
+    """Mean over several random U-Nets: with so few different words, each favors places of its own."""
+    per_seed = []
     for seed in range(NUM_UNTRAINED):
         pipe = load_pipeline(folder)
         torch.manual_seed(seed)
@@ -47,12 +47,12 @@ def _measure_untrained(folder: Path, scenes: list[Scene], *, text_encoder_too: b
         if text_encoder_too:
             pipe.text_encoder = make_text_encoder(pipe.tokenizer)
         teacher = Teacher(pipe, TeacherConfig(inversion="noise"))
-        found.append(compare_targets(scenes, teacher_maps(teacher, scenes))["maps"])
-    return {key: float(np.mean([figures[key] for figures in found])) for key in found[0]}
+        per_seed.append(compare_targets(scenes, teacher_maps(teacher, scenes))["maps"])
+    return {key: float(np.mean([figures[key] for figures in per_seed])) for key in per_seed[0]}
 
 
 @torch.no_grad()
-def autoencoder_psnr(autoencoder: Any, scenes: Any) -> float:
+def autoencoder_psnr(autoencoder: Any, scenes: Sequence[Scene]) -> float:
     """Peak signal-to-noise ratio of decoded against original pictures in decibels, mean over scenes."""
     pixels = to_float(torch.from_numpy(np.stack([s.pixels for s in scenes])).permute(0, 3, 1, 2))
     decoded = autoencoder.decode(autoencoder.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
@@ -67,7 +67,7 @@ def measure_student(folder: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {"scenes": NUM_SCENES, "answers": evaluate_answers(model, processor, scenes)}
     with patch(model) as handle:
         for rows in ("predicts", "reads"):
-            figures[f"attention_{rows}"] = evaluate_attention(handle, processor, scenes, rows)["raw"]  # type: ignore[arg-type]
+            figures[f"attention_{rows}"] = evaluate_attention(handle, processor, scenes, rows)["raw"]
     return figures
 
 
@@ -147,7 +147,7 @@ def _how(model: str, record: dict[str, Any]) -> str:
     )
     return f"""## Recipe
 
-`python -m lavender.miniworld train {model} --seed {seed} --out FOLDER`; every number of it is in `recipe.json`.
+`python -m recipes train {model} --seed {seed} --out FOLDER`; every number of it is in `recipe.json`.
 
 {cost}
 

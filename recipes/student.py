@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +30,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lavender.miniworld.scenes import COLORS, DESCRIBE, IMAGE_SIZE, SHAPES, Scene, make_scenes
+
 from .fitting import declare_float32, fit
-from .scenes import COLORS, DESCRIBE, IMAGE_SIZE, SHAPES, Scene, make_scenes
 
 PATCH_SIZE = 8
 GRID = IMAGE_SIZE // PATCH_SIZE
@@ -74,7 +76,7 @@ def train_student(folder: Path, recipe: StudentRecipe) -> None:
     model = make_model(processor)
     vision_cost = _train_vision(model, scenes, recipe, states)
     language_cost = _train_language(model, processor, scenes, recipe, states)
-    model.to(torch.float16).save_pretrained(folder)
+    model.half().save_pretrained(folder)
     declare_float32(folder / "config.json")
     processor.save_pretrained(folder)
     record = {"recipe": asdict(recipe), "cost": {"vision": vision_cost, "language": language_cost}}
@@ -229,12 +231,16 @@ def _pack(processor: LlavaProcessor, scenes: list[Scene]) -> _Packed:
     image = tokenizer.image_token_id
     rows = []
     for scene in scenes:
-        ids, turns, positions, labels, is_caption = [], [], [], [], []
+        ids: list[int] = []
+        turns: list[int] = []
+        positions: list[int] = []
+        labels: list[int] = []
+        is_caption: list[bool] = []
         for turn, (question, answer) in enumerate([(DESCRIBE, scene.caption), *((q.text, q.answer) for q in scene.questions)]):
-            ask = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-            asked = processor.apply_chat_template(ask, add_generation_prompt=True)
-            full = processor.apply_chat_template([*ask, {"role": "assistant", "content": answer}])
-            num_asked = len(tokenizer(asked, add_special_tokens=False).input_ids)
+            messages: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+            prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+            full = processor.apply_chat_template([*messages, {"role": "assistant", "content": answer}])
+            num_prompt = len(tokenizer(prompt, add_special_tokens=False).input_ids)
             tokens = tokenizer(full, add_special_tokens=False).input_ids
             start = tokens.index(image)
             if not ids:
@@ -244,17 +250,17 @@ def _pack(processor: LlavaProcessor, scenes: list[Scene]) -> _Packed:
                 labels += [-100] * len(ids)
                 is_caption += [False] * len(ids)
                 prefix = len(ids)
-            own, hidden = tokens[start + 1 :], num_asked - start - 1
-            ids += own
-            turns += [turn + 1] * len(own)
-            positions += range(prefix, prefix + len(own))
-            labels += [-100] * hidden + own[hidden:]
-            is_caption += [turn == 0] * len(own)
+            text, num_hidden = tokens[start + 1 :], num_prompt - start - 1
+            ids += text
+            turns += [turn + 1] * len(text)
+            positions += range(prefix, prefix + len(text))
+            labels += [-100] * num_hidden + text[num_hidden:]
+            is_caption += [turn == 0] * len(text)
         rows.append((ids, turns, positions, labels, is_caption))
     length = max(len(row[0]) for row in rows)
     paddings = (tokenizer.pad_token_id, -1, 0, -100, False)
-    columns = (torch.tensor([row[c] + [padding] * (length - len(row[c])) for row in rows]) for c, padding in enumerate(paddings))
-    return _Packed(*columns)
+    fields = zip(zip(*rows, strict=True), paddings, strict=True)
+    return _Packed(*(torch.tensor([values + [padding] * (length - len(values)) for values in field]) for field, padding in fields))
 
 
 def _train_language(

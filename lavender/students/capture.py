@@ -1,0 +1,108 @@
+"""One captured forward: what it asks of the attention layers, what they recorded, and the maps made of that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import AlignmentConfig
+from ..errors import CaptureError
+from ..types import WordBatch, WordRows
+from .aligner import HiddenStates, keeps_heads
+from .boxes import grid_of, rasterize
+from .registry import Request
+from .resamplers import Resamplers
+
+
+@dataclass(eq=False)
+class Forward:
+    """One captured forward: the request made of the batch's words, and what becomes of its recordings.
+
+    With `aggregation="parallel"`, a forward that is aligned records the layers' inputs instead of their attention.
+
+    Attributes:
+        words: the batch's words and image tokens.
+        inputs: the model's inputs, without these.
+        config: what is captured.
+        layers: the captured attention modules -> their numbers.
+        crosses: whether these attend to the picture's keys instead of the text.
+        aligns: whether the maps go to the aligner, or to the caller as they are.
+        length: T, the length of the text.
+        resamplers: what made the image tokens of many patches, if the model has it and the batch has boxes.
+    """
+
+    words: WordBatch
+    inputs: dict[str, Any]
+    config: AlignmentConfig
+    layers: dict[nn.Module, int]
+    crosses: bool
+    aligns: bool
+    length: int
+    resamplers: Resamplers | None
+    request: Request | None = field(init=False, default=None)
+    hidden: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        words, config = self.words, self.config
+        # The row before a token predicts it; the token's own row reads it.
+        rows = words.tokens if config.rows == "reads" else (words.tokens - 1).clamp_min(-1)
+        self.rows = WordRows(rows, words.token_words, words.token_weights, words.present.shape[1])
+        if not (self.aligns and config.aggregation == "parallel"):
+            self.request = Request(
+                self.rows,
+                words.image_positions,
+                self.layers,
+                cross=self.crosses,
+                renormalize=config.renormalize,
+                # Where the aligner sees the mean over heads alone, no map per head is made.
+                keep_heads=not self.aligns or keeps_heads(config),
+                length=self.length,
+            )
+
+    def record_hidden(self, layer: int, hidden: torch.Tensor) -> None:
+        """Keeps what the parallel attention reads of a layer's input [B, T, D]."""
+        samples = torch.arange(len(hidden), device=hidden.device)[:, None]
+        queries, keys = (hidden[samples, at.clamp_min(0)] for at in (self.rows.rows, self.words.image_positions))
+        self.hidden.setdefault(layer, (queries, keys))
+
+    def attention(self) -> torch.Tensor:
+        """The recorded attention [B, L, H, W, M]."""
+        assert self.request is not None
+        return torch.stack(self._in_order(self.request.recorded), dim=1)
+
+    def source(self) -> torch.Tensor | HiddenStates:
+        """What the aligner takes: the recorded attention, or hidden states."""
+        if self.request is not None:
+            return self.attention()
+        pairs = self._in_order(self.hidden)
+        queries, keys = (torch.stack(states, dim=1) for states in zip(*pairs, strict=True))
+        rows, columns = (
+            torch.arange(at.shape[1], device=at.device).where(at >= 0, -1) for at in (self.rows.rows, self.words.image_positions)
+        )
+        return HiddenStates(queries, keys, replace(self.rows, rows=rows), columns)
+
+    def _in_order(self, recorded: dict[int, Any]) -> list[Any]:
+        num_layers = len(self.layers)
+        missing = [layer for layer in range(num_layers) if layer not in recorded]
+        if missing:
+            raise CaptureError(
+                f"{len(missing)} of {num_layers} attention layers recorded nothing (numbers {missing}). Was the attention "
+                "implementation changed after lavender.patch? Then unpatch, set it, patch again. Or does the layer around "
+                f"{type(next(iter(self.layers))).__name__} keep its keyword arguments to itself? Then lavender cannot reach it"
+            )
+        return [recorded[layer] for layer in range(num_layers)]
+
+    def place(self, maps: torch.Tensor) -> torch.Tensor:
+        """Attention by image token, [B, L, H, W, M], on the grid, [B, L, H, W, y, x], if the batch has boxes."""
+        boxes = self.words.boxes
+        if boxes is None:
+            return maps
+        if self.resamplers is not None:
+            maps = self.resamplers.compose(maps)
+        height, width = grid_of(boxes)
+        if self.aligns:
+            height, width = min(height, self.config.max_grid), min(width, self.config.max_grid)
+        return rasterize(maps, boxes, (height, width))

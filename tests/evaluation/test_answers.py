@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+from lavender.evaluation.answers import accuracy, generate
+from lavender.miniworld import STUDENT
+from lavender.training.train import load_student
+
+
+def test_wilson_interval():
+    """Against the closed form worked by hand for 8 of 10."""
+    result = accuracy([True] * 8 + [False] * 2)
+    assert (result.accuracy, result.low, result.high) == (0.8, 0.4902, 0.9433)
+    assert accuracy([True] * 5).high == 1.0
+
+
+def test_generated_answers_do_not_depend_on_the_batch(scenes):
+    model, processor = load_student(STUDENT)
+    questions = [s.questions[i % 3].text for i, s in enumerate(scenes[:6])]
+    together = generate(model, processor, [s.image for s in scenes[:6]], questions, 6)
+    alone = [generate(model, processor, [s.image], [q], 6)[0] for s, q in zip(scenes[:6], questions, strict=True)]
+    assert together == alone
+    assert together == [s.questions[i % 3].answer for i, s in enumerate(scenes[:6])]
