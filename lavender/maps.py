@@ -1,4 +1,4 @@
-"""What a patched model looked at: one word's heat map, laid over a picture, plotted, or differentiated."""
+"""Word maps of a patched model: one word's heat map, laid over a picture, plotted, or differentiated."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ class HeatMap:
                 raise DataError(
                     f"an array of {image.dtype} {image.shape} is no picture; expected [y, x, 3], uint8 or floats up to 1"
                 )
-            picture = image if image.dtype == np.uint8 else (image.clip(0, 1) * 255).round().astype(np.uint8)
+            pixels = image if image.dtype == np.uint8 else (image.clip(0, 1) * 255).round().astype(np.uint8)
         else:
-            picture = np.asarray(load_image(image))
-        return Image.fromarray(overlay(picture, self.to_numpy(), opacity, colormap))
+            pixels = np.asarray(load_image(image))
+        return Image.fromarray(overlay(pixels, self.to_numpy(), opacity, colormap))
 
     def plot(self, image: ImageSource | NDArray[Any] | None = None, ax: Axes | None = None) -> Axes:
         """Draws the map, over the picture if there is one, with the word as title, on matplotlib axes."""
@@ -217,8 +217,8 @@ class Maps(Mapping[str, HeatMap]):
         starts = self._starts(parts) or self._starts([part.casefold() for part in parts], fold=True)
         if not starts:  # part of a run that has no spaces, or another composition of the letters
             parts = parts[:1]
-            [found] = match_words(self.text, [word])
-            starts = [i for i, w in enumerate(self.words) if any(w.start <= p.start and p.end <= w.end for p in found)]
+            [parts_of_run] = match_words(self.text, [word])
+            starts = [i for i, w in enumerate(self.words) if any(w.start <= p.start and p.end <= w.end for p in parts_of_run)]
         if not 0 <= occurrence < len(starts):
             known = list(dict.fromkeys(w.text for w in self.words))
             raise KeyError(f"no word {word!r} (occurrence {occurrence}) in {self.text!r}; its words: {known}")
@@ -233,10 +233,10 @@ class Maps(Mapping[str, HeatMap]):
 
     def _starts(self, parts: Sequence[str], fold: bool = False) -> list[int]:
         """Where the words `parts` stand one after the other."""
-        own = [word.text.casefold() if fold else word.text for word in self.words]
-        runs = [self.words[i : i + len(parts)] for i in range(len(own) - len(parts) + 1)]
+        texts = [word.text.casefold() if fold else word.text for word in self.words]
+        runs = [self.words[i : i + len(parts)] for i in range(len(texts) - len(parts) + 1)]
         in_order = [all(a.end <= b.start for a, b in pairwise(run)) for run in runs]
-        return [i for i, ordered in enumerate(in_order) if ordered and own[i : i + len(parts)] == list(parts)]
+        return [i for i, ordered in enumerate(in_order) if ordered and texts[i : i + len(parts)] == list(parts)]
 
     def _wanted(self, layers: Sequence[str | int], step: int | None) -> list[LayerMaps]:
         names = self.layers
@@ -282,13 +282,13 @@ class Maps(Mapping[str, HeatMap]):
         shown = [i for i, word in enumerate(self.words) if word not in self.missing]
         if not shown:
             raise CaptureError(f"no word of {self.text!r} has a map")
-        rows = -(-len(shown) // columns)
+        height = -(-len(shown) // columns)
         width = min(columns, len(shown))
-        figure, axes = plt.subplots(rows, width, figsize=(2.4 * width, 2.7 * rows), squeeze=False, layout="constrained")
-        for place in axes.flat:
-            place.set_axis_off()
-        for place, index in zip(axes.flat, shown, strict=False):
-            self.heat_map_of(index).plot(image, place)
+        figure, axes = plt.subplots(height, width, figsize=(2.4 * width, 2.7 * height), squeeze=False, layout="constrained")
+        for axis in axes.flat:
+            axis.set_axis_off()
+        for axis, index in zip(axes.flat, shown, strict=False):
+            self.heat_map_of(index).plot(image, axis)
         return figure
 
     def __repr__(self) -> str:

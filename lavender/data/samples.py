@@ -67,11 +67,11 @@ _ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human":
 """The names of roles in chat templates and in LLaVA's files."""
 
 
-def as_conversation(given: Sample | Conversation | Mapping[str, Any]) -> Conversation:
+def as_conversation(sample: Sample | Conversation | Mapping[str, Any]) -> Conversation:
     """Whatever `lavender.Collator` takes as one sample, as a conversation that is sound and has a place for every picture.
 
     Args:
-        given: a sample, a conversation, or a mapping: with the fields of a `Sample`, or with `"id"`, `"image"` or `"images"`, and
+        sample: a sample, a conversation, or a mapping: with the fields of a `Sample`, or with `"id"`, `"image"` or `"images"`, and
             `"messages"` or `"conversations"`. Its messages are `{"role", "content"}`, where the content is a text or a list of
             parts `{"type": "image"}` and `{"type": "text", "text"}`, or LLaVA's `{"from": "human" or "gpt", "value"}`.
 
@@ -81,24 +81,24 @@ def as_conversation(given: Sample | Conversation | Mapping[str, Any]) -> Convers
     Raises:
         DataError: it is none of these, or it lacks something; the message names the sample.
     """
-    if isinstance(given, Conversation):
-        conversation = given
-    elif isinstance(given, Sample):
-        conversation = _of_sample(given)
-    elif not isinstance(given, Mapping):
-        raise DataError(f"a sample is a {type(given).__name__}; expected a Sample, a Conversation or a mapping")
-    elif given.get("messages") is not None or given.get("conversations") is not None:
-        conversation = _of_mapping(given)
+    if isinstance(sample, Conversation):
+        conversation = sample
+    elif isinstance(sample, Sample):
+        conversation = _of_sample(sample)
+    elif not isinstance(sample, Mapping):
+        raise DataError(f"a sample is a {type(sample).__name__}; expected a Sample, a Conversation or a mapping")
+    elif sample.get("messages") is not None or sample.get("conversations") is not None:
+        conversation = _of_mapping(sample)
     else:
-        missing = [name for name in Sample.__dataclass_fields__ if name not in given]
+        missing = [name for name in Sample.__dataclass_fields__ if name not in sample]
         if missing:
             raise DataError(
-                f"a sample lacks {', '.join(missing)}; it has {', '.join(map(str, given))}. Give id, image, question and answer, "
+                f"a sample lacks {', '.join(missing)}; it has {', '.join(map(str, sample))}. Give id, image, question and answer, "
                 "or id, images and messages"
             )
-        conversation = _of_sample(Sample(**{name: given[name] for name in Sample.__dataclass_fields__}))
+        conversation = _of_sample(Sample(**{name: sample[name] for name in Sample.__dataclass_fields__}))
     _require_sound(conversation)
-    return _placed(conversation)
+    return _place_images(conversation)
 
 
 def _of_sample(sample: Sample) -> Conversation:
@@ -110,29 +110,31 @@ def _of_sample(sample: Sample) -> Conversation:
     return Conversation(str(sample.id), (sample.image,), (Message("user", sample.question), Message("assistant", sample.answer)))
 
 
-def _of_mapping(given: Mapping[str, Any]) -> Conversation:
-    if given.get("id") is None:
-        raise DataError(f'a sample has no "id"; give each one of its own. It has {", ".join(map(str, given))}')
-    name = f"sample {given['id']!r}"
-    messages = given["messages"] if given.get("messages") is not None else given["conversations"]
+def _of_mapping(sample: Mapping[str, Any]) -> Conversation:
+    if sample.get("id") is None:
+        raise DataError(f'a sample has no "id"; give each one of its own. It has {", ".join(map(str, sample))}')
+    name = f"sample {sample['id']!r}"
+    messages = sample["messages"] if sample.get("messages") is not None else sample["conversations"]
     if not isinstance(messages, list | tuple):
         raise DataError(f"{name}: its messages are a {type(messages).__name__}; expected a list")
-    if given.get("image") is not None and given.get("images") is not None:
+    if sample.get("image") is not None and sample.get("images") is not None:
         raise DataError(f'{name} has both "image" and "images"; give one of them')
-    images = given["images"] if given.get("images") is not None else given.get("image")
+    images = sample["images"] if sample.get("images") is not None else sample.get("image")
     if images is None:
         images = ()
     elif not isinstance(images, list | tuple):
         images = (images,)
-    own = tuple(_message_of(message, f"{name}, message {n}") for n, message in enumerate(messages, start=1))
-    return Conversation(str(given["id"]), tuple(images), own)
+    turns = tuple(_message_of(message, f"{name}, message {n}") for n, message in enumerate(messages, start=1))
+    return Conversation(str(sample["id"]), tuple(images), turns)
 
 
-def _message_of(given: Any, name: str) -> Message:
-    if not isinstance(given, Mapping):
-        raise DataError(f'{name} is a {type(given).__name__}; expected a mapping with "role" and "content", or "from" and "value"')
+def _message_of(message: Any, name: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise DataError(
+            f'{name} is a {type(message).__name__}; expected a mapping with "role" and "content", or "from" and "value"'
+        )
     role, content = (
-        given.get(a) if given.get(a) is not None else given.get(b) for a, b in (("role", "from"), ("content", "value"))
+        message.get(a) if message.get(a) is not None else message.get(b) for a, b in (("role", "from"), ("content", "value"))
     )
     if isinstance(content, list | tuple):
         content = "".join(_part_of(part, name) for part in content)
@@ -177,7 +179,7 @@ def _require_sound(conversation: Conversation) -> None:
         raise DataError(f"{name} begins with a message of the assistant; expected one of the user or the system before it")
 
 
-def _placed(conversation: Conversation) -> Conversation:
+def _place_images(conversation: Conversation) -> Conversation:
     """The conversation with a place for every picture, and its pictures in the order of their places."""
     messages, images = list(conversation.messages), conversation.images
     counts = [message.content.count(PLACEHOLDER) for message in messages]
@@ -222,11 +224,11 @@ def read_pairs(
     if is_folder(path):
         pairs = _pairs_of_folder(path)
     else:
-        folder, found = _folder_of(path, images), _json(path)
-        if isinstance(found, dict):
-            pairs = [Pair(*own) for own in _karpathy(path, found, split, folder, captions)]
+        folder, entries = _folder_of(path, images), _json(path)
+        if isinstance(entries, dict):
+            pairs = [Pair(*fields) for fields in _karpathy(path, entries, split, folder, captions)]
         else:
-            pairs = [_pair_of(place, entry, folder) for place, entry in found]
+            pairs = [_pair_of(place, entry, folder) for place, entry in entries]
     _require_unique([pair.id for pair in pairs], path)
     return pairs
 
@@ -248,18 +250,18 @@ def read_samples(
     """
     path = str(data) if is_url(data) else Path(data)
     samples: list[Sample | Conversation]
-    folder, found = _folder_of(path, images), _json(path)
-    if isinstance(found, dict):
+    folder, entries = _folder_of(path, images), _json(path)
+    if isinstance(entries, dict):
         samples = [
-            Sample(own_id, image, DEFAULT_QUESTION, caption)
-            for own_id, image, caption in _karpathy(path, found, split, folder, captions)
+            Sample(sample_id, image, DEFAULT_QUESTION, caption)
+            for sample_id, image, caption in _karpathy(path, entries, split, folder, captions)
         ]
     else:
         samples = [
             _sample_of(place, entry, folder)
             if entry.get("conversations") is None and entry.get("messages") is None
             else _conversation_of(place, entry, folder)
-            for place, entry in found
+            for place, entry in entries
         ]
     _require_unique([sample.id for sample in samples], path)
     return samples
@@ -328,14 +330,14 @@ def _karpathy_object(text: str) -> dict[str, Any] | None:
 
 
 def _karpathy(
-    path: str | Path, found: dict[str, Any], split: str | None, folder: str | Path, captions: str
+    path: str | Path, data: dict[str, Any], split: str | None, folder: str | Path, captions: str
 ) -> list[tuple[str, str | Path, str]]:
     """Id, picture and caption of every sample of Karpathy's format."""
     if captions not in ("first", "all"):
         raise ConfigError(f"captions is {captions!r}; choose first or all")
     samples: list[tuple[str, str | Path, str]] = []
     splits = set()
-    for n, image in enumerate(found["images"], start=1):
+    for n, image in enumerate(data["images"], start=1):
         place = f"{path}, image {n}"
         name = image.get("filename") if isinstance(image, dict) else None
         if not isinstance(name, str) or not name:
@@ -345,16 +347,18 @@ def _karpathy(
             continue
         sentences = image.get("sentences")
         texts: list[Any] = (
-            [own.get("raw") if isinstance(own, dict) else None for own in sentences] if isinstance(sentences, list) else []
+            [sentence.get("raw") if isinstance(sentence, dict) else None for sentence in sentences]
+            if isinstance(sentences, list)
+            else []
         )
         texts = texts[:1] if captions == "first" else texts
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise DataError(f"{place} ({name}): no captions; expected texts under 'raw' in 'sentences'")
-        picture = _within(folder, os.path.join(str(image.get("filepath") or ""), name), place)
+        source = _within(folder, os.path.join(str(image.get("filepath") or ""), name), place)
         for k, text in enumerate(texts):
             require_unicode(text, f"{place} ({name}): caption {k + 1}")
-            own_id = name if captions == "first" else f"{name}#{k}"
-            samples.append((own_id, picture, text.strip()))
+            sample_id = name if captions == "first" else f"{name}#{k}"
+            samples.append((sample_id, source, text.strip()))
     if not samples:
         raise DataError(f"{path} has no pictures of the split {split!r}; its splits are {', '.join(sorted(splits)) or 'none'}")
     return samples
@@ -372,18 +376,18 @@ def _sample_of(place: str, entry: Mapping[str, Any], folder: str | Path) -> Samp
 
 
 def _conversation_of(place: str, entry: Mapping[str, Any], folder: str | Path) -> Conversation:
-    own: dict[str, Any] = dict(entry)
+    sample: dict[str, Any] = dict(entry)
     for key in ("image", "images"):
         if entry.get(key) is None:
             continue
         names = entry[key] if isinstance(entry[key], list) else [entry[key]]
         if not all(isinstance(name, str) and name for name in names):
             raise DataError(f"{place}: {key!r} is {str(entry[key])[:80]}; expected a path or a list of paths")
-        own[key] = [_within(folder, name, place) for name in names]
-        if own.get("id") is None and names:
-            own["id"] = names[0]
+        sample[key] = [_within(folder, name, place) for name in names]
+        if sample.get("id") is None and names:
+            sample["id"] = names[0]
     try:
-        return as_conversation(own)
+        return as_conversation(sample)
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
 
@@ -449,14 +453,14 @@ def _pairs_of_metadata(folder: str) -> list[Pair]:
     """The imagefolder layout at a URL, where `datasets` does not read it."""
     try:
         table = io.StringIO(read_file(f"{folder}/metadata.csv").decode("utf-8-sig"))
-        found: Any = [(f"{folder}/metadata.csv, row {n}", row) for n, row in enumerate(csv.DictReader(table), start=1)]
+        entries: Any = [(f"{folder}/metadata.csv, row {n}", row) for n, row in enumerate(csv.DictReader(table), start=1)]
     except FileNotFoundError:
-        found = _json(f"{folder}/metadata.jsonl")
+        entries = _json(f"{folder}/metadata.jsonl")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot read {folder}/metadata.csv: {error}") from None
-    if isinstance(found, dict):
+    if isinstance(entries, dict):
         raise DataError(f"{folder}/metadata.jsonl is no list; expected lines with 'file_name' and 'caption'")
-    return [_pair_of(place, {**entry, "image": entry.get("file_name"), "id": None}, folder) for place, entry in found]
+    return [_pair_of(place, {**entry, "image": entry.get("file_name"), "id": None}, folder) for place, entry in entries]
 
 
 def _require_unique(ids: Sequence[str], path: str | Path) -> None:

@@ -86,7 +86,7 @@ def _printable(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Chosen:
+class _TableColumns:
     """The columns of a table that are read."""
 
     image: str
@@ -105,7 +105,7 @@ class Columns:
     caption: str | None = None
     id: str | None = None
 
-    def among(self, names: Sequence[str], place: str) -> _Chosen:
+    def among(self, names: Sequence[str], place: str) -> _TableColumns:
         """Those of a table, which may do without an `id`. Raises `ConfigError` if they cannot be told."""
 
         def chosen(own: str | None, usual: Sequence[str], what: str, option: str) -> str:
@@ -117,7 +117,7 @@ class Columns:
                 )
             return found[0]
 
-        return _Chosen(
+        return _TableColumns(
             chosen(self.image, IMAGE_COLUMNS, "pictures", "--image-column"),
             chosen(self.caption, CAPTION_COLUMNS, "captions", "--caption-column"),
             None if self.id is None and "id" not in names else chosen(self.id, ("id",), "ids", "--id-column"),
@@ -163,12 +163,12 @@ def open_pairs(
         raise ConfigError(f"captions is {captions!r}; choose {' or '.join(get_args(Captions))}")
     if images is not None and not is_url(images) and not os.path.isdir(images):
         raise DataError(f"there is no folder {images}; give the one that the paths of pictures are relative to")
-    given = str(data)
+    location = str(data)
     columns = Columns(image_column, caption_column, id_column)
-    hub = _HUB_ID.fullmatch(given)
-    if hub and (is_url(given) or not (os.path.exists(given) or given.endswith(_FILE_ENDINGS))):
+    hub = _HUB_ID.fullmatch(location)
+    if hub and (is_url(location) or not (os.path.exists(location) or location.endswith(_FILE_ENDINGS))):
         return _Hub.opened(hub["name"], hub["revision"], split, columns, images, captions)
-    files = _files(given)
+    files = _files(location)
     if files and files[0].endswith(".parquet"):
         return _Parquet.opened(files, columns, images, captions)
     if files:
@@ -181,21 +181,21 @@ def open_pairs(
 
 def _files(data: str) -> tuple[str, ...]:
     """The parquet files or the tars that are meant, in the order of their names; none if `data` is something else."""
-    found = _asked(data, lambda: _found_at(data)) if is_url(data) else _found(data)
-    is_pattern = found is None
-    if found is None:
-        found = _asked(data, lambda: _matching(data)) if is_url(data) else glob.glob(data, recursive=True)
-    kinds = {kind: tuple(sorted(file for file in found if file.endswith(kind))) for kind in (".parquet", ".tar", *_COMPRESSED)}
+    paths = _ask_server(data, lambda: _list_files_at(data)) if is_url(data) else _list_files(data)
+    is_pattern = paths is None
+    if paths is None:
+        paths = _ask_server(data, lambda: _list_matching(data)) if is_url(data) else glob.glob(data, recursive=True)
+    kinds = {kind: tuple(sorted(file for file in paths if file.endswith(kind))) for kind in (".parquet", ".tar", *_COMPRESSED)}
     files = next(filter(None, kinds.values()), ())
-    if is_pattern and len(files) < max(1, len(found)):
-        other = next((file for file in sorted(found) if file not in files), "nothing")
+    if is_pattern and len(files) < max(1, len(paths)):
+        other = next((file for file in sorted(paths) if file not in files), "nothing")
         raise DataError(f"{data} stands for {other}; expected a pattern of parquet files alone, or of tars alone")
     if files and files[0].endswith(_COMPRESSED):
         raise DataError(f"{files[0]} is compressed, so that no picture in it can be read by itself; unpack it to a plain .tar")
     return files
 
 
-def _found(path: str) -> list[str] | None:
+def _list_files(path: str) -> list[str] | None:
     """The file, or those in the folder, at a path; None if it is a pattern."""
     if os.path.isdir(path):
         return [os.path.join(path, name) for name in os.listdir(path)]
@@ -206,11 +206,11 @@ def _found(path: str) -> list[str] | None:
     raise DataError(f"there is no data at {path}; expected a file, a folder, or a pattern of files")
 
 
-def _found_at(url: str) -> list[str] | None:
+def _list_files_at(url: str) -> list[str] | None:
     """`_found` for a URL."""
     system, path = filesystem_of(url)
     if system.isdir(path):
-        return [f"{url.rstrip('/')}/{os.path.basename(own.rstrip('/'))}" for own in system.ls(path, detail=False)]
+        return [f"{url.rstrip('/')}/{os.path.basename(name.rstrip('/'))}" for name in system.ls(path, detail=False)]
     if system.exists(path):
         return [url]
     if glob.has_magic(url):
@@ -218,12 +218,12 @@ def _found_at(url: str) -> list[str] | None:
     raise DataError(f"there is no data at {url}; expected a file, a folder, or a pattern of files")
 
 
-def _matching(pattern: str) -> list[str]:
+def _list_matching(pattern: str) -> list[str]:
     system, path = filesystem_of(pattern)
-    return [system.unstrip_protocol(own) for own in system.glob(path)]
+    return [system.unstrip_protocol(name) for name in system.glob(path)]
 
 
-def _asked(url: str, question: Callable[[], _Answer]) -> _Answer:
+def _ask_server(url: str, question: Callable[[], _Answer]) -> _Answer:
     try:
         return question()
     except (ConfigError, DataError):
@@ -236,7 +236,7 @@ def _open(file: str) -> BinaryIO:
     if not is_url(file):
         return open(file, "rb")
     system, path = filesystem_of(file)
-    return _asked(file, lambda: cast(BinaryIO, system.open(path, "rb")))
+    return _ask_server(file, lambda: cast(BinaryIO, system.open(path, "rb")))
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ class _Parquet(Pairs):
 
     @classmethod
     def opened(cls, files: tuple[str, ...], columns: Columns, images: str | Path | None, captions: str) -> _Parquet:
-        """Looks at every file's footer: columns that are not there are told before anything runs."""
+        """Reads every file's footer: columns that are not there are reported before anything runs."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -370,21 +370,23 @@ class _Hub(Pairs):
         return "/".join(path.split("/")[:5]) if path.startswith(f"hf://datasets/{self.name}@") else self._place
 
 
-def _pairs_of_row(row: Mapping[str, Any], columns: _Chosen, name: str, root: str | Path, captions: str) -> Iterator[Pair | BadPair]:
+def _pairs_of_row(
+    row: Mapping[str, Any], columns: _TableColumns, name: str, root: str | Path, captions: str
+) -> Iterator[Pair | BadPair]:
     """The pairs of a row, whose cells are values of Python or of arrow; `name` is the id where the row has none."""
-    own_id = name
+    sample_id = name
     try:
         picture = _value(row.get(columns.image))
-        given = None if columns.id is None else _value(row.get(columns.id))
-        if not isinstance(given, str | int | None):
-            raise DataError(f"the id is a {type(given).__name__}; expected a text or a whole number")
-        own_id = str(given) if given is not None else _path_of(picture) or name
-        image = _picture_of(picture, root, f"{name} ({own_id})")
+        cell = None if columns.id is None else _value(row.get(columns.id))
+        if not isinstance(cell, str | int | None):
+            raise DataError(f"the id is a {type(cell).__name__}; expected a text or a whole number")
+        sample_id = str(cell) if cell is not None else _path_of(picture) or name
+        image = _picture_of(picture, root, f"{name} ({sample_id})")
         texts = _captions_of(_value(row.get(columns.caption)), captions)
     except (DataError, UnicodeDecodeError) as error:
-        yield BadPair(own_id, str(error))
+        yield BadPair(sample_id, str(error))
         return
-    yield from _pairs_of(own_id, image, texts)
+    yield from _pairs_of(sample_id, image, texts)
 
 
 def _value(cell: Any) -> Any:
@@ -420,12 +422,12 @@ def _kind(value: Any) -> str:
     return "none" if value is None else "an empty list" if value == [] else f"a {type(value).__name__}"
 
 
-def _pairs_of(own_id: str, image: ImageSource, texts: Sequence[tuple[str, Any]]) -> Iterator[Pair | BadPair]:
+def _pairs_of(sample_id: str, image: ImageSource, texts: Sequence[tuple[str, Any]]) -> Iterator[Pair | BadPair]:
     for number, text in texts:
         if isinstance(text, str):
-            yield Pair(own_id + number, image, text)
+            yield Pair(sample_id + number, image, text)
         else:
-            yield BadPair(own_id + number, f"no caption; expected a text, found {_kind(text)}")
+            yield BadPair(sample_id + number, f"no caption; expected a text, found {_kind(text)}")
 
 
 @dataclass
@@ -477,11 +479,11 @@ class _Shards(Pairs):
             for member in tar:
                 if member.size < 0:  # it would lead back, and round and round
                     return f"{member.name} has a negative size"
-                found = _SAMPLE_FILE.fullmatch(member.name) if member.isreg() and not member.issparse() else None
-                ending = found["ending"].lower() if found else ""
-                if not found or ending not in (*endings, "txt", "json"):
+                match = _SAMPLE_FILE.fullmatch(member.name) if member.isreg() and not member.issparse() else None
+                ending = match["ending"].lower() if match else ""
+                if not match or ending not in (*endings, "txt", "json"):
                     continue
-                sample = samples.setdefault(found["key"], _Sample())
+                sample = samples.setdefault(match["key"], _Sample())
                 if member.offset_data + member.size > end:
                     sample.fault = f"{member.name} is truncated: the tar ends before it"
                 elif ending in endings:
@@ -511,7 +513,7 @@ class _Shards(Pairs):
         sample.id = value.get(self.columns.id) if self.columns.id else None
 
     def _pairs_of_sample(self, name: str, sample: _Sample) -> Iterator[Pair | BadPair]:
-        own_id = name if sample.id is None else str(sample.id)
+        sample_id = name if sample.id is None else str(sample.id)
         caption = sample.txt if sample.txt is not None and self.columns.caption is None else sample.json
         try:
             if sample.fault is not None:
@@ -524,9 +526,9 @@ class _Shards(Pairs):
                 )
             texts = _captions_of(caption, self.captions)
         except DataError as error:
-            yield BadPair(own_id, str(error))
+            yield BadPair(sample_id, str(error))
             return
-        yield from _pairs_of(own_id, sample.pictures[0], texts)
+        yield from _pairs_of(sample_id, sample.pictures[0], texts)
 
 
 def _stem(file: str) -> str:

@@ -103,7 +103,7 @@ class Worker:
     def __init__(self, model: str | Path | Any, config: TeacherConfig, work: ExtractionConfig, device: str) -> None:
         self._device = device
         self._threads = work.threads if torch.device(device).type == "cpu" else None
-        with self._limited(), self._memory_named("the teacher"):
+        with self._limit_threads(), self._name_memory("the teacher"):
             self.teacher = Teacher(model, config, device, offload=work.offload, vae_slicing=work.vae_slicing)
 
     def __call__(self, batch: Batch) -> Finished:
@@ -126,7 +126,7 @@ class Worker:
         positions: list[int] = []
         if usable:
             _, _, pictures, captions = zip(*usable, strict=True)
-            with self._limited(), self._memory_named(f"{len(usable)} pictures at a time"):
+            with self._limit_threads(), self._name_memory(f"{len(usable)} pictures at a time"):
                 maps = self.teacher.word_maps_of(pictures, captions)
             for (position, pair, picture, _), word_maps in zip(usable, maps, strict=True):
                 try:
@@ -139,7 +139,7 @@ class Worker:
         return Finished(batch.positions[0], tuple(positions), tuple(targets), tuple(failures))
 
     @contextmanager
-    def _memory_named(self, what: str) -> Iterator[None]:
+    def _name_memory(self, what: str) -> Iterator[None]:
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -149,7 +149,7 @@ class Worker:
             ) from None
 
     @contextmanager
-    def _limited(self) -> Iterator[None]:
+    def _limit_threads(self) -> Iterator[None]:
         """With another number of threads, a CPU adds numbers in another order."""
         before = torch.get_num_threads()
         if self._threads is not None:
@@ -178,16 +178,16 @@ class _Processes(Engine):
     """One process for each device. One that dies is replaced, and what it had in hand is done again."""
 
     def __init__(self, model: str, config: TeacherConfig, work: ExtractionConfig) -> None:
-        self._given = (model, config, work)
+        self._arguments = (model, config, work)
         self._again: list[Batch] = []
         self._deaths: Counter[str] = Counter()
         self._processes: list[_Process] = []
         self.identity = {}
         try:
             for device in work.devices:
-                self._processes.append(_Process(device, *self._given))
+                self._processes.append(_Process(device, *self._arguments))
             while not all(process.is_ready for process in self._processes):
-                self._received()
+                self._receive()
         except BaseException:
             self.close()
             raise
@@ -205,9 +205,9 @@ class _Processes(Engine):
                             process.give(batch)
             if ready and not any(process.in_hand for process in ready):
                 return
-            yield from self._received()
+            yield from self._receive()
 
-    def _received(self) -> list[Finished]:
+    def _receive(self) -> list[Finished]:
         """Waits until some processes have an answer, or are dead."""
         finished = []
         speaking = wait([process.pipe for process in self._processes])
@@ -227,7 +227,7 @@ class _Processes(Engine):
             else:
                 _require_same(self.identity or answer, answer)
                 self.identity, process.is_ready = answer, True
-                self._deaths.pop(_loading(number), None)
+                self._deaths.pop(_name_loading(number), None)
         return finished
 
     def _replace(self, number: int) -> None:
@@ -235,9 +235,9 @@ class _Processes(Engine):
         fate = process.fate()
         process.end()
         # What was in work may be the reason; what was waiting cannot.
-        reason = process.in_hand[0].pairs[0].id if process.in_hand else _loading(number)
+        reason = process.in_hand[0].pairs[0].id if process.in_hand else _name_loading(number)
         self._deaths[reason] += 1
-        max_retries = self._given[2].max_retries
+        max_retries = self._arguments[2].max_retries
         if self._deaths[reason] > max_retries:
             raise ModelError(
                 f"the process on {process.device} died {max_retries + 1} times at {reason} (at last: {fate}). Is there "
@@ -245,14 +245,14 @@ class _Processes(Engine):
             )
         tqdm.write(f"the process on {process.device} died ({fate}) and is replaced; {len(process.in_hand)} batches are done again")
         self._again += process.in_hand
-        self._processes[number] = _Process(process.device, *self._given)
+        self._processes[number] = _Process(process.device, *self._arguments)
 
     def close(self) -> None:
         for process in self._processes:
             process.end()
 
 
-def _loading(number: int) -> str:
+def _name_loading(number: int) -> str:
     return f"loading the teacher (process {number}; in a script, extract must be called below `if __name__ == '__main__':`)"
 
 
@@ -279,7 +279,7 @@ class _Process:
 
     def give(self, batch: Batch) -> None:
         self.in_hand.append(batch)
-        with suppress(OSError):  # it is dead: the next read tells
+        with suppress(OSError):  # it is dead, which the next read finds
             self.pipe.send(batch)
 
     def end(self) -> None:
@@ -346,9 +346,9 @@ def _hush() -> None:
         library.disable_progress_bar()
 
 
-def _require_same(expected: dict[str, str], found: dict[str, str]) -> None:
-    if expected != found:
-        raise ModelError(f"the processes loaded different teachers, {expected} and {found}; give them all the same files")
+def _require_same(expected: dict[str, str], loaded: dict[str, str]) -> None:
+    if expected != loaded:
+        raise ModelError(f"the processes loaded different teachers, {expected} and {loaded}; give them all the same files")
 
 
 class _Ray(Engine):
@@ -364,15 +364,15 @@ class _Ray(Engine):
         if len(kinds) > 1:
             raise ConfigError(f"devices are {', '.join(work.devices)}; Ray's actors are all of one kind")
         self._ray: Any = ray
-        self._given, self._kind = (model, config, work), kinds.pop()
+        self._arguments, self._kind = (model, config, work), kinds.pop()
         with ExitStack() as undo:
             if not ray.is_initialized():
                 undo.callback(ray.shutdown)
                 _start_ray(ray, len(work.devices))
             undo.enter_context(_quiet(ray))
-            told = ray.remote(_identity_of).options(**self._resources).remote(model, config, work, self._kind)
-            with self._own_errors():
-                self.identity = ray.get(told)
+            identity = ray.remote(_identity_of).options(**self._resources).remote(model, config, work, self._kind)
+            with self._unwrap_errors():
+                self.identity = ray.get(identity)
             self._undo = undo.pop_all()
 
     @property
@@ -381,17 +381,17 @@ class _Ray(Engine):
 
     def results(self, batches: Iterable[Batch]) -> Generator[Finished]:
         coming = iter(batches)
-        while some := _some(coming):
+        while together := _take_batches(coming):
             with warnings.catch_warnings():
                 # Ray 2.60 to 2.63 say that what limits retries will go.
                 warnings.simplefilter("ignore", DeprecationWarning)
-                dataset = self._dataset(some)
-            with self._own_errors():
+                dataset = self._dataset(together)
+            with self._unwrap_errors():
                 for row in dataset.iter_rows():
                     yield pickle.loads(row["finished"])
 
     def _dataset(self, batches: list[Batch]) -> Any:
-        model, config, work = self._given
+        model, config, work = self._arguments
         return self._ray.data.from_items(
             [{"batch": pickle.dumps(batch)} for batch in batches], override_num_blocks=min(len(batches), _MOST_BLOCKS)
         ).map(
@@ -404,7 +404,7 @@ class _Ray(Engine):
         )
 
     @contextmanager
-    def _own_errors(self) -> Iterator[None]:
+    def _unwrap_errors(self) -> Iterator[None]:
         """What an actor raises comes wrapped up."""
         try:
             yield
@@ -432,7 +432,7 @@ def _start_ray(ray: Any, num_actors: int) -> None:
     """Joins the cluster that RAY_ADDRESS names, or starts one of this machine alone. By itself Ray would find anybody's."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    with _silent():
+    with _silence_stderr():
         if not os.environ.get("RAY_ADDRESS"):
             ray.init(address="local", num_cpus=max(os.cpu_count() or 1, num_actors), include_dashboard=False, **quiet)
             return
@@ -446,7 +446,7 @@ def _start_ray(ray: Any, num_actors: int) -> None:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def _silence_stderr() -> Iterator[None]:
     """Without standard error, also of what is no Python: Ray says there that it was told to say nothing."""
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -496,13 +496,13 @@ _BYTES_AT_ONCE = 2**30
 """Encoded pictures that are handed to Ray in one data set. Pictures that the actors read themselves do not count."""
 
 
-def _some(batches: Iterator[Batch]) -> list[Batch]:
+def _take_batches(batches: Iterator[Batch]) -> list[Batch]:
     """The next batches, as many as go into one data set."""
-    some: list[Batch] = []
+    taken: list[Batch] = []
     size = 0
     for batch in batches:
-        some.append(batch)
+        taken.append(batch)
         size += sum(len(pair.image) for pair in batch.pairs if isinstance(pair.image, bytes))
-        if size >= _BYTES_AT_ONCE or len(some) == _MOST_BATCHES:
+        if size >= _BYTES_AT_ONCE or len(taken) == _MOST_BATCHES:
             break
-    return some
+    return taken

@@ -1,4 +1,4 @@
-"""A look at some pictures' maps before the long run, and what that run will cost."""
+"""The maps of some pictures before the long run, and what that run will cost."""
 
 from __future__ import annotations
 
@@ -102,15 +102,15 @@ def preview(
     seconds: list[float] = []
     try:
         for start in tqdm(range(0, len(good), work.batch_size), desc="preview", unit="batch"):
-            batch = good[start : start + work.batch_size]
+            chosen = good[start : start + work.batch_size]
             started = time.perf_counter()
-            finished.append(worker(Batch(tuple(range(len(batch))), tuple(batch))))
+            finished.append(worker(Batch(tuple(range(len(chosen))), tuple(chosen))))
             if finished[-1].targets:
                 seconds.append((time.perf_counter() - started) / len(finished[-1].targets))
     finally:
         worker.teacher.close()
-    targets = [target for own in finished for target in own.targets]
-    failures += [failure for own in finished for failure in own.failures]
+    targets = [target for batch in finished for target in batch.targets]
+    failures += [failure for batch in finished for failure in batch.failures]
     if not targets:
         reasons = "; ".join(f"{sample_id}: {reason}" for sample_id, reason in failures[:3])
         raise DataError(f"none of the first {len(some)} pictures can be used ({reasons or 'there are none'})")
@@ -128,25 +128,26 @@ def _draw(rows: list[tuple[Target, np.ndarray]], path: Path) -> None:
     """One row a picture: itself, and the maps of some words, function words last, over the part of it that the teacher saw."""
     from matplotlib.figure import Figure
 
-    columns = 1 + min(WORDS_SHOWN, max(len(target.word_maps.words) for target, _ in rows))
-    figure = Figure(figsize=(1.8 * columns, 2.1 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for own, (target, picture) in zip(axes, rows, strict=True):
-        maps, (height, width) = target.word_maps, picture.shape[:2]
+    width = 1 + min(WORDS_SHOWN, max(len(target.word_maps.words) for target, _ in rows))
+    figure = Figure(figsize=(1.8 * width, 2.1 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), width, squeeze=False)
+    for row, (target, image) in zip(axes, rows, strict=True):
+        maps, (image_height, image_width) = target.word_maps, image.shape[:2]
         top, left, bottom, right = (
-            round(share * side) for share, side in zip(maps.crop, (height, width, height, width), strict=True)
+            round(share * side)
+            for share, side in zip(maps.crop, (image_height, image_width, image_height, image_width), strict=True)
         )
         # However narrow, there is a pixel to see.
-        top, left = min(top, height - 1), min(left, width - 1)
-        seen = picture[top : max(bottom, top + 1), left : max(right, left + 1)]
-        for ax in own:
+        top, left = min(top, image_height - 1), min(left, image_width - 1)
+        part = image[top : max(bottom, top + 1), left : max(right, left + 1)]
+        for ax in row:
             ax.set_axis_off()
-        own[0].imshow(picture)
-        own[0].set_title(target.id[-24:], fontsize=7, parse_math=False)
+        row[0].imshow(image)
+        row[0].set_title(target.id[-24:], fontsize=7, parse_math=False)
         order = sorted(range(len(maps.words)), key=lambda n: maps.words[n].text.casefold() in FUNCTION_WORDS)
         shown = sorted(order[:WORDS_SHOWN])
-        for ax, word, values in zip(own[1:], [maps.words[n] for n in shown], maps.maps[shown], strict=False):
-            ax.imshow(seen if np.isnan(values).any() else overlay(seen, values, 0.85, "inferno"))
+        for ax, word, values in zip(row[1:], [maps.words[n] for n in shown], maps.maps[shown], strict=False):
+            ax.imshow(part if np.isnan(values).any() else overlay(part, values, 0.85, "inferno"))
             ax.set_title(word.text + (" (no map)" if np.isnan(values).any() else ""), fontsize=9, parse_math=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that the font lacks

@@ -38,8 +38,8 @@ class Exported:
 def _question_of(sample: Sample | Conversation) -> str:
     if isinstance(sample, Sample):
         return sample.question
-    asked = (message.content for message in sample.messages if message.role == "user")
-    return next(asked, DEFAULT_QUESTION).replace(PLACEHOLDER, "").strip()
+    questions = (message.content for message in sample.messages if message.role == "user")
+    return next(questions, DEFAULT_QUESTION).replace(PLACEHOLDER, "").strip()
 
 
 def export_targets(
@@ -81,14 +81,14 @@ def export_targets(
         raise TargetError(f"{path} exists; give a new name")
     known = None if samples is None else {sample.id: sample for sample in samples}
     failed: list[tuple[str, str]] = []
-    found: list[_Outgoing] = []
+    outgoing: list[_Outgoing] = []
     for sample_id in tqdm(store, desc="pictures", unit="sample", disable=not progress):
         try:
-            found.append(_outgoing(store, sample_id, known, None if images is None else Path(images)))
+            outgoing.append(_prepare(store, sample_id, known, None if images is None else Path(images)))
         except (DataError, TargetError) as error:
             failed.append((sample_id, str(error)))
     write = _write_folder if format == "folder" else _write_table
-    written, maps = write(store, path, found, failed, progress)
+    written, maps = write(store, path, outgoing, failed, progress)
     return Exported(written, maps, tuple(failed))
 
 
@@ -104,7 +104,7 @@ class _Outgoing:
     image_sha256: str
 
 
-def _outgoing(store: TargetStore, sample_id: str, known: dict[str, Sample | Conversation] | None, images: Path | None) -> _Outgoing:
+def _prepare(store: TargetStore, sample_id: str, known: dict[str, Sample | Conversation] | None, images: Path | None) -> _Outgoing:
     """Raises `DataError` or `TargetError` if a target has no sample or no picture, or belongs to another one."""
     target = store[sample_id]
     image: ImageSource | None = None
@@ -123,25 +123,25 @@ def _outgoing(store: TargetStore, sample_id: str, known: dict[str, Sample | Conv
         image = images / without_number(sample_id)
         store.checked(sample_id, load_image(image))
     name = name_of(image, sample_id)
-    return _Outgoing(sample_id, name, image, question, frozenset(_averaged([target])), target.image_sha256)
+    return _Outgoing(sample_id, name, image, question, frozenset(_average([target])), target.image_sha256)
 
 
-def _averaged(targets: Iterable[Target]) -> dict[str, NDArray[np.uint8]]:
+def _average(targets: Iterable[Target]) -> dict[str, NDArray[np.uint8]]:
     """The grey map [y, x] of every word that has one."""
-    found: dict[str, list[NDArray[np.float32]]] = {}
+    maps_of_word: dict[str, list[NDArray[np.float32]]] = {}
     for target in targets:
         for word, values in zip(target.word_maps.words, target.word_maps.maps, strict=True):
             if not np.isnan(values).any():
-                found.setdefault(word.text, []).append(_on_whole_picture(values, target.word_maps.crop))
+                maps_of_word.setdefault(word.text, []).append(_spread_over_picture(values, target.word_maps.crop))
     result = {}
-    for text, maps in found.items():
+    for text, maps in maps_of_word.items():
         mean = np.mean(maps, axis=0)
         low, high = mean.min(), mean.max()
         result[text] = np.rint(255 * (mean - low) / (high - low if high > low else 1)).astype(np.uint8)
     return result
 
 
-def _on_whole_picture(values: NDArray[np.float32], crop: Box) -> NDArray[np.float32]:
+def _spread_over_picture(values: NDArray[np.float32], crop: Box) -> NDArray[np.float32]:
     """A map of a part of a picture as one of the whole: published maps have no other; lowest where the teacher did not look."""
     if crop == WHOLE_PICTURE:
         return values
@@ -154,23 +154,23 @@ def _on_whole_picture(values: NDArray[np.float32], crop: Box) -> NDArray[np.floa
 
 
 def _write_folder(
-    store: TargetStore, root: Path, found: Sequence[_Outgoing], failed: list[tuple[str, str]], progress: bool
+    store: TargetStore, root: Path, outgoing: Sequence[_Outgoing], failed: list[tuple[str, str]], progress: bool
 ) -> tuple[int, int]:
     groups: dict[str, list[_Outgoing]] = {}
-    for own in found:
-        if not _is_file_name(own.name):
-            failed.append((own.id, f"{own.name!r} cannot be the name of a folder"))
-        elif own.name in groups and groups[own.name][0].image_sha256 != own.image_sha256:
-            failed.append((own.id, f"another picture is called {own.name} too"))
+    for item in outgoing:
+        if not _is_file_name(item.name):
+            failed.append((item.id, f"{item.name!r} cannot be the name of a folder"))
+        elif item.name in groups and groups[item.name][0].image_sha256 != item.image_sha256:
+            failed.append((item.id, f"another picture is called {item.name} too"))
         else:
-            groups.setdefault(own.name, []).append(own)
+            groups.setdefault(item.name, []).append(item)
     root.mkdir(parents=True, exist_ok=True)
     count = 0
     for name, group in tqdm(groups.items(), desc="word maps", unit="picture", disable=not progress):
         # The authors' code takes the stem up to the first point.
         folder = root / name / "lpm_attention" / (name.split(".")[0] or name)
         folder.mkdir(parents=True)
-        for word, grey in _averaged(store[own.id] for own in group).items():
+        for word, grey in _average(store[item.id] for item in group).items():
             file = f"attention_{word}.jpg"
             if not _is_file_name(file) or set(word) & set("._"):
                 failed.append((group[0].id, f"the word {word!r} cannot be part of a file name as published; a table can have it"))
@@ -191,12 +191,12 @@ def _is_file_name(name: str) -> bool:
 
 
 def _write_table(
-    store: TargetStore, path: Path, found: Sequence[_Outgoing], failed: list[tuple[str, str]], progress: bool
+    store: TargetStore, path: Path, outgoing: Sequence[_Outgoing], failed: list[tuple[str, str]], progress: bool
 ) -> tuple[int, int]:
     from datasets import Features, Value
     from datasets import Image as ImageFeature
 
-    words = sorted({word for own in found for word in own.words})
+    words = sorted({word for item in outgoing for word in item.words})
     if not words:
         raise TargetError(f"no word of {store.folder} has a map that could be written{': ' + failed[0][1] if failed else ''}")
     features = {
@@ -209,21 +209,21 @@ def _write_table(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     count = 0
-    with pq.ParquetWriter(partial, schema) as writer, tqdm(total=len(found), unit="sample", disable=not progress) as bar:
-        for start in range(0, len(found), ROWS_AT_ONCE):
+    with pq.ParquetWriter(partial, schema) as writer, tqdm(total=len(outgoing), unit="sample", disable=not progress) as bar:
+        for start in range(0, len(outgoing), ROWS_AT_ONCE):
             rows = []
-            for own in found[start : start + ROWS_AT_ONCE]:
-                assert own.image is not None
-                target = store[own.id]
+            for item in outgoing[start : start + ROWS_AT_ONCE]:
+                assert item.image is not None
+                target = store[item.id]
                 maps = {
                     word: {"bytes": _png(Image.fromarray(grey)), "path": f"attention_{word}.png"}
-                    for word, grey in _averaged([target]).items()
+                    for word, grey in _average([target]).items()
                 }
                 count += len(maps)
                 rows.append(
                     {
-                        "image": {"bytes": _encoded(own.image), "path": own.name},
-                        "question": own.question,
+                        "image": {"bytes": _encode(item.image), "path": item.name},
+                        "question": item.question,
                         "answers": target.word_maps.caption,
                         "attention_images": maps,
                     }
@@ -231,10 +231,10 @@ def _write_table(
                 bar.update()
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
     os.replace(partial, path)
-    return len(found), count
+    return len(outgoing), count
 
 
-def _encoded(image: ImageSource) -> bytes:
+def _encode(image: ImageSource) -> bytes:
     data = read_bytes(image)
     return _png(load_image(image)) if data is None else data
 

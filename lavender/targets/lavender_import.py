@@ -98,16 +98,16 @@ def import_targets(
 
         for row in tqdm(rows, desc="word maps", unit="picture", disable=not progress):
             try:
-                own = owners.of(row, captions[row.name] > 1)
+                samples_of_row = owners.of(row, captions[row.name] > 1)
             except DataError as error:
                 counts["failed"] += 1
                 fail(row.name, str(error))
                 continue
-            maps, reasons = _maps_of(row, size, [caption for _, _, caption in own])
+            maps, reasons = _maps_of(row, size, [caption for _, _, caption in samples_of_row])
             for reason in reasons:
                 counts["unused"] += 1
-                writer.fail(own[0][0] if len(own) == 1 else row.name, reason)
-            for sample_id, source_image, caption in own:
+                writer.fail(samples_of_row[0][0] if len(samples_of_row) == 1 else row.name, reason)
+            for sample_id, source_image, caption in samples_of_row:
                 try:
                     if sample_id in seen:
                         raise DataError("another row has maps of this sample too")
@@ -143,8 +143,8 @@ class _Owners:
             self._known = {}
             for sample in samples:
                 for image in images_of(sample):
-                    own = (sample.id, image, _answers_of(sample))
-                    self._known.setdefault(name_of(image, sample.id), []).append(own)
+                    owner = (sample.id, image, _answers_of(sample))
+                    self._known.setdefault(name_of(image, sample.id), []).append(owner)
 
     def of(self, row: _Row, several: bool) -> list[tuple[str, ImageSource, str]]:
         """Id, picture and caption of all that share a row. Raises `DataError` if nobody does, or if there is no picture.
@@ -169,14 +169,14 @@ class _Owners:
         if len(paths) > 1:
             raise DataError(f"the samples have several pictures of this name: {', '.join(sorted(map(str, paths)))}")
         texts = {answer.strip() for answer in row.answers}
-        same = [own for own in known if texts & {answer.strip() for answer in own[2]}]
+        same = [owner for owner in known if texts & {answer.strip() for answer in owner[2]}]
         return [(sample_id, image, _fullest(answers, words)) for sample_id, image, answers in same or known]
 
     def _picture(self, row: _Row) -> ImageSource:
         if isinstance(row.image, bytes):
             return row.image
         folders = [folder for folder in (self._images, self._root) if folder is not None]
-        for path in [folder / own for folder in folders for own in (row.image, row.name) if own]:
+        for path in [folder / name for folder in folders for name in (row.image, row.name) if name]:
             if path.is_file():
                 return path
         raise DataError(f"there is no picture {row.name} in {' or '.join(map(str, folders))}; give its folder (--images)")
@@ -190,7 +190,7 @@ def _answers_of(sample: Sample | Conversation) -> tuple[str, ...]:
 
 def _fullest(answers: Sequence[str], words: Sequence[str]) -> str:
     """The answer that has most of the words, the first of them."""
-    return max(answers, key=lambda answer: sum(bool(found) for found in match_words(answer, words)))
+    return max(answers, key=lambda answer: sum(bool(places) for places in match_words(answer, words)))
 
 
 def _look_through(rows: _FolderRows | _ParquetRows, progress: bool) -> tuple[int, str, Counter[str]]:
@@ -219,11 +219,11 @@ def _grey(source: bytes | Path) -> NDArray[np.uint8]:
 
 def _maps_of(row: _Row, size: int, captions: Sequence[str]) -> tuple[list[tuple[str, NDArray[np.float32]]], list[str]]:
     """A row's usable maps [size, size] in [0, 1] with their words, and why others are not usable."""
-    found = [match_words(caption, [word for word, _ in row.maps]) for caption in captions]
+    places_per_caption = [match_words(caption, [word for word, _ in row.maps]) for caption in captions]
     usable: list[tuple[str, NDArray[np.float32]]] = []
     reasons = []
     for n, (word, source) in enumerate(row.maps):
-        if not any(own[n] for own in found):
+        if not any(places[n] for places in places_per_caption):
             reasons.append(f"the word {word!r} is not in {' or '.join(map(repr, captions))}")
             continue
         try:
@@ -242,12 +242,12 @@ def _word_maps(caption: str, maps: Sequence[tuple[str, NDArray[np.float32]]]) ->
     """Every word of a caption with its map, rows of NaN without. Raises `DataError` if none has one."""
     texts = [text for text, _ in maps]
     words = sorted(set(words_and(caption, texts)), key=lambda word: (word.start, word.end))
-    found = match_words(caption, texts)
+    places = match_words(caption, texts)
     rows = []
     for word in words:
-        own = [(text == word.text, values) for (text, values), same in zip(maps, found, strict=True) if word in same]
+        candidates = [(text == word.text, values) for (text, values), same in zip(maps, places, strict=True) if word in same]
         # Where both "A" and "a" have a map, each has its own.
-        chosen = [values for exact, values in own if exact] or [values for _, values in own]
+        chosen = [values for exact, values in candidates if exact] or [values for _, values in candidates]
         rows.append(np.mean(chosen, axis=0) if chosen else None)
     mapped = [row for row in rows if row is not None]
     if not mapped:
@@ -319,10 +319,10 @@ class _ParquetRows:
                 columns = [name for name in ("image", "answers", "attention_images") if name in table.schema_arrow.names]
                 for batch in table.iter_batches(ROWS_AT_ONCE, columns=columns):
                     answers = batch["answers"].to_pylist() if "answers" in columns else [None] * len(batch)
-                    for image, own, pairs in zip(
+                    for image, answer, pairs in zip(
                         batch["image"].to_pylist(), answers, _pairs_of(batch["attention_images"]), strict=True
                     ):
-                        yield self._row(number, image, own, pairs)
+                        yield self._row(number, image, answer, pairs)
                         number += 1
 
     def _row(self, number: int, image: Any, answers: Any, pairs: list[tuple[str, Any]]) -> _Row:
@@ -356,7 +356,7 @@ def _pairs_of(column: pa.Array) -> list[list[tuple[str, Any]]]:
     if pa.types.is_map(column.type):
         return [pairs or [] for pairs in column.to_pylist()]
     if not pa.types.is_struct(column.type):
-        return [[(own["word"], own["image"]) for own in listed or []] for listed in column.to_pylist()]
+        return [[(pair["word"], pair["image"]) for pair in listed or []] for listed in column.to_pylist()]
     # By word: a struct has all words of the table, and a row pictures for a few of them.
     rows: list[list[tuple[str, Any]]] = [[] for _ in range(len(column))]
     for field, values in zip(column.type, column.flatten(), strict=True):

@@ -139,10 +139,10 @@ def targets_of(table: pa.Table) -> Iterator[Target]:
     columns = table.drop_columns([name for name in ("maps", "ranges") if name in table.column_names])
     for n, row in enumerate(columns.to_pylist()):
         words = tuple(Word(w["text"], w["start"], w["end"]) for w in row["words"])
-        own = table.slice(n, 1)
+        cells = table.slice(n, 1)
         # Not by Python's floats: they would cost a training step's collator most of its time.
-        maps = _flat(own["maps"], 3).reshape(len(words), *row["grid"])
-        maps = _from_bytes(maps, _flat(own["ranges"], 2).reshape(-1, 2)) if maps.dtype == np.uint8 else maps.astype(np.float32)
+        maps = _flat(cells["maps"], 3).reshape(len(words), *row["grid"])
+        maps = _from_bytes(maps, _flat(cells["ranges"], 2).reshape(-1, 2)) if maps.dtype == np.uint8 else maps.astype(np.float32)
         yield Target(row["id"], row["image_sha256"], WordMaps(row["caption"], words, maps, tuple(row["crop"])), row["file_sha256"])
 
 

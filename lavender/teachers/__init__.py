@@ -1,1 +1,1 @@
-"""Text-to-image pipelines: reading where they put each word, while they draw or when asked about a given picture."""
+"""Text-to-image pipelines: reading where they put each word, while they draw or for a photograph and its caption."""

@@ -34,7 +34,7 @@ class BoundDenoiser:
     ) -> None:
         """
         Args:
-            family: how the pipeline is asked.
+            family: how the pipeline's parts are called.
             hooks: on its denoiser.
             config: which forwards, layers and heads are recorded, and how they are weighted.
             texts: B captions.

@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import CaptureError, ModelError
 
 Grid = tuple[int, int, int]
-"""Frames, rows and columns of the image tokens; one frame for pictures."""
+"""Frames, height and width of the grid of image tokens; one frame for pictures."""
 
 
 def _no_lead(denoiser: nn.Module) -> int:
@@ -46,23 +46,23 @@ def _latent_places(denoiser: nn.Module, inputs: Mapping[str, Any]) -> Grid:
 
 
 def _by_ids(denoiser: nn.Module, inputs: Mapping[str, Any]) -> Grid:
-    """Packed latents, whose rows and columns are told by `img_ids` [(B,) N, 3 or 4]."""
+    """Packed latents, whose places are in `img_ids` [(B,) N, 3 or 4]."""
     ids = inputs["img_ids"]
     ids = ids[0] if ids.ndim == 3 else ids
-    own = ids[ids[:, 0] == ids[0, 0]]  # a reference picture's tokens follow, at another place in time
-    rows, columns = (own[:, 1:3].amax(dim=0) + 1).int().tolist()
-    return 1, rows, columns
+    tokens = ids[ids[:, 0] == ids[0, 0]]  # a reference picture's tokens follow, at another place in time
+    height, width = (tokens[:, 1:3].amax(dim=0) + 1).int().tolist()
+    return 1, height, width
 
 
 def _by_shapes(denoiser: nn.Module, inputs: Mapping[str, Any]) -> Grid:
-    """Packed latents, whose grid is told by `img_shapes`: per sample one (frames, rows, columns), or a list of them."""
+    """Packed latents, whose grid is in `img_shapes`: per sample one (frames, height, width), or a list of them."""
     shape = inputs["img_shapes"][0]
     shape = shape[0] if isinstance(shape, list) else shape
     return int(shape[0]), int(shape[1]), int(shape[2])
 
 
 def _by_numbers(denoiser: nn.Module, inputs: Mapping[str, Any]) -> Grid:
-    """Packed latents, whose grid is told by three arguments."""
+    """Packed latents, whose grid is in three arguments."""
     return inputs["num_frames"], inputs["height"], inputs["width"]
 
 
@@ -141,7 +141,7 @@ class Places:
     """Where image tokens and words stand in one attention call.
 
     Attributes:
-        grid: frames, rows and columns of the image tokens.
+        grid: of the image tokens.
         image_start: int64 [B], the first image token among the queries.
         text_start: the first text token among the keys.
     """

@@ -37,11 +37,11 @@ def frame(image: Image.Image, side: int, fit: Fit) -> Frame:
     inside = crop = WHOLE_PICTURE
     if fit == "pad":
         scale = side / max(width, height)
-        own = (max(1, round(width * scale)), max(1, round(height * scale)))
-        left, top = (side - own[0]) // 2, (side - own[1]) // 2
+        fitted = (max(1, round(width * scale)), max(1, round(height * scale)))
+        left, top = (side - fitted[0]) // 2, (side - fitted[1]) // 2
         square = Image.new("RGB", (side, side), _GRAY)
-        square.paste(image.resize(own, Image.Resampling.BICUBIC), (left, top))
-        inside = (top / side, left / side, (top + own[1]) / side, (left + own[0]) / side)
+        square.paste(image.resize(fitted, Image.Resampling.BICUBIC), (left, top))
+        inside = (top / side, left / side, (top + fitted[1]) / side, (left + fitted[0]) / side)
     elif fit == "crop":
         short = min(width, height)
         x, y = (width - short) / 2, (height - short) / 2

@@ -43,11 +43,11 @@ def read_maps(
     Returns:
         The noisiest latents, and those at the end: of every way but `noise`, what the denoising made of them.
     """
-    ways = {"noise": _noised, "ddim": _ddim, "null_text": _null_text, "flow": _flow_matching}
+    ways = {"noise": _add_noise, "ddim": _ddim, "null_text": _null_text, "flow": _flow_matching}
     return ways[config.inversion](denoiser, latents, config, noise)
 
 
-def _noised(
+def _add_noise(
     denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherConfig, noise: Callable[[], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     ddim = None if denoiser.flow_matching else _scheduler(DDIMScheduler, denoiser)
@@ -68,7 +68,7 @@ def _ddim(
     denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherConfig, noise: Callable[[], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """DDIM inversion (Song et al. 2021, section 4.3), then DDIM denoising from the noise level that inversion reached."""
-    path, reached = _inverted(denoiser, latents, config.inversion_steps)
+    path, reached = _invert(denoiser, latents, config.inversion_steps)
     noisiest = latents = path[-1]
     ddim = _scheduler(DDIMScheduler, denoiser)
     ddim.set_timesteps(config.diffusion_steps, device=latents.device)
@@ -84,7 +84,7 @@ def _null_text(
     denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherConfig, noise: Callable[[], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Null-text inversion (Mokady et al. 2023): the empty caption's embedding is fitted at every timestep, picture by picture."""
-    path, _ = _inverted(denoiser, latents, config.diffusion_steps)
+    path, _ = _invert(denoiser, latents, config.diffusion_steps)
     noisiest = latents = path.pop()
     ddim = _scheduler(DDIMScheduler, denoiser)
     ddim.set_timesteps(config.diffusion_steps, device=latents.device)
@@ -103,13 +103,13 @@ def _null_text(
             return ddim.step(output, timestep, latents).prev_sample
 
         rate = _ADAM_RATE * (1 - step / (2 * config.diffusion_steps))
-        empty = _fitted(denoise, empty, goal, rate, config.inner_steps, enough=1e-5 + 2e-5 * step)
+        empty = _fit_empty(denoise, empty, goal, rate, config.inner_steps, enough=1e-5 + 2e-5 * step)
         with torch.no_grad():
             latents = denoise(empty)
     return noisiest, latents
 
 
-def _fitted(
+def _fit_empty(
     denoise: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, goal: torch.Tensor, rate: float, steps: int, enough: float
 ) -> torch.Tensor:
     """Embeddings [B, N, C] that lead to the goal: Adam, until each picture's error is small enough."""
@@ -150,7 +150,7 @@ def _flow_matching(
     return noisiest, latents
 
 
-def _inverted(denoiser: BoundDenoiser, latents: torch.Tensor, num_steps: int) -> tuple[list[torch.Tensor], int]:
+def _invert(denoiser: BoundDenoiser, latents: torch.Tensor, num_steps: int) -> tuple[list[torch.Tensor], int]:
     """The latents on DDIM's way to noise, those of the picture first, and the last timestep."""
     inverse = _scheduler(DDIMInverseScheduler, denoiser)
     inverse.set_timesteps(num_steps, device=latents.device)

@@ -97,8 +97,8 @@ class TeacherPatch(Handle):
         self.layers = tuple(self._hooks[0].modules)
         self._class = type(pipe)
         if callable(pipe):
-            pipe.__class__ = _watched(type(pipe), self)
-        self._names = [_Named(hooks.denoiser, self) for hooks in self._hooks if hasattr(hooks.denoiser, "cache_context")]
+            pipe.__class__ = _watch_class(type(pipe), self)
+        self._names = [_NamedContext(hooks.denoiser, self) for hooks in self._hooks if hasattr(hooks.denoiser, "cache_context")]
 
     @property
     def is_patched(self) -> bool:
@@ -180,9 +180,9 @@ class TeacherPatch(Handle):
             self._drawing = _Drawing.of(arguments, self._more, whole=False)
         elif self._drawing.prompts is None and self._drawing.embeddings is None:
             # A subclass's call that hands all its arguments on does not say which of them is the prompt.
-            own = _Drawing.of(arguments, self._more, whole=True)
+            encoded = _Drawing.of(arguments, self._more, whole=True)
             self._drawing.arguments = {**arguments, **self._drawing.arguments}
-            self._drawing.prompts, self._drawing.words, self._drawing.copies = own.prompts, own.words, own.copies
+            self._drawing.prompts, self._drawing.words, self._drawing.copies = encoded.prompts, encoded.words, encoded.copies
         first = output[0] if isinstance(output, tuple) else output
         if self._drawing.embeddings is None and isinstance(first, torch.Tensor):
             self._drawing.embeddings = first.detach()
@@ -214,7 +214,7 @@ class TeacherPatch(Handle):
         [unconditional, conditional, perturbed].
         """
         if not drawing.whole:
-            return _carriers(drawing, text)
+            return _find_carriers(drawing, text)
         size, batch = drawing.num_pictures, text.shape[0]
         # Stable Diffusion 3 can compute the prompt's branch once more with layers left out.
         if self._context not in (None, "cond", "cond_uncond") or inputs.get("skip_layers") is not None:
@@ -235,7 +235,7 @@ class TeacherPatch(Handle):
         return list(range(first, first + size)), [picture // drawing.copies for picture in range(size)]
 
 
-class _Named:
+class _NamedContext:
     """Stands in for a denoiser's `cache_context`, by which a pipeline names the branch that it computes, and notes the name."""
 
     def __init__(self, denoiser: Any, patch: TeacherPatch) -> None:
@@ -259,7 +259,7 @@ class _Named:
         """Takes this away, and whatever is left below it; where another patch stands above it, that one does so later."""
         self.removed = True
         top = vars(self.denoiser).pop("cache_context", None)
-        while isinstance(top, _Named) and top.removed:
+        while isinstance(top, _NamedContext) and top.removed:
             top = top.inner
         if top is not None:
             vars(self.denoiser)["cache_context"] = top
@@ -270,7 +270,7 @@ class _Named:
         return MethodType(type(twin).cache_context, twin)
 
 
-def _carriers(drawing: _Drawing, text: torch.Tensor) -> tuple[list[int], list[int]]:
+def _find_carriers(drawing: _Drawing, text: torch.Tensor) -> tuple[list[int], list[int]]:
     """The samples whose embedding [N, C] is one of the prompts', and those prompts."""
     known = drawing.embeddings
     if known is None or known.shape[1:] != text.shape[1:]:
@@ -282,9 +282,9 @@ def _carriers(drawing: _Drawing, text: torch.Tensor) -> tuple[list[int], list[in
 
 def denoisers_of(pipe: Any) -> list[torch.nn.Module]:
     """What draws in a pipeline, below torch.compile's wrapper. Raises `ModelError` if nothing does."""
-    found = [getattr(pipe, name, None) for name in ("unet", "transformer", "transformer_2")]
+    modules = [getattr(pipe, name, None) for name in ("unet", "transformer", "transformer_2")]
     # torch.compile wraps a model whose own hooks run all the same.
-    denoisers = [getattr(denoiser, "_orig_mod", denoiser) for denoiser in found if isinstance(denoiser, torch.nn.Module)]
+    denoisers = [getattr(denoiser, "_orig_mod", denoiser) for denoiser in modules if isinstance(denoiser, torch.nn.Module)]
     if not denoisers:
         raise ModelError(
             f"cannot patch a {type(pipe).__name__}; expected a transformers image-text-to-text model or a diffusers pipeline"
@@ -292,21 +292,23 @@ def denoisers_of(pipe: Any) -> list[torch.nn.Module]:
     return denoisers
 
 
-def _watched(original: type, patch: TeacherPatch) -> type:
-    """A pipeline's class that tells the patch what is drawn: the same in everything else, its name included.
+def _watch_class(original: type, patch: TeacherPatch) -> type:
+    """A pipeline's class that reports to the patch what is drawn: the same in everything else, its name included.
 
-    A copy of the patched pipeline has this class too: it is not the patch's, and draws as if nothing were there.
+    The class is swapped because Python looks `__call__` up on the type. `encode_prompt` goes the same way: bound to the pipeline
+    it would lie in its `__dict__`, and every copy of the pipeline would encode with the original's text encoders. A copy has this
+    class too, but is not the patch's pipeline, and draws as if nothing were there.
     """
 
     def bound(function: Callable[..., Any], self: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         if self is not patch.pipe or not patch.is_patched:
             return None
         try:
-            found = inspect.signature(function).bind(self, *args, **kwargs)
+            call_arguments = inspect.signature(function).bind(self, *args, **kwargs)
         except TypeError:  # the pipeline will say so itself
             return None
-        found.apply_defaults()
-        return dict(found.arguments)
+        call_arguments.apply_defaults()
+        return dict(call_arguments.arguments)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = bound(original.__call__, self, args, kwargs)
@@ -322,11 +324,11 @@ def _watched(original: type, patch: TeacherPatch) -> type:
             patch._encoded(arguments, output)
         return output
 
-    own: dict[str, Any] = {"_lavender_patch": patch, "__module__": original.__module__, "__doc__": original.__doc__}
+    attributes: dict[str, Any] = {"_lavender_patch": patch, "__module__": original.__module__, "__doc__": original.__doc__}
     for name, function in (("__call__", call), ("encode_prompt", encode_prompt)):
         if hasattr(original, name):
-            own[name] = wraps(getattr(original, name))(function)
-    watched = type(original.__name__, (original,), own)
+            attributes[name] = wraps(getattr(original, name))(function)
+    watched = type(original.__name__, (original,), attributes)
     watched.__qualname__ = original.__qualname__
     return watched
 

@@ -17,21 +17,21 @@ from ..words import locate_tokens, offsets_of_ids, tokens_of, words_of
 
 Arguments = Mapping[str, Any]
 """Arguments of the pipeline's call, with its defaults."""
-Given = tuple[str, list[Span | None]]
-"""What a tokenizer is given, and where each word of the prompt stands in it."""
+PlacedWords = tuple[str, list[Span | None]]
+"""The text that a tokenizer gets, and where each word of the prompt stands in it."""
 
 
-def _placed(words: Sequence[Word], prompt: str, own: str, before: str = "", after: str = "") -> Given:
-    """The words of a prompt that a pipeline made into `own`, with a template around it."""
-    spans = [(word.start, word.end) for word in words] if own == prompt else _aligned(words, own)
-    return before + own + after, [span and (len(before) + span[0], len(before) + span[1]) for span in spans]
+def _place_words(words: Sequence[Word], prompt: str, text: str, before: str = "", after: str = "") -> PlacedWords:
+    """The words of a prompt that a pipeline made into `text`, with a template around it."""
+    spans = [(word.start, word.end) for word in words] if text == prompt else _locate_words(words, text)
+    return before + text + after, [span and (len(before) + span[0], len(before) + span[1]) for span in spans]
 
 
-def _aligned(words: Sequence[Word], text: str) -> list[Span | None]:
+def _locate_words(words: Sequence[Word], text: str) -> list[Span | None]:
     """Where words stand in a cleaned text, whatever their case: words that were changed have what stands in their place."""
     kept = words_of(text)
     spans: list[Span | None] = [None] * len(words)
-    sought, found = ([word.text.casefold() for word in own] for own in (words, kept))
+    sought, found = ([word.text.casefold() for word in texts] for texts in (words, kept))
     for tag, start, end, first, last in SequenceMatcher(None, sought, found, autojunk=False).get_opcodes():
         for w in range(start, end):
             if tag == "equal":
@@ -41,24 +41,24 @@ def _aligned(words: Sequence[Word], text: str) -> list[Span | None]:
     return spans
 
 
-def _in_template(words: Sequence[Word], prompt: str, render: Callable[[str], str]) -> Given:
+def _in_template(words: Sequence[Word], prompt: str, render: Callable[[str], str]) -> PlacedWords:
     before, _, after = render("\0").partition("\0")
     text = render(prompt)
-    return _placed(words, prompt, text[len(before) : len(text) - len(after)], before, after)
+    return _place_words(words, prompt, text[len(before) : len(text) - len(after)], before, after)
 
 
-def _plain(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> Given:
-    return _placed(words, prompt, prompt)
+def _plain(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> PlacedWords:
+    return _place_words(words, prompt, prompt)
 
 
-def _converted(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> Given:
+def _converted(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> PlacedWords:
     """Concepts of textual inversion that have several vectors are written out: a word in their name has all of them."""
     if not hasattr(pipe, "maybe_convert_prompt"):
-        return _placed(words, prompt, prompt)
+        return _place_words(words, prompt, prompt)
     added = tokenizer.added_tokens_encoder
     concepts = [match.span() for name in added if f"{name}_1" in added for match in re.finditer(re.escape(name), prompt)]
     if not concepts:
-        return _placed(words, prompt, prompt)
+        return _place_words(words, prompt, prompt)
     spans: list[Span | None] = []
     for word in words:
         around = [(start, end) for start, end in concepts if start < word.end and word.start < end]
@@ -71,9 +71,9 @@ def _written_out(pipe: Any, tokenizer: Any, text: str) -> str:
     return str(pipe.maybe_convert_prompt(text, tokenizer))
 
 
-def _preprocessed(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> Given:
-    own = str(pipe._text_preprocessing(prompt, clean_caption=arguments.get("clean_caption", False))[0])
-    return _placed(words, prompt, own, before=_instruction(arguments))
+def _preprocessed(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> PlacedWords:
+    text = str(pipe._text_preprocessing(prompt, clean_caption=arguments.get("clean_caption", False))[0])
+    return _place_words(words, prompt, text, before=_instruction(arguments))
 
 
 def _instruction(arguments: Arguments) -> str:
@@ -86,18 +86,18 @@ def _instruction_tokens(pipe: Any, tokenizer: Any, arguments: Arguments) -> int:
     return len(tokenizer.encode(_instruction(arguments))) - 2 if arguments.get("complex_human_instruction") else 0
 
 
-def _cleaned(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> Given:
+def _cleaned(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> PlacedWords:
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-    return _placed(words, prompt, str(prompt_clean(prompt)))
+    return _place_words(words, prompt, str(prompt_clean(prompt)))
 
 
-def _introduced(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> Given:
-    own = arguments.get("system_prompt")
-    return _placed(words, prompt, prompt, before=f"{pipe.system_prompt if own is None else own} <Prompt Start> ")
+def _introduced(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> PlacedWords:
+    system = arguments.get("system_prompt")
+    return _place_words(words, prompt, prompt, before=f"{pipe.system_prompt if system is None else system} <Prompt Start> ")
 
 
-def _in_qwen_template(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> Given:
+def _in_qwen_template(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> PlacedWords:
     return _in_template(words, prompt, pipe.prompt_template_encode.format)
 
 
@@ -105,7 +105,7 @@ def _qwen_start(pipe: Any, tokenizer: Any, arguments: Arguments) -> int:
     return int(pipe.prompt_template_encode_start_idx)
 
 
-def _in_hunyuan_template(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> Given:
+def _in_hunyuan_template(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> PlacedWords:
     return _in_template(words, prompt, arguments["prompt_template"]["template"].format)
 
 
@@ -116,7 +116,7 @@ def _hunyuan_start(pipe: Any, tokenizer: Any, arguments: Arguments) -> int:
     return int(start) if start is not None else len(tokenizer(template["template"], padding="max_length").input_ids) - 2
 
 
-def _in_mistral_chat(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> Given:
+def _in_mistral_chat(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> PlacedWords:
     from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 
     if arguments.get("caption_upsample_temperature"):  # the text encoder writes another prompt
@@ -126,7 +126,7 @@ def _in_mistral_chat(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Wor
     )
 
 
-def _in_qwen3_chat(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> Given:
+def _in_qwen3_chat(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> PlacedWords:
     def render(text: str) -> str:
         messages = [{"role": "user", "content": text}]
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False))
@@ -158,7 +158,7 @@ class Part:
     tokenizer: str = "tokenizer"
     prompts: tuple[str, ...] = ("prompt",)
     encoder: str = "text_encoder"
-    text: Callable[[Any, Any, str, Sequence[Word], Arguments], Given] = _plain
+    text: Callable[[Any, Any, str, Sequence[Word], Arguments], PlacedWords] = _plain
     special: bool = True
     dropped: Callable[[Any, Any, Arguments], int] = _none_dropped
     after: int | None = None
@@ -214,7 +214,7 @@ def parts_of(pipe: Any) -> tuple[Part, ...]:
     if not parts:
         raise ModelError(
             f"lavender does not know how {name} makes text columns of a prompt; it knows "
-            f"{sorted(stem for stem, own in PARTS.items() if own)}. Give the words' weights yourself: "
+            f"{sorted(stem for stem, known_parts in PARTS.items() if known_parts)}. Give the words' weights yourself: "
             "patch.capture(word_weights)"
         )
     return parts
@@ -237,14 +237,14 @@ def word_weights(
         for words beyond a tokenizer's window; and per prompt the words that are zero.
     """
     parts = parts_of(pipe)
-    weights = torch.zeros(len(prompts), max(1, max(len(own) for own in words)), num_columns)
+    weights = torch.zeros(len(prompts), max(1, max(len(prompt_words) for prompt_words in words)), num_columns)
     missing: list[list[Word]] = []
-    for p, (prompt, own) in enumerate(zip(prompts, words, strict=True)):
+    for p, (prompt, prompt_words) in enumerate(zip(prompts, words, strict=True)):
         for part in parts:
-            for w, columns in enumerate(_columns(pipe, part, parts, prompt, own, num_columns, arguments, p)):
+            for w, columns in enumerate(_columns(pipe, part, parts, prompt, prompt_words, num_columns, arguments, p)):
                 if columns:
                     weights[p, w, columns] += 1 / len(columns)
-        missing.append([word for w, word in enumerate(own) if not weights[p, w].any()])
+        missing.append([word for w, word in enumerate(prompt_words) if not weights[p, w].any()])
     return weights / weights.sum(dim=2, keepdim=True).clamp_min(1), missing
 
 
@@ -259,7 +259,7 @@ def _columns(
     index: int,
 ) -> list[list[int]]:
     """The text columns of every word in one tokenizer's stretch."""
-    if getattr(pipe, part.encoder, None) is None or _own_prompt(part, arguments, index, prompt) != prompt:
+    if getattr(pipe, part.encoder, None) is None or _prompt_of(part, arguments, index, prompt) != prompt:
         return [[] for _ in words]
     tokenizer = attrgetter(part.tokenizer)(pipe)
     first = 0 if part.after is None else attrgetter(parts[part.after].tokenizer)(pipe).model_max_length
@@ -267,27 +267,27 @@ def _columns(
     dropped = part.dropped(pipe, tokenizer, arguments)
     text, spans = part.text(pipe, tokenizer, prompt, words, arguments)
     length = width + dropped if part.longest is None else min(width, arguments[part.longest])
-    offsets, seen = _tokenized(tokenizer, text, length, part.special)
-    if seen != text:
+    offsets, decoded = _tokenize(tokenizer, text, length, part.special)
+    if decoded != text:
         texts = words_of(text)
-        moved = {word.start: span for word, span in zip(texts, _aligned(texts, seen), strict=True)}
-        text, spans = seen, [span and moved.get(span[0]) for span in spans]
+        moved = {word.start: span for word, span in zip(texts, _locate_words(texts, decoded), strict=True)}
+        text, spans = decoded, [span and moved.get(span[0]) for span in spans]
     padded_left = tokenizer.padding_side == "left" and not part.packed
     start = first + (width - len(offsets) if padded_left else -dropped)
-    found = []
+    columns_of_words = []
     for span in spans:
         columns = [start + t for t in tokens_of(span, offsets, text)] if span is not None else []
-        found.append([c for c in columns if first <= c < first + width])
-    return found
+        columns_of_words.append([c for c in columns if first <= c < first + width])
+    return columns_of_words
 
 
-def _own_prompt(part: Part, arguments: Arguments, index: int, prompt: str) -> str:
+def _prompt_of(part: Part, arguments: Arguments, index: int, prompt: str) -> str:
     """What this part's text encoder is given: a pipeline's second prompt may differ from the first, whose words are sought."""
-    given = next((arguments[name] for name in part.prompts if arguments.get(name)), prompt)
-    return given if isinstance(given, str) else given[index]
+    prompts = next((arguments[name] for name in part.prompts if arguments.get(name)), prompt)
+    return prompts if isinstance(prompts, str) else prompts[index]
 
 
-def _tokenized(tokenizer: Any, text: str, length: int, special: bool) -> tuple[list[Span], str]:
+def _tokenize(tokenizer: Any, text: str, length: int, special: bool) -> tuple[list[Span], str]:
     """The characters of every token before padding, and the text that they are counted in."""
     settings: dict[str, Any] = {"truncation": True, "max_length": length}
     if tokenizer.is_fast:
@@ -296,9 +296,9 @@ def _tokenized(tokenizer: Any, text: str, length: int, special: bool) -> tuple[l
     # A tokenizer without offsets: those of the whole text, decoded, where its tokens stand among the special ones.
     plain = tokenizer(text, add_special_tokens=False).input_ids
     ids = tokenizer(text, add_special_tokens=special, **settings).input_ids
-    decoded, own = offsets_of_ids(tokenizer.decode, plain)
+    decoded, spans = offsets_of_ids(tokenizer.decode, plain)
     offsets: list[Span] = [(0, 0)] * len(ids)
-    for place, span in zip(locate_tokens(plain, ids), own, strict=True):
+    for place, span in zip(locate_tokens(plain, ids), spans, strict=True):
         if place >= 0:
             offsets[place] = span
     return offsets, decoded

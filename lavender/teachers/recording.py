@@ -1,7 +1,7 @@
-"""Reading word columns from a diffusers denoiser: hooks around attention modules, and a scoped look at the one call inside.
+"""Reading word columns from a diffusers denoiser: hooks around attention modules, and a mode that reads the one call inside.
 
 No attention processor is replaced, so LoRA, IP-Adapter, ControlNet, offloading and fused projections keep working and outputs
-are bit-identical. While a module runs, a `TorchFunctionMode` sees its first `scaled_dot_product_attention` call and computes word
+are bit-identical. While a module runs, a `TorchFunctionMode` reads its first `scaled_dot_product_attention` call and computes word
 maps beside it; outside a recording the hooks do nothing.
 """
 
@@ -137,18 +137,18 @@ def remedy_of(module: Any) -> str:
     )
 
 
-class _Spy(TorchFunctionMode):
-    """Sees the attention call of one module; lives while that module runs."""
+class _CallReader(TorchFunctionMode):
+    """Reads the attention call of one module; lives while that module runs."""
 
     def __init__(self, record: Callable[[str, _Attention], torch.Tensor | None], name: str) -> None:
         super().__init__()
-        self.record, self.name, self.seen = record, name, False
+        self.record, self.name, self.is_read = record, name, False
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # An IP-Adapter makes a second call with its picture's keys: the first one has the text's.
-        if func is F.scaled_dot_product_attention and not self.seen:
-            self.seen = True
+        if func is F.scaled_dot_product_attention and not self.is_read:
+            self.is_read = True
             output = self.record(self.name, _Attention(*args, **kwargs))
             if output is not None:
                 return output
@@ -197,12 +197,12 @@ class DenoiserHooks:
         """`opened` gets the arguments of a forward and gives a recording and the samples to record, or None."""
         self.denoiser = denoiser
         self.layout: Layout = layout_of(denoiser)
-        self.modules = _chosen(_attention_modules(denoiser, self.layout), layers)
+        self.modules = _choose(_attention_modules(denoiser, self.layout), layers)
         self._opened = opened
         self._manual: tuple[Recording, Samples] | None = None
         self._signature = inspect.signature(type(denoiser).forward)
         self._current: tuple[Recording, Samples, Places] | None = None
-        self._spies: list[_Spy] = []
+        self._readers: list[_CallReader] = []
         self._handles: list[Any] = [
             denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
             denoiser.register_forward_hook(self._after, always_call=True),
@@ -290,15 +290,15 @@ class DenoiserHooks:
     def _enter(self, name: str) -> Any:
         def enter(module: nn.Module, args: tuple) -> None:
             if self._current is not None:
-                spy = _Spy(self._record, name)
-                spy.__enter__()
-                self._spies.append(spy)
+                reader = _CallReader(self._record, name)
+                reader.__enter__()
+                self._readers.append(reader)
 
         return enter
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._spies:
-            self._spies.pop().__exit__(None, None, None)
+        if self._readers:
+            self._readers.pop().__exit__(None, None, None)
 
     def _record(self, name: str, call: _Attention) -> torch.Tensor | None:
         """Records one layer's maps; the attention's output if it came with them."""
@@ -330,8 +330,8 @@ class DenoiserHooks:
             query, mask, weights = self._image_rows(name, call, weights, places, branch)
             query, key = as_attended(query), as_attended(call.key)
             maps = column_maps(query, key, weights, mask=mask, scale=call.scale, head_weights=heads)
-        frames, rows, columns = grid
-        recording.add(name, maps.unflatten(-1, (frames, rows, columns) if frames > 1 else (rows, columns)))
+        frames, height, width = grid
+        recording.add(name, maps.unflatten(-1, (frames, height, width) if frames > 1 else (height, width)))
         return output
 
     def _image_rows(
@@ -371,7 +371,7 @@ def _attention_modules(denoiser: nn.Module, layout: Layout) -> dict[str, nn.Modu
     return {name: module for name, module in denoiser.named_modules() if pattern.fullmatch(name)}
 
 
-def _chosen(modules: dict[str, nn.Module], layers: tuple[str, ...]) -> dict[str, nn.Module]:
+def _choose(modules: dict[str, nn.Module], layers: tuple[str, ...]) -> dict[str, nn.Module]:
     if not modules:
         raise ModelError("the denoiser has no attention module that reads the text")
     return {name: modules[name] for name in chosen_names(list(modules), layers)} if layers else modules
