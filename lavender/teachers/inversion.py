@@ -14,6 +14,10 @@ from ..config import TeacherConfig
 from ..errors import ConfigError
 from .bound_denoiser import BoundDenoiser
 
+Noise = Callable[[], torch.Tensor]
+"""Gives standard normal noise like the latents, other noise at every call."""
+Ends = tuple[torch.Tensor, torch.Tensor]
+"""The noisiest latents, and those at the end: of every inversion but `noise`, what the denoising made of them."""
 _ADAM_RATE = 1e-2
 """Learning rate of null-text inversion at the first timestep; it falls to half of that (Mokady et al. 2023, their code)."""
 
@@ -29,27 +33,20 @@ def require_inversion(config: TeacherConfig, scheduler: Any, flow_matching: bool
         raise ConfigError(f"{name} predicts {kind!r}; lavender inverts models that predict epsilon or v_prediction")
 
 
-def read_maps(
-    denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherConfig, noise: Callable[[], torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def read_maps(denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherConfig, noise: Noise) -> Ends:
     """Runs the denoiser along the chosen way and records every timestep whose attention is wanted.
 
     Args:
         denoiser: with its captions.
         latents: [B, C, h, w], the encoded pictures, scaled.
         config: which way, and its numbers of steps.
-        noise: gives standard normal noise like the latents, other noise at every call.
-
-    Returns:
-        The noisiest latents, and those at the end: of every way but `noise`, what the denoising made of them.
+        noise: see `Noise`.
     """
     ways = {"noise": _add_noise, "ddim": _ddim, "null_text": _null_text, "flow": _flow_matching}
     return ways[config.inversion](denoiser, latents, config, noise)
 
 
-def _add_noise(
-    denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherConfig, noise: Callable[[], torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _add_noise(denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherConfig, noise: Noise) -> Ends:
     ddim = None if denoiser.flow_matching else _scheduler(DDIMScheduler, denoiser)
     noisiest = latents
     for number in config.timesteps:
@@ -64,9 +61,7 @@ def _add_noise(
     return noisiest, latents
 
 
-def _ddim(
-    denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherConfig, noise: Callable[[], torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _ddim(denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherConfig, noise: Noise) -> Ends:
     """DDIM inversion (Song et al. 2021, section 4.3), then DDIM denoising from the noise level that inversion reached."""
     path, reached = _invert(denoiser, latents, config.inversion_steps)
     noisiest = latents = path[-1]
@@ -80,9 +75,7 @@ def _ddim(
     return noisiest, latents
 
 
-def _null_text(
-    denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherConfig, noise: Callable[[], torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _null_text(denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherConfig, noise: Noise) -> Ends:
     """Null-text inversion (Mokady et al. 2023): the empty caption's embedding is fitted at every timestep, picture by picture."""
     path, _ = _invert(denoiser, latents, config.diffusion_steps)
     noisiest = latents = path.pop()
@@ -131,9 +124,7 @@ def _fit_empty(
     return embeddings.detach()
 
 
-def _flow_matching(
-    denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherConfig, noise: Callable[[], torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _flow_matching(denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherConfig, noise: Noise) -> Ends:
     """Euler's method: from the picture to noise over the scheduler's noise levels, and back.
 
     As in DDIM inversion, the velocity of a step is that at its noisier end, where the way back takes it too.
