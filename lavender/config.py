@@ -295,9 +295,7 @@ class AlignmentConfig:
     weight: float = 10.0
     """Lambda at the start, the alignment loss's weight beside the language loss; 0 switches it off."""
     schedule: Schedule = "constant"
-    """How lambda falls with training's progress p from 0 to 1. `constant` does not; `linear` is
-    weight (1 - p); `exponential`, weight exp(-decay p); `inverse`, weight / (1 + decay p). Lambda is
-    never negative."""
+    """How lambda falls during training. The formulas are in `lavender.students.lambda_schedule`."""
     decay: float = 5.0
     """How fast `exponential` and `inverse` fall."""
     rows: Rows = "predicts"
@@ -366,12 +364,6 @@ class AlignmentConfig:
         )
         _require(all(layer >= 0 for layer in self.layers), f"layers is {self.layers}; layers are counted from 0")
         _require(len(set(self.layers)) == len(self.layers), f"layers is {self.layers}; a layer stands there twice")
-
-    def weight_at(self, progress: float) -> float:
-        """Lambda at a training progress from 0 to 1 (values outside are clipped)."""
-        p = min(max(progress, 0.0), 1.0)
-        factors = {"constant": 1.0, "linear": 1 - p, "exponential": math.exp(-self.decay * p), "inverse": 1 / (1 + self.decay * p)}
-        return self.weight * factors[self.schedule]
 
 
 @dataclass(frozen=True)

@@ -60,27 +60,6 @@ def test_a_config_survives_json(config):
     assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
 
 
-@given(alignment_configs, st.floats(0, 1), st.floats(0, 1))
-def test_lambda_starts_at_the_weight_falls_and_is_never_negative(config, p, q):
-    earlier, later = sorted((p, q))
-    assert config.weight_at(0) == config.weight_at(-0.1) == config.weight
-    assert config.weight_at(earlier) >= config.weight_at(later) >= config.weight_at(1) == config.weight_at(1.1) >= 0
-
-
-@pytest.mark.parametrize(
-    ("schedule", "values"),
-    [
-        ("constant", [8, 8, 8]),
-        ("linear", [8, 4, 0]),
-        ("exponential", [8, 8 * math.exp(-1), 8 * math.exp(-2)]),
-        ("inverse", [8, 4, 8 / 3]),
-    ],
-)
-def test_lambda_by_schedule(schedule, values):
-    config = AlignmentConfig(weight=8, schedule=schedule, decay=2)
-    assert [config.weight_at(p) for p in (0, 0.5, 1)] == pytest.approx(values)
-
-
 @given(teacher_configs, teacher_configs)
 def test_fingerprints_differ_exactly_when_configs_do(one, other):
     assert (fingerprint(to_dict(one)) == fingerprint(to_dict(other))) == (one == other)

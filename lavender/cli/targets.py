@@ -88,7 +88,7 @@ def import_targets(
     images: Annotated[Path | None, typer.Option(help="Folder of the pictures.")] = None,
 ) -> None:
     """Make a target store of word maps in one of the published formats."""
-    from ..targets.lavender_import import import_targets as run
+    from ..targets.published_import import import_targets as run
 
     summary = run(source, out, samples=_read_samples(samples, images), images=images)
     print(
@@ -110,7 +110,7 @@ def export_targets(
     ] = None,
 ) -> None:
     """Write a target store in one of the published formats."""
-    from ..targets.lavender_export import export_targets as run
+    from ..targets.published_export import export_targets as run
     from ..targets.store import TargetStore
 
     summary = run(TargetStore(store), out, format=format, samples=_read_samples(samples, images), images=images)

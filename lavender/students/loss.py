@@ -14,6 +14,7 @@ from ..errors import CaptureError, ConfigError
 from ..types import OUTCOMES, WordBatch
 from .aligner import HiddenStates
 from .capture import Forward
+from .lambda_schedule import lambda_at
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +92,7 @@ def _weight(config: AlignmentConfig, progress: float | None, trains: bool) -> fl
             f"lambda falls by schedule={config.schedule!r}, and the patch does not know the training's progress: call "
             "trainer.add_callback(lavender.LavenderCallback(trainer)), or set the patch's progress (0 to 1) before each step"
         )
-    return config.weight_at(progress or 0.0)
+    return lambda_at(config, progress or 0.0)
 
 
 def add_to_loss(output: Any, term: torch.Tensor) -> Any:

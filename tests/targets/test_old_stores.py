@@ -14,9 +14,9 @@ from lavender.data.samples import read_pairs
 from lavender.errors import TargetError
 from lavender.extraction.extract import extract
 from lavender.miniworld import TEACHER
-from lavender.targets.lavender_import import import_targets
 from lavender.targets.maintenance import info, merge, verify
 from lavender.targets.manifest import StoreConfig, read_manifest
+from lavender.targets.published_import import import_targets
 from lavender.targets.store import TargetStore, TargetWriter
 
 OLD = Path(__file__).parent / "old_stores"

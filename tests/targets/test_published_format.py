@@ -17,9 +17,9 @@ from lavender.config import DEFAULT_QUESTION
 from lavender.data.samples import Conversation, Message, Sample
 from lavender.errors import ConfigError, DataError, TargetError
 from lavender.images import image_sha256, load_image
-from lavender.targets.lavender_export import export_targets
-from lavender.targets.lavender_import import import_targets
 from lavender.targets.manifest import StoreConfig
+from lavender.targets.published_export import export_targets
+from lavender.targets.published_import import import_targets
 from lavender.targets.store import Target, TargetStore, TargetWriter
 from lavender.types import Word, WordMaps
 from lavender.words import words_of

@@ -1,4 +1,4 @@
-"""From a target store to word maps as Lavender's authors publish them; see `lavender.targets.lavender_format`."""
+"""From a target store to word maps as Lavender's authors publish them; see `lavender.targets.published_format`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..data.samples import PLACEHOLDER, Conversation, Sample
 from ..errors import ConfigError, DataError, TargetError
 from ..images import ImageSource, image_sha256, load_image, read_bytes
 from ..types import WHOLE_PICTURE, Box
-from .lavender_format import ROWS_AT_ONCE, images_of, name_of, without_number
+from .published_format import ROWS_AT_ONCE, images_of, name_of, without_number
 from .store import Target, TargetStore
 
 

@@ -1,4 +1,4 @@
-"""From word maps as Lavender's authors publish them to a target store; see `lavender.targets.lavender_format`."""
+"""From word maps as Lavender's authors publish them to a target store; see `lavender.targets.published_format`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ..errors import ConfigError, DataError
 from ..images import ImageSource, Picture, load_image
 from ..types import WordMaps
 from ..words import match_words, words_and
-from .lavender_format import ROWS_AT_ONCE, images_of, name_of
 from .manifest import StoreConfig
+from .published_format import ROWS_AT_ONCE, images_of, name_of
 from .store import Target, TargetWriter
 
 
