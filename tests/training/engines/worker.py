@@ -137,5 +137,8 @@ def main(settings):
 if __name__ == "__main__":
     main(json.loads(Path(sys.argv[1]).read_text()))
     if dist.is_initialized():
-        # Its threads would run into the end of the interpreter.
-        dist.destroy_process_group()
+        dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not by the end of the interpreter: threads of gloo that still run then abort the process, now and then.
+    os._exit(0)
