@@ -12,12 +12,13 @@ from .errors import ConfigError, DataError
 
 
 def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
-    """Writes a file, text as UTF-8. A kill or a power cut leaves the file as it was before, or whole.
+    """Writes a file, text as UTF-8. A kill or a power cut leaves a regular file as it was before, or whole.
 
     Raises `OSError` where the file cannot be written; what was there before stays.
     """
     content = data.encode() if isinstance(data, str) else data
-    if path.exists() and not path.is_file():  # a device or a pipe, such as /dev/stdout, is written to and not replaced
+    # A link, a device or a pipe, such as /dev/stdout, is written through and not replaced.
+    if path.is_symlink() or (path.exists() and not path.is_file()):
         path.write_bytes(content)
         return
     partial = path.with_name(path.name + ".partial")

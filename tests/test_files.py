@@ -97,3 +97,11 @@ def test_everything_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
 def test_a_device_or_a_pipe_is_written_to_and_not_replaced(tmp_path):
     code = "from pathlib import Path; from lavender.files import write_atomically; write_atomically(Path('/dev/stdout'), 'said')"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "said"
+
+
+def test_a_link_stays_and_its_target_is_written(tmp_path):
+    (tmp_path / "target").write_text("before")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_atomically(tmp_path / "link", "after")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "after"

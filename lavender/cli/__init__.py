@@ -50,9 +50,7 @@ app.add_typer(targets_app, name="targets")
 
 
 @app.command()
-def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished `lavender demo`.")] = Path("runs/demo"),
-) -> None:
+def report(run: Annotated[Path, typer.Argument(help="Folder of a finished `lavender demo`.")] = Path("runs/demo")) -> None:
     """Write report.html again from a finished demo's results."""
     from ..miniworld.report import write_report
 

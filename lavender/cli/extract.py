@@ -27,11 +27,7 @@ _WITHOUT_USE: dict[Inversion, tuple[str, ...]] = {
 """Settings that an inversion ignores."""
 
 
-@with_options(
-    pairs=PAIR_OPTIONS,
-    teacher=(TeacherConfig, _TEACHER),
-    extraction=(ExtractionConfig, _EXTRACTION),
-)
+@with_options(pairs=PAIR_OPTIONS, teacher=(TeacherConfig, _TEACHER), extraction=(ExtractionConfig, _EXTRACTION))
 def extract(
     *,
     model: Annotated[str, typer.Option(help="Folder or hub id of a text-to-image pipeline: Stable Diffusion, Flux, PixArt.")],

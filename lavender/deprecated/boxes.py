@@ -1,8 +1,9 @@
 """Deprecated name of `lavender.students.boxes`."""
 
-from lavender.errors import warn_renamed
-from lavender.students.boxes import boxes_within, shown_boxes, square_boxes, tiled_boxes, unframed_boxes
+import sys
 
-__all__ = ["boxes_within", "shown_boxes", "square_boxes", "tiled_boxes", "unframed_boxes"]
+from lavender.errors import warn_renamed
+from lavender.students import boxes
 
 warn_renamed("lavender.boxes", "lavender.students.boxes")
+sys.modules[__name__] = boxes

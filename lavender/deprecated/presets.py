@@ -1,8 +1,9 @@
 """Deprecated name of `lavender.cli.presets`."""
 
-from lavender.cli.presets import PRESETS, Preset, preset
+import sys
+
+from lavender.cli import presets
 from lavender.errors import warn_renamed
 
-__all__ = ["PRESETS", "Preset", "preset"]
-
 warn_renamed("lavender.presets", "lavender.cli.presets")
+sys.modules[__name__] = presets

@@ -1,8 +1,9 @@
 """Deprecated name of `lavender.training.train`."""
 
-from lavender.errors import warn_renamed
-from lavender.training.train import fine_tune, load_aligner, load_student
+import sys
 
-__all__ = ["fine_tune", "load_aligner", "load_student"]
+from lavender.errors import warn_renamed
+from lavender.training import train
 
 warn_renamed("lavender.train", "lavender.training.train")
+sys.modules[__name__] = train

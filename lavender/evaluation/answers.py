@@ -42,12 +42,7 @@ def generate(model: Any, processor: Any, images: Sequence[Image.Image], question
         for question in questions
     ]
     batch = processor(
-        images=list(images),
-        text=texts,
-        padding=True,
-        padding_side="left",
-        add_special_tokens=False,
-        return_tensors="pt",
+        images=list(images), text=texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
     ).to(model.device)
     written = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
     return processor.tokenizer.batch_decode(written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

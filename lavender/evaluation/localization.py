@@ -34,14 +34,7 @@ from .grounding import Grounding, Groundings
 SpanMaps = Mapping[Span, np.ndarray]
 """A caption's word maps, each [y, x], by the characters of its word."""
 
-COUNTS = (
-    "samples",
-    "samples_measured",
-    "samples_without_grounding",
-    "words_measured",
-    "words_without_map",
-    "words_not_measurable",
-)
+COUNTS = ("samples", "samples_measured", "samples_without_grounding", "words_measured", "words_without_map", "words_not_measurable")
 """What `evaluate_maps` counts, in the order of its result."""
 
 

@@ -20,15 +20,7 @@ from ..patching import patch
 from ..students.patch import StudentPatch
 from ..training.train import load_student
 from . import STUDENT
-from .experiment import (
-    ExperimentConfig,
-    extract_targets,
-    held_out_scenes,
-    measure,
-    target_maps,
-    train_arm,
-    training_scenes,
-)
+from .experiment import ExperimentConfig, extract_targets, held_out_scenes, measure, target_maps, train_arm, training_scenes
 from .measures import compare_targets, student_maps
 from .report import RESULTS, environment, save_examples, table_rows, write_report
 from .scenes import Scene

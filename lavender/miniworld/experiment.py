@@ -128,11 +128,7 @@ def train_arm(
 
 
 def measure(
-    handle: StudentPatch,
-    processor: Any,
-    held_out: Sequence[Scene],
-    rows: Rows,
-    held_out_targets: Sequence[SpanMaps] | None = None,
+    handle: StudentPatch, processor: Any, held_out: Sequence[Scene], rows: Rows, held_out_targets: Sequence[SpanMaps] | None = None
 ) -> dict[str, Any]:
     """Attention (of the chosen rows) and answers of a patched student on held-out scenes: `{"attention", "answers"}`.
 

@@ -35,11 +35,7 @@ _PACKAGES = ("lavender-attention", "torch", "transformers", "diffusers", "peft",
 
 def environment() -> dict[str, str]:
     """Machine and package versions, for reports and benchmark results."""
-    machine = {
-        "python": sys.version.split()[0],
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpus": str(os.cpu_count()),
-    }
+    machine = {"python": sys.version.split()[0], "system": f"{platform.system()} {platform.machine()}", "cpus": str(os.cpu_count())}
     for package in _PACKAGES:
         try:
             machine[package] = version(package)

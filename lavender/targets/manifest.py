@@ -17,7 +17,7 @@ OLD_VERSION = 2
 """Manifests of this version have the keys `teacher` and `config`, a teacher's, in place of `source` and a store's `config`. Their
 stores are read and continued, and keep their version and their fingerprint, which run folders recorded."""
 NAMES = ("model", "source")
-"""Entries of a source that only name it: the same weights may lie in another folder, and give the same maps."""
+"""Entries of a source that only name it: they decide nothing about the maps."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,10 @@ class StoreConfig:
 def new_manifest(source: Mapping[str, Any], config: StoreConfig) -> dict[str, Any]:
     """The manifest of a store that holds nothing yet. `source` is plain JSON values."""
     manifest = {"format": FORMAT, "version": VERSION, "source": json.loads(json.dumps(dict(source))), "config": to_dict(config)}
-    return {**manifest, "fingerprint": fingerprint(_identity(manifest)), "complete": False, "shards": {}, "failed": []}
+    settings = _identity(manifest)
+    # An extraction's fingerprint is that of version 2, so that a run folder knows a store that was extracted again.
+    digits = fingerprint([settings.pop("weights", None), settings])
+    return {**manifest, "fingerprint": digits, "complete": False, "shards": {}, "failed": []}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -32,21 +32,11 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from ..config import fingerprint
-from ..errors import TargetError
+from ..errors import TargetError, warn_renamed
 from ..files import write_atomically
 from ..images import ImageSource, file_sha256, image_sha256, load_image
 from .manifest import StoreConfig, config_of, difference, new_manifest, read_manifest, shard_paths, source_of, unlisted_shards
-from .shards import (
-    GROUP_SIZE,
-    Target,
-    encoded,
-    group_of,
-    read,
-    schema,
-    sha256_of,
-    targets_of,
-    to_table,
-)
+from .shards import GROUP_SIZE, Target, encoded, group_of, read, schema, sha256_of, targets_of, to_table
 
 SHARD_SIZE = 256
 """Samples of a shard."""
@@ -399,6 +389,12 @@ class TargetStore:
             if len(ids) != listed["samples"]:
                 raise TargetError(f"{path} is damaged (it has {len(ids)} samples, the manifest says {listed['samples']})")
             self._place_of |= {sample_id: (path, listed["sha256"], row) for row, sample_id in enumerate(ids)}
+
+    @property
+    def teacher(self) -> dict[str, str]:
+        """Deprecated: what names the source, and its weights, as they stand in `source`."""
+        warn_renamed("TargetStore.teacher", "TargetStore.source")
+        return {name: self.source[name] for name in ("model", "weights", "source") if name in self.source}
 
     def __len__(self) -> int:
         return len(self._place_of)

@@ -78,12 +78,7 @@ class TeacherPatch(Handle):
     """
 
     def __init__(
-        self,
-        pipe: Any,
-        layers: tuple[str, ...] = (),
-        heads: bool = False,
-        steps: bool = False,
-        words: tuple[str, ...] = (),
+        self, pipe: Any, layers: tuple[str, ...] = (), heads: bool = False, steps: bool = False, words: tuple[str, ...] = ()
     ) -> None:
         self.pipe = pipe
         self.settings = (layers, heads, steps, words)

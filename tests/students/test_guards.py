@@ -247,5 +247,7 @@ def test_the_old_name_of_a_familys_setting_warns_once(monkeypatch):
     with pytest.warns(FutureWarning, match=r"Family\(num_images=...\)"):
         family = Family(boxes=list, pictures=(1, 1))
     assert family == Family(boxes=list, num_images=(1, 1))
+    with pytest.warns(FutureWarning, match="Family.num_images"):
+        assert family.pictures == (1, 1)
     with pytest.warns(FutureWarning, match="use lavender.ProcessedImages"):
         assert lavender.Pictures is ProcessedImages

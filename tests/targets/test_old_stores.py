@@ -54,6 +54,15 @@ def test_a_finished_store_loads_as_what_it_is(old):
     assert verify(old / "finished", read_pairs(old / "data/captions.jsonl")[:4]) == []
     assert info(old / "finished").samples == 4
     assert info(old / "unfinished").samples == 3
+    with pytest.warns(FutureWarning, match="TargetStore.source"):
+        assert store.teacher == read_manifest(old / "finished")["teacher"]
+
+
+def test_an_extraction_that_is_made_again_has_the_same_fingerprint(old, tmp_path):
+    extract(TEACHER, read_pairs(old / "data/captions.jsonl")[:4], tmp_path / "again", CONFIG, WORK, progress=False)
+    again = TargetStore(tmp_path / "again")
+    assert read_manifest(again.folder)["version"] == 3
+    assert again.fingerprint == TargetStore(old / "finished").fingerprint
 
 
 def test_a_run_folder_knows_its_store_again(old):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
+from functools import wraps
 from importlib import import_module
 from typing import Any
 
@@ -58,7 +59,6 @@ class Family:
         resamplers: the attention modules by which the model's few image tokens were made from many patches; the attention to an
             image token is then carried on to its patches, and `boxes` are those of the patches.
         num_images: the fewest and the most pictures that a sample may have. Through a resampler exactly one is followed.
-        pictures: deprecated name of `num_images`.
     """
 
     boxes: Callable[[ProcessedImages], list[torch.Tensor]]
@@ -67,12 +67,26 @@ class Family:
     collates: bool = True
     resamplers: Callable[[nn.Module], list[nn.Module]] | None = None
     num_images: tuple[int, float] = (0, math.inf)
-    pictures: InitVar[tuple[int, float] | None] = None
 
-    def __post_init__(self, pictures: tuple[int, float] | None) -> None:
-        if pictures is not None:
+    @property
+    def pictures(self) -> tuple[int, float]:
+        """Deprecated name of `num_images`."""
+        warn_renamed("Family.pictures", "Family.num_images")
+        return self.num_images
+
+
+def _accept_pictures(initialize: Callable[..., None]) -> Callable[..., None]:
+    @wraps(initialize)
+    def accept(self: Family, *args: Any, **settings: Any) -> None:
+        if "pictures" in settings:
             warn_renamed("Family(pictures=...)", "Family(num_images=...)")
-            object.__setattr__(self, "num_images", pictures)
+            settings["num_images"] = settings.pop("pictures")
+        initialize(self, *args, **settings)
+
+    return accept
+
+
+Family.__init__ = _accept_pictures(Family.__init__)  # type: ignore[method-assign]
 
 
 STUDENTS: dict[str, str | Family] = {
