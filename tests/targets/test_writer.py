@@ -227,6 +227,7 @@ def test_half_written_files_are_ignored(tmp_path):
 
 KILLED = """
 import sys
+import time
 import numpy as np
 from pathlib import Path
 from lavender.targets.shards import encoded, to_table
@@ -243,6 +244,7 @@ for batch in np.random.default_rng(seed).permutation(len(batches)):
     writer.add(*[make_target(n) for n in new], position=new)
     finished.update(batches[batch])
     writer.advance(next(n for n in range(count + 1) if n not in finished))
+    time.sleep(0.01 * bool(new))  # so that a kill which comes late still finds work in progress
 writer.close()
 print("done")
 """
@@ -251,7 +253,7 @@ print("done")
 @pytest.mark.full
 def test_kill_9_at_random_moments_loses_nothing(tmp_path):
     """Start, kill after a random while, start again with another order: the store ends as that of an undisturbed run."""
-    count = 60
+    count = 120
     root = Path(__file__).parents[2]
     rng = np.random.default_rng(0)
     kills = 0
