@@ -17,10 +17,10 @@ test: $(STAMP)  ## Test what must hold for a change, on two cores (under 10 minu
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m "not full"
 
 test-all: test test-rest  ## Run every test, on two cores (under 25 minutes), and note that they passed
+	$(BIN)/python -m tests.content --record
 
 test-rest: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m full
-	$(BIN)/python -m tests.content --record
 
 lint: $(STAMP)  ## Check format, style and types
 	$(BIN)/ruff format --check .
