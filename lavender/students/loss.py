@@ -30,6 +30,8 @@ class Comparison:
         aligned: [B, W, y, x], the aligned maps of this process's batch, detached.
         batch: this process's batch, with its targets [B, W, y', x'].
         input_ids: int64 [B, T], or None if the forward got embeddings.
+        language: the model's own loss of this process's batch, without the alignment; a scalar, detached, zero for a batch without
+            label tokens. None where the model returned no loss.
     """
 
     loss: torch.Tensor
@@ -40,12 +42,13 @@ class Comparison:
     aligned: torch.Tensor
     batch: WordBatch
     input_ids: torch.Tensor | None
+    language: torch.Tensor | None
 
 
 def compare(
-    model: Any, forward: Forward, source: torch.Tensor | HiddenStates, progress: float | None
+    model: Any, forward: Forward, source: torch.Tensor | HiddenStates, progress: float | None, output: Any
 ) -> tuple[Comparison, torch.Tensor]:
-    """The alignment loss of one forward: a report of it, and the term that is added to the language loss.
+    """The alignment loss of one forward: a report of it, and the term that is added to the loss in its `output`.
 
     The mean runs over the words of all processes. Engines average gradients over processes, so each adds the sum over its words
     times the number of processes. `num_items_in_batch` counts an optimizer step's label tokens, over all processes or over one:
@@ -79,11 +82,20 @@ def compare(
         aligned=aligned.detach(),
         batch=words,
         input_ids=inputs.get("input_ids"),
+        language=_language_loss(output, labels, tokens),
     )
     term = weight * processes * share * total / all_words
     if inputs.get("fused_lm_head"):
         term = term * (sums[2] / processes if getattr(model, "accepts_loss_kwargs", True) else tokens)
     return comparison, term
+
+
+def _language_loss(output: Any, labels: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor | None:
+    if labels is None:
+        return None
+    loss = output[0] if isinstance(output, tuple) else output.get("loss")
+    # The mean over no label token is 0 / 0, without gradient.
+    return None if loss is None else torch.where(tokens > 0, loss.detach(), 0.0)
 
 
 def _weight(config: AlignmentConfig, progress: float | None, trains: bool) -> float:

@@ -290,7 +290,7 @@ class StudentPatch(Handle):
         if active.words.targets is None or not self.trains:
             return None
         require_gradient(self.model, self.decoder, source)
-        self.last, term = compare(self.model, active, source, self.progress)
+        self.last, term = compare(self.model, active, source, self.progress, output)
         return add_to_loss(output, term)
 
 

@@ -16,13 +16,15 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -35,7 +37,7 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..batches.collator import Collator
 from ..config import AlignmentConfig, Dtype, TrainingConfig, WordsConfig, to_dict
@@ -47,6 +49,9 @@ from ..students.patch import StudentPatch
 from ..targets.store import TargetStore
 from ..types import WordBatch
 from .callback import LavenderCallback
+from .checkpoints import last_checkpoint as _last_checkpoint
+from .checkpoints import write_record
+from .guard import FiniteGuard, non_finite
 
 logger = logging.getLogger("lavender")
 
@@ -142,15 +147,28 @@ def fine_tune(
 def load_aligner(patch_handle: StudentPatch, run: str | Path) -> None:
     """Puts the aligner of a finished run into a model that was patched with the same `AlignmentConfig`.
 
-    Raises `ModelError` if there is none, or one of another config.
+    Raises `ModelError` if there is none, if it is damaged or holds NaN, or if it is one of another config.
     """
     path = Path(run) / "aligner.safetensors"
     if not path.exists():
         raise ModelError(f"there is no aligner at {path}; give the folder of a finished run that had targets")
     try:
-        patch_handle.model.lavender.load_state_dict(load_file(path))
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise ModelError(f"{path} is damaged ({error}); train the aligner again") from error
+    _require_finite(weights, path)
+    try:
+        patch_handle.model.lavender.load_state_dict(weights)
     except RuntimeError as error:
         raise ModelError(f"the aligner of {run} belongs to another AlignmentConfig or model ({_first_line(error)})") from error
+
+
+def _require_finite(weights: Mapping[str, torch.Tensor], source: str | Path) -> None:
+    bad = non_finite(weights.items())
+    if bad:
+        raise ModelError(
+            f"{len(bad)} weights in {source} are not finite, such as {bad[0]}: it is damaged, or its training diverged"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,14 +201,12 @@ class _Run:
             model=trained,
             args=arguments,
             train_dataset=list(self.samples),
-            data_collator=self.collator(processor, student.config),
+            data_collator=_Batches(self.collator(processor, student.config)),
             aligner_learning_rate=self.training.aligner_learning_rate,
         )
-        if self.targets is not None:
-            trainer.add_callback(LavenderCallback(trainer, processor=processor))
-        with arguments.main_process_first():
-            checkpoint = _last_checkpoint(out / "checkpoints")
-        _train(trainer, checkpoint)
+        aligned = self.targets is not None
+        trainer.add_callback(LavenderCallback(trainer, processor=processor) if aligned else FiniteGuard(trainer))
+        _train(trainer, _last_checkpoint(out / "checkpoints", trainer))
         _write_results(out, trainer, processor, self.frozen)
         return trained
 
@@ -212,9 +228,8 @@ class _Run:
                 parameter.requires_grad_("lavender." in name and parameter.requires_grad)
         return trained, student, processor
 
-    def collator(self, processor: Any, model_config: Any) -> Any:
-        collator = Collator(processor, self.targets, self.words, model_config=model_config, max_length=self.training.max_length)
-        return collator if self.targets is not None else _Plain(collator)
+    def collator(self, processor: Any, model_config: Any) -> Collator:
+        return Collator(processor, self.targets, self.words, model_config=model_config, max_length=self.training.max_length)
 
     def record(self) -> dict[str, Any]:
         digest = hashlib.sha256()
@@ -234,22 +249,49 @@ class _Run:
         }
 
 
-class _Plain:
-    """A collator's batches without lavender's keys."""
+_SAMPLE_IDS = "sample_ids"
+
+
+class _Batches:
+    """A collator's batches with the ids of their samples, and without lavender's keys where nothing is aligned."""
 
     def __init__(self, collator: Collator) -> None:
         self.collator = collator
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
-        return WordBatch.split(self.collator(samples))[0]
+        batch: dict[str, Any] = self.collator(samples)
+        if self.collator.targets is None:
+            batch, _ = WordBatch.split(batch)
+        return batch | {_SAMPLE_IDS: [sample.id for sample in samples]}
 
 
 class _Trainer(Trainer):
-    """A Trainer whose aligner may have a learning rate of its own."""
+    """A Trainer whose aligner may have a learning rate of its own, and which knows what it is at.
+
+    Attributes:
+        sample_ids: by micro-batch of the step in hand, the ids of this process's samples.
+        last_loss: this process's latest loss, a scalar; None before the first.
+    """
 
     def __init__(self, *args: Any, aligner_learning_rate: float | None, **kwargs: Any) -> None:
         self.aligner_learning_rate = aligner_learning_rate
+        self.sample_ids: list[list[str]] = []
+        self.last_loss: torch.Tensor | None = None
         super().__init__(*args, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor | int | None]:
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self.sample_ids = [batch.pop(_SAMPLE_IDS) for batch in batches]
+        return batches, num_items
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; zero for a batch without label tokens, all of whose samples were skipped or cut off: it would be 0 / 0.
+
+        The backward pass of this zero is one as any other, for the engines that exchange gradients in it.
+        """
+        has_labels = (inputs["labels"][:, 1:] != -100).any()
+        loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
+        return torch.where(has_labels, loss, 0.0)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with the aligner's weights in groups of their own."""
@@ -271,11 +313,19 @@ class _Trainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The Trainer's. FSDP2 resumes an optimizer only if it has a state of every weight, unused ones too."""
         loss, model = super().training_step(*args, **kwargs), self.model
+        self.last_loss = loss
         if self.is_fsdp_enabled and model is not None:
             for parameter in model.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
         return loss
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The Trainer's, and a record of the checkpoint, once the files of all processes are there."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_record(Path(output_dir), self.args.world_size)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """The Trainer's, with the weights' own names in checkpoints, which it loads without renaming (transformers issue 43701),
@@ -339,8 +389,9 @@ def _with_lora(student: Any, training: TrainingConfig, adapter: str | Path | Non
         aligner = {name: value for name, value in get_peft_model_state_dict(trained).items() if "lavender." in name}
         loaded = load_peft_weights(str(adapter), device="cpu")
         lacking = sorted(name for name in get_peft_model_state_dict(trained) if "lora_" in name and name not in loaded)
+        _require_finite(loaded, adapter)
         report: Any = set_peft_model_state_dict(trained, aligner | loaded)
-    except (KeyError, ValueError, RuntimeError, OSError) as error:
+    except (KeyError, ValueError, RuntimeError, OSError, EOFError, SafetensorError, UnpicklingError) as error:
         raise ModelError(f"cannot load a LoRA adapter for this student from {adapter} ({_first_line(error)})") from error
     if lacking:
         raise ModelError(f"the adapter at {adapter} is damaged: it lacks {len(lacking)} weights, such as {lacking[0]}")
@@ -436,17 +487,6 @@ def _train(trainer: Trainer, checkpoint: str | None) -> None:
             trainer.state = state
             return
     trainer.train(resume_from_checkpoint=checkpoint)
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint; unfinished ones, left by a kill while they were written, are removed."""
-    while folder.exists() and (newest := get_last_checkpoint(str(folder))) is not None:
-        try:
-            json.loads((Path(newest) / "trainer_state.json").read_text())  # the Trainer writes it last
-            return newest
-        except (FileNotFoundError, json.JSONDecodeError):
-            shutil.rmtree(newest)
-    return None
 
 
 def _write_results(out: Path, trainer: Trainer, processor: Any, frozen: bool) -> None:
