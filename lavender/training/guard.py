@@ -37,6 +37,7 @@ class FiniteGuard(TrainerCallback):
         self.trainer = trainer
         self.losses: list[Mapping[str, torch.Tensor]] = []
         self.skipped = 0
+        self.scale = 0.0
 
     def note_forward(self) -> dict[str, torch.Tensor]:
         """Called once per micro-batch: scalars by name, what the loss of its forward consists of."""
@@ -44,6 +45,8 @@ class FiniteGuard(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._require_finite_weights(f"before step {state.global_step + 1}", advice="Start from another model or adapter")
+        scaler = self.trainer.accelerator.scaler
+        self.scale = 0.0 if scaler is None else scaler.get_scale()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.losses = []
@@ -64,10 +67,18 @@ class FiniteGuard(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         samples = self._samples(range(len(self.losses)))
-        self.skipped = self.skipped + 1 if self.trainer.accelerator.optimizer_step_was_skipped else 0
+        self.skipped = self.skipped + 1 if self._step_was_skipped() else 0
         in_vain = [f"however the loss was scaled{samples}"] if self.skipped >= MAX_SKIPPED else []
         self._stop_all(f"the gradient was not finite in the last {MAX_SKIPPED} steps, up to step {state.global_step}", in_vain)
         self._require_finite_weights(f"after step {state.global_step}", samples)
+
+    def _step_was_skipped(self) -> bool:
+        accelerator = self.trainer.accelerator
+        if accelerator.scaler is None:
+            return bool(accelerator.optimizer_step_was_skipped)
+        # Fused optimizers skip a step themselves, which accelerate does not see; but the scale falls.
+        before, self.scale = self.scale, accelerator.scaler.get_scale()
+        return self.scale < before
 
     def _note_loss(self) -> None:
         last_loss = getattr(self.trainer, "last_loss", None)
