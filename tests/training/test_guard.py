@@ -119,7 +119,9 @@ def test_weights_that_a_step_makes_infinite_are_never_written(student_folder, sa
     wild = replace(TRAINING, learning_rate=1e38)
     for number, settings in enumerate(({"targets": targets}, {})):
         out = tmp_path / str(number)
-        with pytest.raises(ModelError, match=rf"weights are not finite after step 1 .*'{samples[0].id}'.*no checkpoint was") as error:
+        with pytest.raises(
+            ModelError, match=rf"weights are not finite after step 1 .*'{samples[0].id}'.*no checkpoint was"
+        ) as error:
             fine_tune(student_folder, samples, out, replace(wild, steps=1), progress=False, **settings)
         assert "lora_" in str(error.value)
         assert sorted(path.name for path in out.rglob("*") if path.is_file()) == ["run.json"]
