@@ -483,7 +483,10 @@ def _train(trainer: Trainer, checkpoint: str | None) -> None:
         state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         if state.global_step >= trainer.args.max_steps:
             # Asked to continue a finished run in the middle of an epoch, the Trainer would take one step more.
-            trainer._load_from_checkpoint(checkpoint)
+            if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+                trainer._prepare_for_training(state.max_steps, trainer.get_train_dataloader(), checkpoint)
+            else:
+                trainer._load_from_checkpoint(checkpoint)
             trainer.state = state
             return
     trainer.train(resume_from_checkpoint=checkpoint)

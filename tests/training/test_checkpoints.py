@@ -1,4 +1,4 @@
-"""A run continues from the newest checkpoint that is as it was written, and ends as an undisturbed one; or it says why it cannot."""
+"""A run continues from the newest checkpoint that is whole, and ends as an undisturbed one; or it says why it cannot."""
 
 from __future__ import annotations
 
@@ -199,7 +199,9 @@ def test_checkpoints_of_weights_alone_are_not_continued(world, tmp_path):
     for name in ("adapter", "checkpoints/checkpoint-2"):
         shutil.rmtree(tmp_path / "run" / name)
     (tmp_path / "run/history.json").unlink()
-    with pytest.raises(DataError, match="checkpoint-1: optimizer.pt is missing, rng_state.pth is missing, scheduler.pt is missing"):
+    with pytest.raises(
+        DataError, match=r"checkpoint-1: optimizer.pt is missing, rng_state.pth is missing, scheduler.pt is missing"
+    ):
         world.train(tmp_path / "run", training)
 
 

@@ -245,7 +245,7 @@ def test_adapters_and_aligners_that_are_not_finite_or_damaged_are_refused_by_nam
 def test_a_batch_without_label_tokens_is_a_step_of_zero(
     accepts, with_targets, student_folder, samples, targets, tmp_path, monkeypatch
 ):
-    """Cut off before the answer: of two micro-batches such a one adds nothing, and a step of nothing else has loss and gradient zero.
+    """Cut off before the answer: it adds nothing to another micro-batch, and a step of nothing else has loss and gradient zero.
 
     Models such as Qwen2.5-VL take the mean of each batch by itself, which is then 0 / 0.
     """
@@ -261,7 +261,7 @@ def test_a_batch_without_label_tokens_is_a_step_of_zero(
         history = json.loads((tmp_path / name / "history.json").read_text())
         return weights_of(tmp_path / name / "adapter"), history
 
-    # 71 tokens stand before the answer. A short question leaves room for a few of its words.
+    # A short question leaves room for a few tokens of the answer.
     short = replace(samples[0], question="?")
     cut, history = train_on("cut", samples, steps=2)
     assert [entry["loss"] for entry in history] == [0, 0]
