@@ -29,17 +29,17 @@ from .guard import non_finite
 logger = logging.getLogger("lavender")
 
 RECORD = "lavender.json"
-"""By how many processes a checkpoint was written, and the size of every file in it but the Trainer's state, which comes last."""
+"""By how many processes a checkpoint was written, and the size of every other file in it."""
 STATE = "trainer_state.json"
 MAX_NAMED = 3
 """Faults of a checkpoint that a message names."""
 
 
 def write_record(checkpoint: Path, num_processes: int) -> None:
-    """Records a checkpoint that lacks nothing but its `trainer_state.json`."""
+    """Records a checkpoint that was just written."""
     sizes = {}
     for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and path.name not in (RECORD, STATE):
+        if path.is_file() and path.name != RECORD:
             with open(path, "rb") as file:  # opened, since a network file system may know an old size until then
                 sizes[path.relative_to(checkpoint).as_posix()] = os.fstat(file.fileno()).st_size
     write_atomically(checkpoint / RECORD, json.dumps({"num_processes": num_processes, "bytes": sizes}, indent=2) + "\n")
@@ -60,7 +60,7 @@ def last_checkpoint(folder: Path, trainer: Trainer | None = None) -> str | None:
     """
     names = _finished(folder, removes=trainer is None or trainer.args.should_save)
     if trainer is None:
-        return str(folder / names[0]) if names else None
+        return next((str(folder / name) for name in names if _has_state(folder / name)), None)
     [names] = broadcast_object_list([names])
     passed: dict[str, str] = {}
     for name in names:
@@ -79,20 +79,27 @@ def last_checkpoint(folder: Path, trainer: Trainer | None = None) -> str | None:
 
 
 def _finished(folder: Path, removes: bool) -> list[str]:
-    """Names of the checkpoints whose state, which the Trainer writes last, can be read, newest first; others may be removed."""
+    """Names of the checkpoints that were written to their end, newest first; others may be removed."""
     numbers: dict[str, int] = {}
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         number = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
         if not (path.is_dir() and number.isdecimal()):
             continue
-        try:
-            json.loads((path / STATE).read_text())
+        if _has_state(path) or (path / RECORD).exists():
             numbers[path.name] = int(number)
-        except (FileNotFoundError, ValueError):
-            if removes:
-                logger.warning("%s was being written when its run ended, and is removed", path)
-                shutil.rmtree(path)
+        elif removes:
+            logger.warning("%s was being written when its run ended, and is removed", path)
+            shutil.rmtree(path)
     return sorted(numbers, key=lambda name: -numbers[name])
+
+
+def _has_state(checkpoint: Path) -> bool:
+    """Whether the Trainer's state, which it writes last, can be read."""
+    try:
+        json.loads((checkpoint / STATE).read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def _set_aside(folder: Path, passed: dict[str, str], chosen: str, trainer: Trainer) -> None:
@@ -123,7 +130,7 @@ def _record(checkpoint: Path) -> dict[str, Any]:
 
 
 def _faults(checkpoint: Path, trainer: Trainer) -> list[str]:
-    """What is wrong with a checkpoint. Each process reads its share of the files."""
+    """What is wrong with a checkpoint. Each process reads its share of the files: that takes as long as loading them."""
     processes, rank = trainer.args.world_size, trainer.args.process_index
     try:
         record = _record(checkpoint)
@@ -134,11 +141,11 @@ def _faults(checkpoint: Path, trainer: Trainer) -> list[str]:
         return [f"a JSON file in it is damaged ({error})"]
     faults = []
     if trainer.args.should_save:
-        if "global_step" not in json.loads((checkpoint / STATE).read_text()):
-            faults.append(f"{STATE} has no global_step")
+        if not _has_state(checkpoint) or "global_step" not in json.loads((checkpoint / STATE).read_text()):
+            faults.append(f"{STATE} is missing or damaged")
         if trainer.is_deepspeed_enabled and written_by != processes:
             faults.append(f"DeepSpeed wrote it by {written_by} processes and cannot continue by {processes}")
-        faults += [f"{name} is missing" for name in sorted(required) if not (checkpoint / name).is_file()]
+        faults += [f"{name} is missing" for name in sorted(required - {STATE}) if not (checkpoint / name).is_file()]
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file())[rank::processes]:
         name, size = path.relative_to(checkpoint).as_posix(), path.stat().st_size
         if size != sizes.get(name, size):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import distributed as dist
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import ModelError
@@ -95,19 +95,24 @@ class FiniteGuard(TrainerCallback):
 
     def _stop_all(self, what: str, found: list[str], advice: str = ADVICE) -> None:
         """Raises in every process if one of them found something."""
-        processes = self.trainer.args.world_size
-        if processes > 1:
-            one_did = torch.tensor(float(bool(found)), device=self.trainer.args.device)
-            dist.all_reduce(one_did, dist.ReduceOp.MAX)
-            if not one_did:
-                return
-            rank = self.trainer.args.process_index
-            found = gather_object([f"process {rank}: {one}" for one in found])
+        if self.trainer.args.world_size > 1:
+            found = [f"process {self.trainer.args.process_index}: {one}" for one in found]
+        found = of_all_processes(found, self.trainer.args)
         if found:
             folder = Path(self.trainer.args.output_dir or "")
             last = get_last_checkpoint(str(folder)) if folder.exists() else None
             kept = "no checkpoint was written" if last is None else f"the last checkpoint is {last}"
             raise ModelError(f"{what} ({'; '.join(found)}). Training stopped, and no such weights were written; {kept}. {advice}")
+
+
+def of_all_processes(found: list[Any], args: TrainingArguments) -> list[Any]:
+    """What the processes found, together. Every process calls it; while none finds anything, they exchange one number."""
+    if args.world_size == 1:
+        return found
+    one_did = torch.tensor(float(bool(found)), device=args.device)
+    dist.all_reduce(one_did, dist.ReduceOp.MAX)
+    everything: list[Any] = gather_object(found) if one_did else []
+    return everything
 
 
 def trained_values(model: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -18,7 +18,6 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -36,8 +35,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..batches.collator import Collator
 from ..config import AlignmentConfig, Dtype, TrainingConfig, WordsConfig, to_dict
@@ -47,11 +44,10 @@ from ..files import write_atomically
 from ..patching import patch
 from ..students.patch import StudentPatch
 from ..targets.store import TargetStore
-from ..types import WordBatch
 from .callback import LavenderCallback
 from .checkpoints import last_checkpoint as _last_checkpoint
-from .checkpoints import write_record
 from .guard import FiniteGuard, non_finite
+from .trainer import Batches, StudentTrainer
 
 logger = logging.getLogger("lavender")
 
@@ -119,8 +115,7 @@ def fine_tune(
     if targets is not None:
         alignment, words = alignment or AlignmentConfig(), words or WordsConfig()
         _require_targets(samples, targets)
-        weightless = alignment.aligner == "identity" and alignment.aggregation not in ("learned", "parallel")
-        if training.aligner_steps and training.freeze_student and weightless:
+        if training.aligner_steps and training.freeze_student and not _has_weights(alignment):
             raise ConfigError(
                 "aligner='identity' has no weights that a first stage could train; choose another, or aligner_steps=0"
             )
@@ -163,6 +158,10 @@ def load_aligner(patch_handle: StudentPatch, run: str | Path) -> None:
         raise ModelError(f"the aligner of {run} belongs to another AlignmentConfig or model ({_first_line(error)})") from error
 
 
+def _has_weights(alignment: AlignmentConfig) -> bool:
+    return alignment.aligner != "identity" or alignment.aggregation in ("learned", "parallel")
+
+
 def _require_finite(weights: Mapping[str, torch.Tensor], source: str | Path) -> None:
     bad = non_finite(weights.items())
     if bad:
@@ -194,21 +193,41 @@ class _Run:
         with arguments.main_process_first():
             finished = _begin(out, self.record(), writes=False)
         if finished:
-            return replace(self, **_saved(out)).build()[0]
+            return replace(self, **self.saved()).build()[0]
         trained, student, processor = self.build()
         _begin(out, self.record(), writes=arguments.process_index == 0)
-        trainer = _Trainer(
-            model=trained,
-            args=arguments,
-            train_dataset=list(self.samples),
-            data_collator=_Batches(self.collator(processor, student.config)),
-            aligner_learning_rate=self.training.aligner_learning_rate,
-        )
+        collator = Batches(self.collator(processor, student.config))
+        rate, samples = self.training.aligner_learning_rate, list(self.samples)
+        try:
+            trainer = StudentTrainer(
+                model=trained, args=arguments, train_dataset=samples, data_collator=collator, aligner_learning_rate=rate
+            )
+        except ValueError as error:
+            raise ConfigError(f"transformers.Trainer refuses the training's arguments ({_first_line(error)})") from error
         aligned = self.targets is not None
         trainer.add_callback(LavenderCallback(trainer, processor=processor) if aligned else FiniteGuard(trainer))
         _train(trainer, _last_checkpoint(out / "checkpoints", trainer))
+        if not aligned:  # the callback counts them by outcome
+            trainer.warn_of_unlabelled()
         _write_results(out, trainer, processor, self.frozen)
         return trained
+
+    def saved(self) -> dict[str, Any]:
+        """What this run, which is finished, is loaded from, as settings of a run. Raises `DataError` where that is gone."""
+        places = (
+            {} if self.frozen else {"adapter": self.out / "adapter"} if self.training.lora_rank else {"model": self.out / "model"}
+        )
+        files = [*places.values()]
+        if self.alignment is not None and _has_weights(self.alignment):
+            places["aligner"] = self.out
+            files.append(self.out / "aligner.safetensors")
+        for path in files:
+            if not path.exists():
+                raise DataError(
+                    f"the run in {self.out} is finished, and {path} is gone; put it back, or remove history.json: then the same "
+                    "command writes it again, from the last checkpoint if there is one"
+                )
+        return places
 
     def build(self) -> tuple[nn.Module, PreTrainedModel, Any]:
         """The model to train, the student in it, and its processor."""
@@ -247,96 +266,6 @@ class _Run:
             "words": None if self.words is None else to_dict(self.words),
             "targets_fingerprint": None if self.targets is None else [self.targets.fingerprint, self.targets.contents()],
         }
-
-
-_SAMPLE_IDS = "sample_ids"
-
-
-class _Batches:
-    """A collator's batches with the ids of their samples, and without lavender's keys where nothing is aligned."""
-
-    def __init__(self, collator: Collator) -> None:
-        self.collator = collator
-
-    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
-        batch: dict[str, Any] = self.collator(samples)
-        if self.collator.targets is None:
-            batch, _ = WordBatch.split(batch)
-        return batch | {_SAMPLE_IDS: [sample.id for sample in samples]}
-
-
-class _Trainer(Trainer):
-    """A Trainer whose aligner may have a learning rate of its own, and which knows what it is at.
-
-    Attributes:
-        sample_ids: by micro-batch of the step in hand, the ids of this process's samples.
-        last_loss: this process's latest loss, a scalar; None before the first.
-    """
-
-    def __init__(self, *args: Any, aligner_learning_rate: float | None, **kwargs: Any) -> None:
-        self.aligner_learning_rate = aligner_learning_rate
-        self.sample_ids: list[list[str]] = []
-        self.last_loss: torch.Tensor | None = None
-        super().__init__(*args, **kwargs)
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor | int | None]:
-        batches, num_items = super().get_batch_samples(*args, **kwargs)
-        self.sample_ids = [batch.pop(_SAMPLE_IDS) for batch in batches]
-        return batches, num_items
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's; zero for a batch without label tokens, all of whose samples were skipped or cut off: it would be 0 / 0.
-
-        The backward pass of this zero is one as any other, for the engines that exchange gradients in it.
-        """
-        has_labels = (inputs["labels"][:, 1:] != -100).any()
-        loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
-        return torch.where(has_labels, loss, 0.0)
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, with the aligner's weights in groups of their own."""
-        made_before = self.optimizer is not None
-        optimizer = super().create_optimizer(model)
-        if made_before or self.aligner_learning_rate is None:
-            return optimizer
-        trained: Any = self.model if model is None else model
-        aligner_ids = {id(p) for name, p in trained.named_parameters() if "lavender." in name}
-        groups = list(optimizer.param_groups)
-        for group in groups:
-            aligner = [p for p in group["params"] if id(p) in aligner_ids]
-            group["params"] = [p for p in group["params"] if id(p) not in aligner_ids]
-            if aligner:
-                optimizer.add_param_group({**group, "params": aligner, "lr": self.aligner_learning_rate})
-        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        return optimizer
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The Trainer's. FSDP2 resumes an optimizer only if it has a state of every weight, unused ones too."""
-        loss, model = super().training_step(*args, **kwargs), self.model
-        self.last_loss = loss
-        if self.is_fsdp_enabled and model is not None:
-            for parameter in model.parameters():
-                if parameter.requires_grad and parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-        return loss
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """The Trainer's, and a record of the checkpoint, once the files of all processes are there."""
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            write_record(Path(output_dir), self.args.world_size)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """The Trainer's, with the weights' own names in checkpoints, which it loads without renaming (transformers issue 43701),
-        and under ZeRO-3, where nobody knows the names that they were loaded by."""
-        model: Any = self.model
-        if is_deepspeed_zero3_enabled() or Path(output_dir or "").name.startswith(PREFIX_CHECKPOINT_DIR):
-            model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            vars(model).pop("save_pretrained", None)
 
 
 def _texts(sample: Sample | Conversation) -> list[Any]:
@@ -469,13 +398,6 @@ def _begin(out: Path, record: dict[str, Any], writes: bool) -> bool:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(record, indent=2) + "\n")
     return False
-
-
-def _saved(out: Path) -> dict[str, Any]:
-    """What a finished run is loaded from, as settings of a run."""
-    places = {"model": out / "model", "adapter": out / "adapter"}
-    saved = {name: path for name, path in places.items() if path.exists()}
-    return saved | ({"aligner": out} if (out / "aligner.safetensors").exists() else {})
 
 
 def _train(trainer: Trainer, checkpoint: str | None) -> None:

@@ -141,9 +141,23 @@ def test_a_recorded_checkpoint_lacks_none_of_its_files(killed, trainer):
     """Engines have files of their own."""
     folder = killed / "checkpoints"
     names = set(json.loads((folder / "checkpoint-2/lavender.json").read_text())["bytes"])
-    assert names == {path.name for path in (folder / "checkpoint-2").iterdir()} - {"lavender.json", "trainer_state.json"}
+    assert names == {path.name for path in (folder / "checkpoint-2").iterdir()} - {"lavender.json"}
     (folder / "checkpoint-2/README.md").unlink()
     assert last_checkpoint(folder, trainer) == str(folder / "checkpoint-1")
+
+
+@pytest.mark.parametrize("damage", [missing, empty, truncated])
+def test_a_checkpoint_that_was_complete_is_kept_if_its_state_is_damaged(damage, killed, trainer, caplog):
+    """One that is without a record was being written, and is removed."""
+    folder = killed / "checkpoints"
+    shutil.copytree(folder / "checkpoint-2", folder / "checkpoint-10")
+    (folder / "checkpoint-10/lavender.json").unlink()
+    for name in ("checkpoint-2", "checkpoint-10"):
+        damage(folder / name / "trainer_state.json")
+    assert last_checkpoint(folder, trainer) == str(folder / "checkpoint-1")
+    assert [path.name for path in (folder / "damaged").iterdir()] == ["checkpoint-2"]
+    assert not (folder / "checkpoint-10").exists()
+    assert ["is removed" in line for line in told(caplog)] == [True, False]
 
 
 def test_weights_that_lack_some_or_are_not_finite_are_passed_over(killed, trainer, caplog):
@@ -175,7 +189,8 @@ def test_without_a_sound_checkpoint_a_run_does_not_begin_anew_by_itself(world, k
 def test_without_any_checkpoint_a_run_begins_anew(world, killed, trainer, caplog):
     """One that was being written when the run was killed, the first, is none."""
     shutil.rmtree(killed / "checkpoints/checkpoint-2")
-    (killed / "checkpoints/checkpoint-1/trainer_state.json").unlink()
+    for name in ("trainer_state.json", "lavender.json"):
+        (killed / "checkpoints/checkpoint-1" / name).unlink()
     world.train(killed)
     assert_same_run(world.whole, killed)
     (line,) = told(caplog)
@@ -237,3 +252,16 @@ def test_another_number_of_processes_is_said(killed, trainer, caplog):
     trainer.is_deepspeed_enabled = True
     with pytest.raises(DataError, match="checkpoint-2: DeepSpeed wrote it by 2 processes and cannot continue by 1"):
         last_checkpoint(folder, trainer)
+
+
+def test_a_finished_run_whose_results_are_gone_is_not_loaded_without_them(world, tmp_path):
+    """The student would come back as it was before the training."""
+    for name in ("adapter", "aligner.safetensors"):
+        out = tmp_path / name
+        shutil.copytree(world.whole, out)
+        shutil.rmtree(out / name) if name == "adapter" else (out / name).unlink()
+        with pytest.raises(DataError, match=f"is finished, and {out / name} is gone"):
+            world.train(out)
+        (out / "history.json").unlink()
+        world.train(out)
+        assert_same_run(world.whole, out)

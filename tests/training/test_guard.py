@@ -16,7 +16,7 @@ from lavender.batches.collator import Collator
 from lavender.cli import main
 from lavender.config import AlignmentConfig, TrainingConfig
 from lavender.data.samples import read_samples
-from lavender.errors import ModelError
+from lavender.errors import ConfigError, DataError, ModelError
 from lavender.miniworld import write_dataset
 from lavender.students.discovery import base_model_of
 from lavender.training import guard, train
@@ -112,6 +112,32 @@ def test_plain_fine_tuning_stops_too_and_knows_its_samples_in_other_processes(po
     with pytest.raises(ModelError, match=rf"loss of step 2 is not finite \(loss nan, with the samples '{poison}'\)"):
         fine_tune(student_folder, samples, tmp_path / "run", training, progress=False)
     assert checkpoints(tmp_path / "run") == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_error_of_a_collator_is_one_line(workers, student_folder, samples, tmp_path, monkeypatch):
+    """From a process of a DataLoader it comes with that process's traceback."""
+
+    def refuse(collator, batch_samples):
+        raise DataError(f"sample {batch_samples[0].id!r} is of no use; leave it out")
+
+    monkeypatch.setattr(Collator, "__call__", refuse)
+    training = replace(TRAINING, arguments={**TRAINING.arguments, "dataloader_num_workers": workers})
+    with pytest.raises(DataError) as error:
+        fine_tune(student_folder, samples, tmp_path / "run", training, progress=False)
+    assert str(error.value) == f"sample {samples[0].id!r} is of no use; leave it out"
+
+
+def test_arguments_that_the_trainer_refuses_are_a_users_mistake(student_folder, samples, tmp_path):
+    training = replace(TRAINING, arguments={**TRAINING.arguments, "eval_strategy": "steps"})
+    with pytest.raises(ConfigError, match=r"refuses the training's arguments .*eval_dataset"):
+        fine_tune(student_folder, samples, tmp_path / "run", training, progress=False)
+
+
+def test_samples_without_label_tokens_are_counted_in_plain_training_too(student_folder, samples, tmp_path, caplog):
+    long = [samples[0], *(replace(sample, question="what is it? " * 20) for sample in samples[1:])]
+    fine_tune(student_folder, long, tmp_path / "run", replace(TRAINING, max_length=96), progress=False)
+    assert "samples without label tokens, skipped or cut off (counted each time they came up): 5" in caplog.messages
 
 
 def test_weights_that_a_step_makes_infinite_are_never_written(student_folder, samples, targets, tmp_path):

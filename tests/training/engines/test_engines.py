@@ -225,28 +225,21 @@ RANKS_FILE = {
 @pytest.mark.parametrize("engine", ["ddp", *(pytest.param(name, marks=pytest.mark.full) for name in ("zero2", "zero3", "fsdp2"))])
 def test_what_befalls_one_process_stops_or_skips_all_alike(engine, world, cut):
     out = world / engine
-    poison = read_samples(world / "data/captions.jsonl")[13].id  # in the second step, of the second process
-    last = "checkpoints/checkpoint-3"
-    launch(
-        accelerate(engine),
-        world,
-        engine,
-        [
-            run(engine, "cut"),
-            run(engine, "poisoned") | {"poison": poison},
-            run(engine, "wild"),
-            run(engine, "lost") | {"lose": [last, f"checkpoints/checkpoint-2/{RANKS_FILE[engine]}"]},
-            run(engine, "lost-results") | {"lose": []},
-            run(engine, "lost-whole"),
-        ],
-    )
+    sample = read_samples(world / "data/captions.jsonl")[13].id  # in the second step, of the second process
+    runs = [
+        run(engine, "cut"),
+        run(engine, "poisoned") | {"poison": sample},
+        run(engine, "poisoned-refused") | {"refuse": sample},
+        run(engine, "wild"),
+    ]
+    launch(accelerate(engine), world, engine, runs)
     # Batches without label tokens: of one process, then of all.
     assert differences(out / "cut", cut).max() < 1e-5
     assert [entry["loss"] == 0 for entry in history(cut)] == [False, True, False]
     assert_same_weights(*(load_student(folder / "model")[0].state_dict() for folder in (out / "cut", cut)))
-
     for name, message in (
-        ("poisoned", f"the loss of step 2 is not finite \\(process 1: loss nan, .*'{poison}'.*checkpoint-1"),
+        ("poisoned", f"the loss of step 2 is not finite \\(process 1: loss nan, .*'{sample}'.*checkpoint-1"),
+        ("poisoned-refused", f"DataError: sample '{sample}' is refused$"),
         ("wild", r"weights are not finite after step 1 \(process 0: .*process 1: .*no checkpoint was written"),
     ):
         errors = [(out / name / f"error.{rank}").read_text() for rank in (0, 1)]
@@ -256,7 +249,15 @@ def test_what_befalls_one_process_stops_or_skips_all_alike(engine, world, cut):
     assert [path.name for path in (out / "poisoned/checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]
     assert not [*(out / "wild/checkpoints").glob("checkpoint-*")]
 
-    # A file of one process's is missing: all continue from the checkpoint before.
+
+@pytest.mark.full
+@pytest.mark.parametrize("engine", ENGINES)
+def test_all_processes_continue_from_the_checkpoint_before_if_a_file_of_one_is_missing(engine, world):
+    out = world / engine
+    lost = ["checkpoints/checkpoint-3", f"checkpoints/checkpoint-2/{RANKS_FILE[engine]}"]
+    # The last one was killed before it wrote its results.
+    runs = [run(engine, "lost") | {"lose": lost}, run(engine, "lost-results") | {"lose": []}, run(engine, "lost-whole")]
+    launch(accelerate(engine), world, engine, runs)
     assert [path.name for path in (out / "lost/checkpoints/damaged").iterdir()] == ["checkpoint-2"]
     for name in ("lost", "lost-results"):
         assert history(out / name) == history(out / "lost-whole")

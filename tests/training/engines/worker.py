@@ -4,8 +4,9 @@
 
 It fails unless the engine really does what its name says. `words.RANK.json` in a run's folder has the process's own matched words.
 A run with `kill_after` is killed after so many steps, in processes that every worker forks for it; then the workers call the same
-`fine_tune`. In a run with `poison` the loss of every batch with that sample is NaN. A run that ends in an error leaves it in
-`error.RANK`. A run with `lose` loses the files that it names, and its results, when it is over, and is called again.
+`fine_tune`. In a run with `poison` the loss of every batch with that sample is NaN; one with `refuse` refuses that sample. A run
+that ends in an error leaves it in `error.RANK`. A run with `lose` loses the files that it names, and its results, when it is over,
+and is called again.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from transformers import TrainerCallback, training_args
 from lavender.batches.collator import Collator
 from lavender.config import AlignmentConfig, TrainingConfig
 from lavender.data.samples import read_samples
-from lavender.errors import LavenderError
+from lavender.errors import DataError, LavenderError
 from lavender.students.discovery import base_model_of
 from lavender.targets.store import TargetStore
 from lavender.training import train
@@ -132,17 +133,20 @@ def fine_tune(run, settings, arguments, kill_after=None):
 
 
 class Poisoned(Collator):
-    poison = None
+    poison = refused = None
 
     def __call__(self, samples):
         batch = super().__call__(samples)
-        if self.poison in [sample.id for sample in samples]:
+        ids = [sample.id for sample in samples]
+        if self.refused in ids:
+            raise DataError(f"sample {self.refused!r} is refused")
+        if self.poison in ids:
             batch["pixel_values"][0] = torch.nan
         return batch
 
 
 def attempt(run, settings, arguments):
-    Poisoned.poison = run.get("poison")
+    Poisoned.poison, Poisoned.refused = run.get("poison"), run.get("refuse")
     try:
         fine_tune(run, settings, arguments)
     except LavenderError as error:
