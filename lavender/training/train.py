@@ -2,7 +2,8 @@
 
 run.json          every setting, the data and the targets' fingerprint, written before step one
 first_stage/      the run folder of a first stage that trains the aligner alone, if there is one
-checkpoints/      the Trainer's own; a run that was killed continues from the last one; maps/ has pictures of the alignment
+checkpoints/      the Trainer's own; a run that was killed continues from the last sound one, and keeps damaged ones in damaged/;
+                  maps/ has pictures of the alignment
 adapter/          the LoRA adapter (`PeftModel.from_pretrained`), or `model/` after full fine-tuning
 aligner.safetensors   the aligner, for looking at aligned maps later
 history.json      losses, matched words, lambda and learning rate by step; written last
@@ -101,8 +102,10 @@ def fine_tune(
         The trained model (a `PeftModel` with LoRA), still patched if it was aligned.
 
     Raises:
-        ModelError: the student or the adapter cannot be loaded, or the student not patched.
+        ModelError: the student or the adapter cannot be loaded, or the student not patched; or a loss or a weight is not finite. Then
+            the checkpoints before that step are kept, and nothing is written after it.
         TargetError: `targets` have none of the samples, or `out` holds a run with other settings.
+        DataError: a sample cannot be used; or `out` has checkpoints, and all are damaged.
         ConfigError: `training.arguments` holds what `transformers.TrainingArguments` does not take, or settings do not go together.
     """
     training = training or TrainingConfig()
