@@ -31,6 +31,8 @@ class Comparison:
         batch: this process's batch, with its targets [B, W, y', x'].
         input_ids: int64 [B, T], or None if neither the forward nor the batch has them.
         tokens: the number of label tokens of this process's batch, a scalar; None without labels.
+        language: the model's own loss of this process's batch, without the alignment; a scalar, detached, zero for a batch without
+            label tokens. None where the model returned no loss.
     """
 
     loss: torch.Tensor
@@ -42,12 +44,13 @@ class Comparison:
     batch: WordBatch
     input_ids: torch.Tensor | None
     tokens: torch.Tensor | None
+    language: torch.Tensor | None
 
 
 def compare(
-    model: Any, forward: Forward, source: torch.Tensor | HiddenStates, progress: float | None
+    model: Any, forward: Forward, source: torch.Tensor | HiddenStates, progress: float | None, output: Any
 ) -> tuple[Comparison, torch.Tensor]:
-    """The alignment loss of one forward: a report of it, and the term that is added to the language loss.
+    """The alignment loss of one forward: a report of it, and the term that is added to the loss in its `output`.
 
     The mean runs over the words of all processes. Engines average gradients over processes, so each adds the sum over its words
     times the number of processes. `num_items_in_batch` counts an optimizer step's label tokens, over all processes or over one:
@@ -82,11 +85,20 @@ def compare(
         batch=words,
         input_ids=inputs.get("input_ids") if words.input_ids is None else words.input_ids,
         tokens=None if labels is None else tokens,
+        language=_language_loss(output, labels, tokens),
     )
     term = weight * processes * share * total / all_words
     if inputs.get("fused_lm_head"):
         term = term * (sums[2] / processes if getattr(model, "accepts_loss_kwargs", True) else tokens)
     return comparison, term
+
+
+def _language_loss(output: Any, labels: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor | None:
+    if labels is None:
+        return None
+    loss = output[0] if isinstance(output, tuple) else output.get("loss")
+    # The mean over no label token is 0 / 0, without gradient.
+    return None if loss is None else torch.where(tokens > 0, loss.detach(), 0.0)
 
 
 def _weight(config: AlignmentConfig, progress: float | None, trains: bool) -> float:

@@ -397,7 +397,7 @@ class StudentPatch(Handle):
         if forward.words.targets is None or not self.trains:
             return None
         require_gradient(self.model, self.decoder, source)
-        self.last, term = compare(self.model, forward, source, self.progress)
+        self.last, term = compare(self.model, forward, source, self.progress, output)
         if module.training and term.requires_grad:
             self.term = term
             if forward.tower_output is not None:

@@ -6,13 +6,15 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import Trainer, TrainerCallback
+import torch
+from transformers import Trainer
 
 from ..errors import ConfigError, ModelError, warn_renamed
 from ..students.discovery import base_model_of
 from ..students.loss import Comparison
 from ..students.patch import StudentPatch
 from ..types import OUTCOMES
+from .guard import FiniteGuard
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +27,7 @@ NUM_PICTURED = 6
 """Words whose maps are drawn."""
 
 
-class LavenderCallback(TrainerCallback):
+class LavenderCallback(FiniteGuard):
     """Makes a Trainer, or a TRL trainer, report the alignment: `trainer.add_callback(lavender.LavenderCallback(trainer))`.
 
     Whatever the Trainer logs - to the terminal, to `report_to`, to its history - gains `language_loss`, `alignment_loss` (the
@@ -33,6 +35,8 @@ class LavenderCallback(TrainerCallback):
     there are any, the samples without a match since the last log, by reason. A lambda that falls follows the training's progress.
     Maps of the first words of a batch, the target's above the student's aligned ones, are drawn to `maps/` in the Trainer's
     folder, and to TensorBoard and Weights & Biases.
+
+    A training whose loss or weights become NaN or infinite ends in a `ModelError`, before a checkpoint of such weights is written.
     """
 
     def __init__(self, trainer: Trainer, *, processor: Any = None, picture_steps: int | None = None) -> None:
@@ -56,7 +60,7 @@ class LavenderCallback(TrainerCallback):
                 "with label_smoothing_factor or compute_loss_func the Trainer drops the model's loss, and the alignment with it; "
                 "leave them out"
             )
-        self.trainer = trainer
+        super().__init__(trainer)
         self.patch: StudentPatch = patch
         self.processor = processor or trainer.processing_class
         self.picture_steps = picture_steps
@@ -70,24 +74,26 @@ class LavenderCallback(TrainerCallback):
         if self.picture_steps is None:
             self.picture_steps = max(1, state.max_steps // 10)
         self.last, self.sums = self.patch.last, _Sums()
+        super().on_train_begin(args, state, control)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_step_begin(args, state, control)
         self.patch.progress = state.global_step / max(1, state.max_steps)
 
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._add_last()
+    def note_forward(self) -> dict[str, torch.Tensor]:
+        if self.patch.last is None or self.patch.last is self.last:
+            return {}
+        self.last = self.patch.last
+        self.sums.add(self.last)
+        language = {} if self.last.language is None else {"language loss": self.last.language}
+        return language | {"alignment loss": self.last.loss}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._add_last()
+        super().on_step_end(args, state, control)
         if state.global_step >= state.max_steps:
             control.should_log = True  # or what came since the last log would be lost
         if state.is_world_process_zero and self.picture_steps and state.global_step % self.picture_steps == 0 and self.last:
             self._draw(self.last, args, state)
-
-    def _add_last(self) -> None:
-        if self.patch.last is not None and self.patch.last is not self.last:
-            self.last = self.patch.last
-            self.sums.add(self.last)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs or not self.sums.count:

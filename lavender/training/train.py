@@ -2,7 +2,8 @@
 
 run.json          every setting, the data and the targets' fingerprint, written before step one
 first_stage/      the run folder of a first stage that trains the aligner alone, if there is one
-checkpoints/      the Trainer's own; a run that was killed continues from the last one; maps/ has pictures of the alignment
+checkpoints/      the Trainer's own; a run that was killed continues from the last sound one, and keeps damaged ones in damaged/;
+                  maps/ has pictures of the alignment
 adapter/          the LoRA adapter (`PeftModel.from_pretrained`), or `model/` after full fine-tuning
 aligner.safetensors   the aligner, for looking at aligned maps later
 history.json      losses, matched words, lambda and learning rate by step; written last
@@ -16,13 +17,14 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -34,8 +36,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from ..batches.collator import Collator
 from ..config import AlignmentConfig, Dtype, TrainingConfig, WordsConfig, to_dict
@@ -45,8 +45,10 @@ from ..files import write_atomically
 from ..patching import patch
 from ..students.patch import StudentPatch
 from ..targets.store import TargetStore
-from ..types import WordBatch
 from .callback import LavenderCallback
+from .checkpoints import last_checkpoint as _last_checkpoint
+from .guard import FiniteGuard, non_finite
+from .trainer import Batches, StudentTrainer
 
 logger = logging.getLogger("lavender")
 
@@ -100,8 +102,10 @@ def fine_tune(
         The trained model (a `PeftModel` with LoRA), still patched if it was aligned.
 
     Raises:
-        ModelError: the student or the adapter cannot be loaded, or the student not patched.
+        ModelError: the student or the adapter cannot be loaded, or the student not patched; or a loss or a weight is not finite. Then
+            the checkpoints before that step are kept, and nothing is written after it.
         TargetError: `targets` have none of the samples, or `out` holds a run with other settings.
+        DataError: a sample cannot be used; or `out` has checkpoints, and all are damaged.
         ConfigError: `training.arguments` holds what `transformers.TrainingArguments` does not take, or settings do not go together.
     """
     training = training or TrainingConfig()
@@ -114,8 +118,7 @@ def fine_tune(
     if targets is not None:
         alignment, words = alignment or AlignmentConfig(), words or WordsConfig()
         _require_targets(samples, targets)
-        weightless = alignment.aligner == "identity" and alignment.aggregation not in ("learned", "parallel")
-        if training.aligner_steps and training.freeze_student and weightless:
+        if training.aligner_steps and training.freeze_student and not _has_weights(alignment):
             raise ConfigError(
                 "aligner='identity' has no weights that a first stage could train; choose another, or aligner_steps=0"
             )
@@ -142,15 +145,32 @@ def fine_tune(
 def load_aligner(patch_handle: StudentPatch, run: str | Path) -> None:
     """Puts the aligner of a finished run into a model that was patched with the same `AlignmentConfig`.
 
-    Raises `ModelError` if there is none, or one of another config.
+    Raises `ModelError` if there is none, if it is damaged or holds NaN, or if it is one of another config.
     """
     path = Path(run) / "aligner.safetensors"
     if not path.exists():
         raise ModelError(f"there is no aligner at {path}; give the folder of a finished run that had targets")
     try:
-        patch_handle.model.lavender.load_state_dict(load_file(path))
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise ModelError(f"{path} is damaged ({error}); train the aligner again") from error
+    _require_finite(weights, path)
+    try:
+        patch_handle.model.lavender.load_state_dict(weights)
     except RuntimeError as error:
         raise ModelError(f"the aligner of {run} belongs to another AlignmentConfig or model ({_first_line(error)})") from error
+
+
+def _has_weights(alignment: AlignmentConfig) -> bool:
+    return alignment.aligner != "identity" or alignment.aggregation in ("learned", "parallel")
+
+
+def _require_finite(weights: Mapping[str, torch.Tensor], source: str | Path) -> None:
+    bad = non_finite(weights.items())
+    if bad:
+        raise ModelError(
+            f"{len(bad)} weights in {source} are not finite, such as {bad[0]}: it is damaged, or its training diverged"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,23 +196,41 @@ class _Run:
         with arguments.main_process_first():
             finished = _begin(out, self.record(), writes=False)
         if finished:
-            return replace(self, **_saved(out)).build()[0]
+            return replace(self, **self.saved()).build()[0]
         trained, student, processor = self.build()
         _begin(out, self.record(), writes=arguments.process_index == 0)
-        trainer = _Trainer(
-            model=trained,
-            args=arguments,
-            train_dataset=list(self.samples),
-            data_collator=self.collator(processor, student.config),
-            aligner_learning_rate=self.training.aligner_learning_rate,
-        )
-        if self.targets is not None:
-            trainer.add_callback(LavenderCallback(trainer, processor=processor))
-        with arguments.main_process_first():
-            checkpoint = _last_checkpoint(out / "checkpoints")
-        _train(trainer, checkpoint)
+        collator = Batches(self.collator(processor, student.config))
+        rate, samples = self.training.aligner_learning_rate, list(self.samples)
+        try:
+            trainer = StudentTrainer(
+                model=trained, args=arguments, train_dataset=samples, data_collator=collator, aligner_learning_rate=rate
+            )
+        except ValueError as error:
+            raise ConfigError(f"transformers.Trainer refuses the training's arguments ({_first_line(error)})") from error
+        aligned = self.targets is not None
+        trainer.add_callback(LavenderCallback(trainer, processor=processor) if aligned else FiniteGuard(trainer))
+        _train(trainer, _last_checkpoint(out / "checkpoints", trainer))
+        if not aligned:  # the callback counts them by outcome
+            trainer.warn_of_unlabelled()
         _write_results(out, trainer, processor, self.frozen)
         return trained
+
+    def saved(self) -> dict[str, Any]:
+        """What this run, which is finished, is loaded from, as settings of a run. Raises `DataError` where that is gone."""
+        places = (
+            {} if self.frozen else {"adapter": self.out / "adapter"} if self.training.lora_rank else {"model": self.out / "model"}
+        )
+        files = [*places.values()]
+        if self.alignment is not None and _has_weights(self.alignment):
+            places["aligner"] = self.out
+            files.append(self.out / "aligner.safetensors")
+        for path in files:
+            if not path.exists():
+                raise DataError(
+                    f"the run in {self.out} is finished, and {path} is gone; put it back, or remove history.json: then the same "
+                    "command writes it again, from the last checkpoint if there is one"
+                )
+        return places
 
     def build(self) -> tuple[nn.Module, PreTrainedModel, Any]:
         """The model to train, the student in it, and its processor."""
@@ -212,9 +250,8 @@ class _Run:
                 parameter.requires_grad_("lavender." in name and parameter.requires_grad)
         return trained, student, processor
 
-    def collator(self, processor: Any, model_config: Any) -> Any:
-        collator = Collator(processor, self.targets, self.words, model_config=model_config, max_length=self.training.max_length)
-        return collator if self.targets is not None else _Plain(collator)
+    def collator(self, processor: Any, model_config: Any) -> Collator:
+        return Collator(processor, self.targets, self.words, model_config=model_config, max_length=self.training.max_length)
 
     def record(self) -> dict[str, Any]:
         digest = hashlib.sha256()
@@ -232,61 +269,6 @@ class _Run:
             "words": None if self.words is None else to_dict(self.words),
             "targets_fingerprint": None if self.targets is None else [self.targets.fingerprint, self.targets.contents()],
         }
-
-
-class _Plain:
-    """A collator's batches without lavender's keys."""
-
-    def __init__(self, collator: Collator) -> None:
-        self.collator = collator
-
-    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
-        return WordBatch.split(self.collator(samples))[0]
-
-
-class _Trainer(Trainer):
-    """A Trainer whose aligner may have a learning rate of its own."""
-
-    def __init__(self, *args: Any, aligner_learning_rate: float | None, **kwargs: Any) -> None:
-        self.aligner_learning_rate = aligner_learning_rate
-        super().__init__(*args, **kwargs)
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, with the aligner's weights in groups of their own."""
-        made_before = self.optimizer is not None
-        optimizer = super().create_optimizer(model)
-        if made_before or self.aligner_learning_rate is None:
-            return optimizer
-        trained: Any = self.model if model is None else model
-        aligner_ids = {id(p) for name, p in trained.named_parameters() if "lavender." in name}
-        groups = list(optimizer.param_groups)
-        for group in groups:
-            aligner = [p for p in group["params"] if id(p) in aligner_ids]
-            group["params"] = [p for p in group["params"] if id(p) not in aligner_ids]
-            if aligner:
-                optimizer.add_param_group({**group, "params": aligner, "lr": self.aligner_learning_rate})
-        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        return optimizer
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The Trainer's. FSDP2 resumes an optimizer only if it has a state of every weight, unused ones too."""
-        loss, model = super().training_step(*args, **kwargs), self.model
-        if self.is_fsdp_enabled and model is not None:
-            for parameter in model.parameters():
-                if parameter.requires_grad and parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-        return loss
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """The Trainer's, with the weights' own names in checkpoints, which it loads without renaming (transformers issue 43701),
-        and under ZeRO-3, where nobody knows the names that they were loaded by."""
-        model: Any = self.model
-        if is_deepspeed_zero3_enabled() or Path(output_dir or "").name.startswith(PREFIX_CHECKPOINT_DIR):
-            model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            vars(model).pop("save_pretrained", None)
 
 
 def _texts(sample: Sample | Conversation) -> list[Any]:
@@ -339,8 +321,9 @@ def _with_lora(student: Any, training: TrainingConfig, adapter: str | Path | Non
         aligner = {name: value for name, value in get_peft_model_state_dict(trained).items() if "lavender." in name}
         loaded = load_peft_weights(str(adapter), device="cpu")
         lacking = sorted(name for name in get_peft_model_state_dict(trained) if "lora_" in name and name not in loaded)
+        _require_finite(loaded, adapter)
         report: Any = set_peft_model_state_dict(trained, aligner | loaded)
-    except (KeyError, ValueError, RuntimeError, OSError) as error:
+    except (KeyError, ValueError, RuntimeError, OSError, EOFError, SafetensorError, UnpicklingError) as error:
         raise ModelError(f"cannot load a LoRA adapter for this student from {adapter} ({_first_line(error)})") from error
     if lacking:
         raise ModelError(f"the adapter at {adapter} is damaged: it lacks {len(lacking)} weights, such as {lacking[0]}")
@@ -420,33 +403,18 @@ def _begin(out: Path, record: dict[str, Any], writes: bool) -> bool:
     return False
 
 
-def _saved(out: Path) -> dict[str, Any]:
-    """What a finished run is loaded from, as settings of a run."""
-    places = {"model": out / "model", "adapter": out / "adapter"}
-    saved = {name: path for name, path in places.items() if path.exists()}
-    return saved | ({"aligner": out} if (out / "aligner.safetensors").exists() else {})
-
-
 def _train(trainer: Trainer, checkpoint: str | None) -> None:
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         if state.global_step >= trainer.args.max_steps:
             # Asked to continue a finished run in the middle of an epoch, the Trainer would take one step more.
-            trainer._load_from_checkpoint(checkpoint)
+            if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+                trainer._prepare_for_training(state.max_steps, trainer.get_train_dataloader(), checkpoint)
+            else:
+                trainer._load_from_checkpoint(checkpoint)
             trainer.state = state
             return
     trainer.train(resume_from_checkpoint=checkpoint)
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint; unfinished ones, left by a kill while they were written, are removed."""
-    while folder.exists() and (newest := get_last_checkpoint(str(folder))) is not None:
-        try:
-            json.loads((Path(newest) / "trainer_state.json").read_text())  # the Trainer writes it last
-            return newest
-        except (FileNotFoundError, json.JSONDecodeError):
-            shutil.rmtree(newest)
-    return None
 
 
 def _write_results(out: Path, trainer: Trainer, processor: Any, frozen: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,10 @@ RUNS = {
     "accumulated": {"steps": 6, "arguments": {"gradient_accumulation_steps": 2}},
     "checkpointed": {"steps": 4, "gradient_checkpointing": True},
     "half": {"steps": 6},
+    "cut": {"steps": 3, "max_length": 96, "arguments": {"train_sampling_strategy": "sequential"}},
+    "poisoned": {"steps": 3, "save_steps": 1, "arguments": {"train_sampling_strategy": "sequential"}},
+    "wild": {"steps": 2, "save_steps": 1, "learning_rate": 1e38, "warmup_steps": 0},
+    "lost": {"steps": 3, "save_steps": 1, "arguments": {"save_total_limit": 3}},
 }
 ENGINES = {
     "ddp": ("full", "lora", "sparse"),
@@ -61,7 +66,14 @@ def world(scenes, processor, tmp_path_factory):
     torch.manual_seed(0)
     LlavaForConditionalGeneration(config).save_pretrained(folder / "student")
     processor.save_pretrained(folder / "student")
-    ids = [sample.id for sample in read_samples(write_dataset(scenes[:16], folder / "data"))]
+    data = write_dataset(scenes[:16], folder / "data")
+    ids = [sample.id for sample in read_samples(data)]
+    # Without label tokens, by "max_length": the first step's batch of the second of two processes, and all of the second step.
+    long = [
+        json.loads(line) | ({"question": "what color is it? " * 9} if n >= 4 else {})
+        for n, line in enumerate(data.read_text().splitlines())
+    ]
+    (folder / "data/long.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in long))
     write_targets(folder / "targets", scenes[:16], ids)
     write_targets(folder / "few_targets", scenes[:5], ids[:5])
     return folder
@@ -72,6 +84,13 @@ def one(world):
     """The folder of one process's runs: those of `ENGINES`."""
     launch([sys.executable], world, "one", [run("one", name) for name in ("full", "lora", "sparse")])
     return world / "one"
+
+
+@pytest.fixture(scope="module")
+def cut(world):
+    """The folder of one process's run with batches without label tokens."""
+    launch([sys.executable], world, "one", [run("one", "cut")])
+    return world / "one/cut"
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +117,9 @@ def launch(command, world, engine, runs):
     for one_run in runs:
         targets = "few_targets" if one_run["name"] == "sparse" else "targets"
         one_run |= {"out": str(world / engine / one_run["name"]), "targets": str(world / targets)}
+        one_run["data"] = str(world / "data" / ("long.jsonl" if one_run["name"] == "cut" else "captions.jsonl"))
     settings = world / f"{engine}.json"
-    data = str(world / "data/captions.jsonl")
-    settings.write_text(json.dumps({"engine": engine, "model": str(world / "student"), "data": data, "runs": runs}))
+    settings.write_text(json.dumps({"engine": engine, "model": str(world / "student"), "runs": runs}))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run(
         [*command, str(WORKER), str(settings)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -192,3 +211,57 @@ def test_deepspeed_by_its_own_config_file(stage, name, world, more):
     launch(command, world, engine, [run(engine, f"{name}-json", arguments=arguments)])
     difference = differences(world / engine / f"{name}-json", more / name)
     assert difference.max() < (0.05 if name == "half" else 1e-5)
+
+
+RANKS_FILE = {
+    "ddp": "rng_state_1.pth",
+    "zero2": "global_step2/*zero_pp_rank_1_*optim_states.pt",
+    "zero3": "global_step2/zero_pp_rank_1_*model_states.pt",
+    "fsdp2": "optimizer_0/__1_0.distcp",
+}
+"""What the second process alone writes of the checkpoint of step 2."""
+
+
+@pytest.mark.parametrize("engine", ["ddp", *(pytest.param(name, marks=pytest.mark.full) for name in ("zero2", "zero3", "fsdp2"))])
+def test_what_befalls_one_process_stops_or_skips_all_alike(engine, world, cut):
+    out = world / engine
+    sample = read_samples(world / "data/captions.jsonl")[13].id  # in the second step, of the second process
+    runs = [
+        run(engine, "cut"),
+        run(engine, "poisoned") | {"poison": sample},
+        run(engine, "poisoned-refused") | {"refuse": sample},
+        run(engine, "wild"),
+    ]
+    launch(accelerate(engine), world, engine, runs)
+    # Batches without label tokens: of one process, then of all.
+    assert differences(out / "cut", cut).max() < 1e-5
+    assert [entry["loss"] == 0 for entry in history(cut)] == [False, True, False]
+    assert_same_weights(*(load_student(folder / "model")[0].state_dict() for folder in (out / "cut", cut)))
+    for name, message in (
+        ("poisoned", f"the loss of step 2 is not finite \\(process 1: loss nan, .*'{sample}'.*checkpoint-1"),
+        ("poisoned-refused", f"DataError: sample '{sample}' is refused$"),
+        ("wild", r"weights are not finite after step 1 \(process 0: .*process 1: .*no checkpoint was written"),
+    ):
+        errors = [(out / name / f"error.{rank}").read_text() for rank in (0, 1)]
+        assert errors[0] == errors[1]
+        assert re.search(message, errors[0]), errors[0]
+        assert not (out / name / "history.json").exists()
+    assert [path.name for path in (out / "poisoned/checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert not [*(out / "wild/checkpoints").glob("checkpoint-*")]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("engine", ENGINES)
+def test_all_processes_continue_from_the_checkpoint_before_if_a_file_of_one_is_missing(engine, world):
+    out = world / engine
+    lost = ["checkpoints/checkpoint-3", f"checkpoints/checkpoint-2/{RANKS_FILE[engine]}"]
+    # The last one was killed before it wrote its results.
+    runs = [run(engine, "lost") | {"lose": lost}, run(engine, "lost-results") | {"lose": []}, run(engine, "lost-whole")]
+    launch(accelerate(engine), world, engine, runs)
+    assert [path.name for path in (out / "lost/checkpoints/damaged").iterdir()] == ["checkpoint-2"]
+    for name in ("lost", "lost-results"):
+        assert history(out / name) == history(out / "lost-whole")
+        for file in ("model/model.safetensors", "aligner.safetensors"):
+            whole, continued = (load_file(out / run_name / file) for run_name in ("lost-whole", name))
+            assert whole.keys() == continued.keys()
+            assert all(torch.equal(value, continued[key]) for key, value in whole.items())

@@ -4,27 +4,33 @@
 
 It fails unless the engine really does what its name says. `words.RANK.json` in a run's folder has the process's own matched words.
 A run with `kill_after` is killed after so many steps, in processes that every worker forks for it; then the workers call the same
-`fine_tune`.
+`fine_tune`. In a run with `poison` the loss of every batch with that sample is NaN; one with `refuse` refuses that sample. A run
+that ends in an error leaves it in `error.RANK`. A run with `lose` loses the files that it names, and its results, when it is over,
+and is called again.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
 
 os.environ.update(DS_ACCELERATOR="cpu", ACCELERATE_TORCH_DEVICE="cpu")
 
+import torch
 import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, training_args
 
+from lavender.batches.collator import Collator
 from lavender.config import AlignmentConfig, TrainingConfig
 from lavender.data.samples import read_samples
+from lavender.errors import DataError, LavenderError
 from lavender.students.discovery import base_model_of
 from lavender.targets.store import TargetStore
 from lavender.training import train
@@ -116,7 +122,7 @@ def fine_tune(run, settings, arguments, kill_after=None):
     train._train = witnessed
     train.fine_tune(
         settings["model"],
-        read_samples(settings["data"]),
+        read_samples(run["data"]),
         run["out"],
         TrainingConfig(**run["training"] | {"arguments": arguments | run["training"].get("arguments", {})}),
         targets=TargetStore(run["targets"]),
@@ -126,12 +132,45 @@ def fine_tune(run, settings, arguments, kill_after=None):
     train._train = fit
 
 
+class Poisoned(Collator):
+    poison = refused = None
+
+    def __call__(self, samples):
+        batch = super().__call__(samples)
+        ids = [sample.id for sample in samples]
+        if self.refused in ids:
+            raise DataError(f"sample {self.refused!r} is refused")
+        if self.poison in ids:
+            batch["pixel_values"][0] = torch.nan
+        return batch
+
+
+def attempt(run, settings, arguments):
+    Poisoned.poison, Poisoned.refused = run.get("poison"), run.get("refuse")
+    try:
+        fine_tune(run, settings, arguments)
+    except LavenderError as error:
+        (Path(run["out"]) / f"error.{os.environ.get('RANK', '0')}").write_text(f"{type(error).__name__}: {error}")
+
+
+def lose(out, patterns):
+    for pattern in ("history.json", "aligner.safetensors", "model", *patterns):
+        (found,) = out.glob(pattern)
+        shutil.rmtree(found) if found.is_dir() else found.unlink()
+
+
 def main(settings):
     arguments = {"logging_steps": 1} | go_without_gpus(settings["engine"])
+    train.Collator = Poisoned
     for run in settings["runs"]:
         if "kill_after" in run:
             train_until_killed(run, settings, arguments)
-        fine_tune(run, settings, arguments)
+        attempt(run, settings, arguments)
+        if "lose" in run:
+            with PartialState().main_process_first():
+                if PartialState().is_main_process:
+                    lose(Path(run["out"]), run["lose"])
+            attempt(run, settings, arguments)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,191 @@
+"""Which checkpoint a run continues from: the newest that is as it was written.
+
+The Trainer continues from a checkpoint without the optimizer's state, or without the random numbers', and says nothing; the run
+is another one then. So a checkpoint has a record of its files, and one that lacks some, or has them damaged, is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError, safe_open
+from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..errors import DataError
+from ..files import write_atomically
+from .guard import non_finite
+
+logger = logging.getLogger("lavender")
+
+RECORD = "lavender.json"
+"""By how many processes a checkpoint was written, and the size of every other file in it."""
+STATE = "trainer_state.json"
+MAX_NAMED = 3
+"""Faults of a checkpoint that a message names."""
+
+
+def write_record(checkpoint: Path, num_processes: int) -> None:
+    """Records a checkpoint that was just written."""
+    sizes = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path.name != RECORD:
+            with open(path, "rb") as file:  # opened, since a network file system may know an old size until then
+                sizes[path.relative_to(checkpoint).as_posix()] = os.fstat(file.fileno()).st_size
+    write_atomically(checkpoint / RECORD, json.dumps({"num_processes": num_processes, "bytes": sizes}, indent=2) + "\n")
+
+
+def last_checkpoint(folder: Path, trainer: Trainer | None = None) -> str | None:
+    """The newest sound checkpoint in a folder of checkpoints, the same in all processes; None if there is no checkpoint at all.
+
+    Unfinished ones, left by a kill while they were written, are removed. Damaged ones are moved to `damaged/`, so that neither
+    resuming nor the Trainer's own removal of old checkpoints meets them.
+
+    Args:
+        folder: the Trainer's `output_dir`.
+        trainer: what is to continue; without it no more than the Trainer's state is read.
+
+    Raises:
+        DataError: there are checkpoints, and none is sound.
+    """
+    names = _finished(folder, removes=trainer is None or trainer.args.should_save)
+    if trainer is None:
+        return next((str(folder / name) for name in names if _has_state(folder / name)), None)
+    [names] = broadcast_object_list([names])
+    passed: dict[str, str] = {}
+    for name in names:
+        faults = gather_object(_faults(folder / name, trainer))
+        if not faults:
+            _set_aside(folder, passed, name, trainer)
+            return str(folder / name)
+        more = f" and {len(faults) - MAX_NAMED} faults more" if len(faults) > MAX_NAMED else ""
+        passed[name] = ", ".join(faults[:MAX_NAMED]) + more
+    if passed:
+        raise DataError(
+            f"no checkpoint in {folder} can be continued from: {'; '.join(f'{name}: {why}' for name, why in passed.items())}. Put "
+            "back what is missing, or remove the checkpoints (or give a new folder) to begin anew"
+        )
+    return None
+
+
+def _finished(folder: Path, removes: bool) -> list[str]:
+    """Names of the checkpoints that were written to their end, newest first; others may be removed."""
+    numbers: dict[str, int] = {}
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        number = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if not (path.is_dir() and number.isdecimal()):
+            continue
+        if _has_state(path) or (path / RECORD).exists():
+            numbers[path.name] = int(number)
+        elif removes:
+            logger.warning("%s was being written when its run ended, and is removed", path)
+            shutil.rmtree(path)
+    return sorted(numbers, key=lambda name: -numbers[name])
+
+
+def _has_state(checkpoint: Path) -> bool:
+    """Whether the Trainer's state, which it writes last, can be read."""
+    try:
+        json.loads((checkpoint / STATE).read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def _set_aside(folder: Path, passed: dict[str, str], chosen: str, trainer: Trainer) -> None:
+    if trainer.args.should_save:
+        for name, why in passed.items():
+            place = folder / "damaged" / name
+            while place.exists():
+                place = place.with_name(f"{place.name}-again")
+            place.parent.mkdir(exist_ok=True)
+            (folder / name).rename(place)
+            logger.warning("%s is damaged (%s): continuing from %s; it is kept as %s", name, why, chosen, place)
+        written_by = _record(folder / chosen).get("num_processes", trainer.args.world_size)
+        if written_by != trainer.args.world_size:
+            logger.warning(
+                "%s was written by %d processes, and %d continue: batches and random numbers are others than in an undisturbed run",
+                folder / chosen,
+                written_by,
+                trainer.args.world_size,
+            )
+    trainer.accelerator.wait_for_everyone()
+
+
+def _record(checkpoint: Path) -> dict[str, Any]:
+    """What `write_record` wrote; empty where an earlier version of lavender, or the Trainer alone, wrote the checkpoint."""
+    path = checkpoint / RECORD
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return record
+
+
+def _faults(checkpoint: Path, trainer: Trainer) -> list[str]:
+    """What is wrong with a checkpoint. Each process reads its share of the files: that takes as long as loading them."""
+    processes, rank = trainer.args.world_size, trainer.args.process_index
+    try:
+        record = _record(checkpoint)
+        sizes: dict[str, int] = record.get("bytes", {})
+        written_by: int = record.get("num_processes", processes)
+        required = {*sizes, *_required(checkpoint, trainer, written_by)}
+    except ValueError as error:
+        return [f"a JSON file in it is damaged ({error})"]
+    faults = []
+    if trainer.args.should_save:
+        if not _has_state(checkpoint) or "global_step" not in json.loads((checkpoint / STATE).read_text()):
+            faults.append(f"{STATE} is missing or damaged")
+        if trainer.is_deepspeed_enabled and written_by != processes:
+            faults.append(f"DeepSpeed wrote it by {written_by} processes and cannot continue by {processes}")
+        faults += [f"{name} is missing" for name in sorted(required - {STATE}) if not (checkpoint / name).is_file()]
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file())[rank::processes]:
+        name, size = path.relative_to(checkpoint).as_posix(), path.stat().st_size
+        if size != sizes.get(name, size):
+            faults.append(f"{name} has {size} bytes of {sizes[name]}")
+        else:
+            faults += [f"{name} {fault}" for fault in _faults_of_file(path)]
+    return faults
+
+
+def _required(checkpoint: Path, trainer: Trainer, processes: int) -> list[str]:
+    """Files that a checkpoint of such a run cannot do without, recorded or not."""
+    names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    if trainer.is_deepspeed_enabled:
+        return [*names, "latest"]
+    names.append(SCHEDULER_NAME)
+    if trainer.accelerator.scaler is not None:
+        names.append(SCALER_NAME)
+    if trainer.is_fsdp_enabled:
+        return names
+    index = checkpoint / SAFE_WEIGHTS_INDEX_NAME
+    if hasattr(trainer.model, "peft_config"):
+        weights = [ADAPTER_SAFE_WEIGHTS_NAME]
+    elif index.exists():
+        weights = [index.name, *json.loads(index.read_text())["weight_map"].values()]
+    else:
+        weights = [SAFE_WEIGHTS_NAME]
+    return [*names, OPTIMIZER_NAME, *weights]
+
+
+def _faults_of_file(path: Path) -> Iterator[str]:
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                bad = non_finite((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+            if bad:
+                yield f"has weights that are not finite, such as {bad[0]}"
+        elif path.suffix in (".pt", ".pth", ".bin"):
+            with zipfile.ZipFile(path) as archive:
+                bad_entry = archive.testzip()
+            if bad_entry is not None:
+                yield f"is damaged in {bad_entry}"
+    except (SafetensorError, zipfile.BadZipFile, OSError) as error:
+        yield f"cannot be read ({error})"
