@@ -213,7 +213,8 @@ class _Run:
         return trained, student, processor
 
     def collator(self, processor: Any, model_config: Any) -> Any:
-        collator = Collator(processor, self.targets, self.words, model_config=model_config, max_length=self.training.max_length)
+        length = self.training.max_length
+        collator = Collator(processor, self.targets, self.words, model_config=model_config, max_length=length, on_error="skip")
         return collator if self.targets is not None else _Plain(collator)
 
     def record(self) -> dict[str, Any]:
