@@ -195,6 +195,21 @@ class Collator:
         self._note_skipped(items, errors)
         return batch
 
+    def require_usable(self, samples: Sequence[Sample | Conversation | Mapping[str, Any]]) -> None:
+        """Raises the error of the last of up to `MOST_SKIPPED` samples from all over `samples` if none of them can be used.
+
+        So that a run whose samples are all at fault ends before it starts.
+        """
+        error: LavenderError | None = None
+        for sample in samples[:: max(1, -(-len(samples) // MOST_SKIPPED))]:
+            try:
+                self._collate([self._item(as_conversation(sample))])
+                return
+            except LavenderError as fault:
+                error = fault
+        if error is not None:
+            raise error
+
     def _collate(self, items: Sequence[_Item]) -> dict[str, torch.Tensor]:
         texts = [item.chat.text for item in items]
         batch = self._process(items, texts)

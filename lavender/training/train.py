@@ -215,6 +215,7 @@ class _Run:
     def collator(self, processor: Any, model_config: Any) -> Any:
         length = self.training.max_length
         collator = Collator(processor, self.targets, self.words, model_config=model_config, max_length=length, on_error="skip")
+        collator.require_usable(self.samples)
         return collator if self.targets is not None else _Plain(collator)
 
     def record(self) -> dict[str, Any]:
