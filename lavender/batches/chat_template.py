@@ -73,62 +73,94 @@ def apply_chat_template(processor: Any, conversation: Conversation) -> ChatText:
             )
     try:
         return _Template(processor, conversation, _parts).chat_text()
-    except _WrongForm as error:
-        takes_no_parts = error
+    except _FormError as error:
+        if _takes_parts(processor):
+            raise
+        refusal = error
     if placeholder is None and any(PLACEHOLDER in message.content for message in conversation.messages):
-        raise DataError(f"{takes_no_parts}. {type(processor).__name__} names no image_token that could stand in a text")
+        raise DataError(f"{refusal}. {type(processor).__name__} names no image_token that could stand in a text")
     try:
         return _Template(processor, conversation, lambda text: text.replace(PLACEHOLDER, str(placeholder))).chat_text()
-    except _WrongForm:
-        raise DataError(str(takes_no_parts)) from takes_no_parts
+    except _FormError:
+        raise refusal from None
 
 
-class _WrongForm(DataError):
+def _takes_parts(processor: Any) -> bool:
+    """Whether the chat template shows a text that comes as a part."""
+    messages = (Message("user", "Look"),)
+    template = _Template(processor, Conversation("parts", (), messages), _parts)
+    try:
+        return template.marks[0] in template.render(template.marked, add_generation_prompt=True)
+    except DataError:
+        return False
+
+
+class _FormError(DataError):
     """The template does not take contents of this form: it fails on them, or shows none of the texts."""
+
+
+class _LostError(DataError):
+    """An answer is not found."""
 
 
 class _Template:
     """A chat template at work on one conversation, whose contents it gets in one form.
 
-    A mark stands directly behind the last letter of each text of the user's and the assistant's. What a template makes of white
-    space around a text, or of thinking before it, does not move it.
+    A mark stands directly behind the last letter of a text. What a template makes of white space around the text, or of thinking
+    before it, does not move it.
+
+    Attributes:
+        marks: by message. Those of answers show where answers end; those of the user show where generation prompts begin.
+        marked: the contents with their marks.
+        frame: the same, of answers the mark alone and the white space behind it.
     """
 
     def __init__(self, processor: Any, conversation: Conversation, write: Callable[[str], Any]) -> None:
         self.processor = processor
         self.name = f"sample {conversation.id!r}"
         self.messages = conversation.messages
+        self.write = write
         self.contents = [write(message.content) for message in self.messages]
-        self.marks = _marks(self.messages)
-        # Each text with its mark, and the frame of the conversation: the same, of answers the mark and the white space behind it.
-        self.marked = [
-            write(_insert(message.content, self.marks[n])) if n in self.marks else content
-            for n, (message, content) in enumerate(zip(self.messages, self.contents, strict=True))
-        ]
-        self.frame = [
-            write(self.marks[n] + message.content[len(message.content.rstrip()) :]) if message.role == "assistant" else content
-            for n, (message, content) in enumerate(zip(self.messages, self.marked, strict=True))
-        ]
+        self._mark(_marks(self.messages))
+
+    def _mark(self, marks: Mapping[int, str]) -> None:
+        self.marks = marks
+        self.marked, self.frame = [*self.contents], [*self.contents]
+        for n, mark in marks.items():
+            content = self.messages[n].content
+            self.marked[n] = self.frame[n] = self.write(_insert(content, mark))
+            if self.messages[n].role == "assistant":
+                self.frame[n] = self.write(mark + content[len(content.rstrip()) :])
 
     def chat_text(self) -> ChatText:
-        pieces = self._split(self.marked)
-        text = self._render(self.contents)
+        text, marked = self.render(self.contents), self.render(self.marked)
+        if not any(mark in marked for mark in self.marks.values()):
+            raise _FormError(f"{self.name}: the chat template leaves out what the messages say; set one that shows it")
+        try:
+            turns = self._find_turns(text, marked)
+        except _LostError:
+            # What the user says may be left out, or shown twice, or looked at: the answers tell enough.
+            self._mark({n: mark for n, mark in self.marks.items() if self.messages[n].role == "assistant"})
+            turns = self._find_turns(text, self.render(self.marked))
+        return ChatText(text, tuple(turns))
+
+    def _find_turns(self, text: str, marked: str) -> list[Turn]:
+        pieces = self._split(marked)
         if "".join(pieces.values()) != text:
             raise self._lost("renders messages otherwise if they are longer")
-        frame = self._split(self.frame)
-        turns, end, num_images = [], 0, 0
-        numbers = list(self.marks)
+        frame = self._split(self.render(self.frame))
+        turns, start, before, num_images = [], 0, "", 0
         for n, message in enumerate(self.messages):
             num_images += message.content.count(PLACEHOLDER)
             if n not in self.marks:
                 continue
-            start, end = end, end + len(pieces[n])
+            end = start + len(pieces[n])
             if message.role == "assistant":
-                before = self.marks[numbers[numbers.index(n) - 1]] if numbers[0] != n else ""
-                start += self._prompt_length(n, before, pieces[n], frame[n])
-                closed = end + self._closing_length(n, before, text[end:])
-                turns.append(Turn(without_thinking(message.content), num_images, start, closed, end))
-        return ChatText(text, tuple(turns))
+                prompt = self._prompt_length(n, before, pieces[n], frame[n])
+                closing = self._closing_length(n, before, text[end:])
+                turns.append(Turn(without_thinking(message.content), num_images, start + prompt, end + closing, end))
+            start, before = end, self.marks[n]
+        return turns
 
     def _prompt_length(self, n: int, before: str, piece: str, frame: str) -> int:
         """How much of `piece`, what stands between the mark `before` and that of answer `n`, the assistant does not say.
@@ -136,11 +168,11 @@ class _Template:
         That is the generation prompt. A template may prompt for more than an answer of the conversation has (`<think>`): then it is
         what the two share.
         """
-        prompt = _behind(before, self._render(self.frame[:n], add_generation_prompt=True))
+        prompt = _behind(before, self.render(self.frame[:n], add_generation_prompt=True))
         if piece.startswith(prompt):
             return len(prompt)
         shared = _OPEN_TAG.sub("", _shared(prompt, piece, frame))
-        closing = _shared(prompt, _behind(before, self._render(self.frame[:n])))
+        closing = _shared(prompt, _behind(before, self.render(self.frame[:n])))
         if len(shared) < len(closing) or (len(shared) == len(closing) and shared != frame):
             raise self._lost(f"prompts for message {n + 1} by {prompt[:40]!r} and begins it otherwise, by {frame[:40]!r}")
         return len(shared)
@@ -154,19 +186,16 @@ class _Template:
     def _closings(self, n: int, before: str) -> Iterator[str]:
         """What the template may close answer `n` with where more follows: as if none did, else as it closes messages of the user
         (GPT-OSS), else as if none did but without the end of the text (Phi-3)."""
-        last = _behind(self.marks[n], self._render(self.frame[: n + 1]))
+        last = _behind(self.marks[n], self.render(self.frame[: n + 1]))
         yield last
         spaces = last[: len(last) - len(last.lstrip())]
-        if of_user := _behind(before, self._render(self.frame[:n])).lstrip():
+        if of_user := _behind(before, self.render(self.frame[:n])).lstrip():
             yield spaces + of_user
         yield last.removesuffix(str(getattr(self.processor.tokenizer, "eos_token", None) or ""))
         yield ""
 
-    def _split(self, contents: Sequence[Any]) -> dict[int, str]:
+    def _split(self, text: str) -> dict[int, str]:
         """What the template makes of the conversation, cut at its marks: per message that has one what ends there, and the rest."""
-        text = self._render(contents)
-        if not any(mark in text for mark in self.marks.values()):
-            raise _WrongForm(f"{self.name}: the chat template leaves out what the messages say; set a template that shows it")
         pieces: dict[int, str] = {}
         for n, mark in self.marks.items():
             if text.count(mark) != 1:
@@ -174,7 +203,7 @@ class _Template:
             pieces[n], _, text = text.partition(mark)
         return pieces | {-1: text}
 
-    def _render(self, contents: Sequence[Any], **options: Any) -> str:
+    def render(self, contents: Sequence[Any], **options: Any) -> str:
         from jinja2 import TemplateError, UndefinedError
 
         messages = [{"role": message.role, "content": content} for message, content in zip(self.messages, contents, strict=False)]
@@ -183,14 +212,14 @@ class _Template:
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             refusal = f"{self.name}: the chat template refuses the conversation ({error}); give the messages as it expects them"
             if isinstance(error, UndefinedError | TypeError):
-                raise _WrongForm(refusal) from error
+                raise _FormError(refusal) from error
             raise DataError(refusal) from error
         return text
 
-    def _lost(self, reason: str) -> DataError:
-        return DataError(
+    def _lost(self, reason: str) -> _LostError:
+        return _LostError(
             f"{self.name}: the answers cannot be found in the conversation, for the chat template {reason}; set "
-            "processor.chat_template to one that shows each message once, or give samples of one answer"
+            "processor.chat_template to one that shows each answer once, or give samples of one answer"
         )
 
 

@@ -172,7 +172,7 @@ class Collator:
         return tuple(word for word in words_of(without_thinking(answer)) if word.text.casefold() not in FUNCTION_WORDS)
 
     def __call__(self, samples: Sequence[Sample | Conversation | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Raises `DataError` or `TargetError` naming the sample at fault, unless it is skipped."""
+        """Raises `DataError` or `TargetError` naming the sample at fault, unless it is skipped; then the last of 16 in a row."""
         items: list[_Item] = []
         errors: dict[int, LavenderError] = {}
         for b, sample in enumerate(samples):
@@ -203,7 +203,7 @@ class Collator:
         error: LavenderError | None = None
         for sample in samples[:: max(1, -(-len(samples) // MOST_SKIPPED))]:
             try:
-                self._collate([self._item(as_conversation(sample))])
+                self._try(self._item(as_conversation(sample)))
                 return
             except LavenderError as fault:
                 error = fault
@@ -238,16 +238,23 @@ class Collator:
         sound = [b for b, item in enumerate(items) if not item.skipped]
         if not sound or (self.on_error == "raise" and len(items) == 1):
             raise error
-        stand_in = self._stand_in_for(_STAND_IN.id, error)
         faults: dict[int, LavenderError] = {}
         for b in sound:
             try:
-                self._collate([items[b], stand_in])
+                self._try(items[b])
             except LavenderError as fault:
                 faults[b] = fault
         if self.on_error == "raise":
             raise next(iter(faults.values())) if 0 < len(faults) < len(items) else error
         return faults or {sound[-1]: error}
+
+    def _try(self, item: _Item) -> None:
+        """Raises the error of a batch of an item and the stand-in, which has a picture; of the item alone where there is none."""
+        try:
+            items = [item, self._stand_in]
+        except LavenderError:
+            items = [item]
+        self._collate(items)
 
     def _stand_in_for(self, sample_id: str, error: LavenderError) -> _Item:
         """What takes the place of a sample that has an error, which is raised if nothing can."""

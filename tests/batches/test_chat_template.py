@@ -263,10 +263,16 @@ PROMPT = "{% if add_generation_prompt %}AI:{% endif %}"
         # The end of the text behind the last message alone.
         ("{% for message in messages %}[{{ message['role'] }}]" + PARTS + "{% endfor %}{% if add_generation_prompt %}[assistant]"
          "{% else %}</s>{% endif %}", ["A zebra.", "A zebra.\n</s>"]),
+        # What the user says is left out, or looked at.
+        ("{% for message in messages %}{% if message['role'] == 'user' %}<image>{% else %}" + PARTS + "|{% endif %}{% endfor %}",
+         ["A zebra.|", "A zebra.\n|"]),
+        ("{% for message in messages %}{% if (message['content'] | map(attribute='text', default='') | join)[-1] == '?' %}"
+            "Q: {% endif %}" + PARTS +
+         "|{% endfor %}" + PROMPT, ["A zebra.|", "A zebra.\n|"]),
         # A prompt that no message has.
         ("{% for message in messages %}" + PARTS + "|{% endfor %}" + PROMPT, ["A zebra.|", "A zebra.\n|"]),
     ],
-    ids=["llava", "pixtral", "end", "prompt"],
+    ids=["llava", "pixtral", "end", "silent", "questions", "prompt"],
 )  # fmt: skip
 def test_templates_of_other_kinds(own_processor, template, turns):
     processor = copy.deepcopy(own_processor)
@@ -280,9 +286,9 @@ def test_templates_of_other_kinds(own_processor, template, turns):
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{% for message in messages %}GPT: " + PARTS + "{% endfor %}" + PROMPT, "prompts for message 2 by 'AI:' .* by 'GPT: '"),
-        ("{% for message in messages %}" + PARTS + PARTS + "{% endfor %}", r"shows message 1 \(user\) 2 times"),
-        ("{% for message in messages[1:] %}" + PARTS + "{% endfor %}", r"shows message 1 \(user\) 0 times"),
+        ("{% for message in messages %}GPT: " + PARTS + "{% endfor %}" + PROMPT, "prompts for message 2 by .*AI:' .* by .*GPT: '"),
+        ("{% for message in messages %}" + PARTS + PARTS + "{% endfor %}", r"shows message 2 \(assistant\) 2 times"),
+        ("{% for message in messages[:1] %}" + PARTS + "{% endfor %}", r"shows message 2 \(assistant\) 0 times"),
         (
             "{% for message in messages %}" + PARTS + "{{ message['content'][-1]['text'] | length }}{% endfor %}",
             "renders messages otherwise if they are longer",
@@ -313,3 +319,15 @@ def test_a_caption_is_the_answer_without_its_thinking(own_processor, tmp_path):
     assert spoken(own_processor, batch, 0) == {0: "zebra", 1: "beside", 2: "zebra"}
     maps = store["x"].word_maps.maps
     assert torch.equal(batch["lavender_targets"][0], torch.from_numpy(maps[[1, 2, 4]]))
+
+
+def test_a_template_that_takes_parts_gets_no_texts(own_processor):
+    """Not even if it fails on the parts of one conversation, and would show texts: it would not show pictures as they are shown."""
+    processor = copy.deepcopy(own_processor)
+    processor.chat_template = (
+        "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        "{{ message['content'][-1]['text'] + '' }}{% endif %}{% endfor %}"
+    )
+    assert turns_of(apply_chat_template(processor, Conversation("x", (), talk("What?", "A zebra.")))) == ["A zebra."]
+    with pytest.raises(DataError, match=r"'x': the chat template refuses the conversation \('dict object' has no attribute 'text'"):
+        apply_chat_template(processor, Conversation("x", (RED,), talk("What?<image>", "A zebra.")))
