@@ -79,10 +79,7 @@ def apply_chat_template(processor: Any, conversation: Conversation) -> ChatText:
         refusal = error
     if placeholder is None and any(PLACEHOLDER in message.content for message in conversation.messages):
         raise DataError(f"{refusal}. {type(processor).__name__} names no image_token that could stand in a text")
-    try:
-        return _Template(processor, conversation, lambda text: text.replace(PLACEHOLDER, str(placeholder))).chat_text()
-    except _FormError:
-        raise refusal from None
+    return _Template(processor, conversation, lambda text: text.replace(PLACEHOLDER, str(placeholder))).chat_text()
 
 
 def _takes_parts(processor: Any) -> bool:
@@ -96,7 +93,7 @@ def _takes_parts(processor: Any) -> bool:
 
 
 class _FormError(DataError):
-    """The template does not take contents of this form: it fails on them, or shows none of the texts."""
+    """The template fails on a conversation, or shows none of its texts: it may not take contents of this form."""
 
 
 class _LostError(DataError):
@@ -204,16 +201,15 @@ class _Template:
         return pieces | {-1: text}
 
     def render(self, contents: Sequence[Any], **options: Any) -> str:
-        from jinja2 import TemplateError, UndefinedError
+        from jinja2 import TemplateError
 
         messages = [{"role": message.role, "content": content} for message, content in zip(self.messages, contents, strict=False)]
         try:
             text: str = self.processor.apply_chat_template(messages, tokenize=False, **options)
         except (TemplateError, TypeError, ValueError, LookupError) as error:
-            refusal = f"{self.name}: the chat template refuses the conversation ({error}); give the messages as it expects them"
-            if isinstance(error, UndefinedError | TypeError):
-                raise _FormError(refusal) from error
-            raise DataError(refusal) from error
+            raise _FormError(
+                f"{self.name}: the chat template refuses the conversation ({error}); give the messages as it expects them"
+            ) from error
         return text
 
     def _lost(self, reason: str) -> _LostError:

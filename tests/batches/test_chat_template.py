@@ -231,8 +231,11 @@ def test_the_placeholder_of_a_template_without_parts_is_the_processors(own_proce
     assert turns_of(chat) == ["A zebra.", "a hat."]
     assert [turn.num_images for turn in chat.turns] == [1, 2]
     assert Collator(processor)([Conversation("x", (RED, RED), messages)])["lavender_outcomes"].tolist() == [0]
+    strict = "{% if messages[0]['content'] is not string %}{{ raise_exception('texts alone') }}{% endif %}"
+    processor.chat_template = strict + processor.chat_template
+    assert apply_chat_template(processor, Conversation("x", (RED, RED), messages)) == chat
     processor.image_token = None
-    with pytest.raises(DataError, match=r"'x': .*can only concatenate list.*names no image_token that could stand in a text"):
+    with pytest.raises(DataError, match=r"'x': .*texts alone.*names no image_token that could stand in a text"):
         apply_chat_template(processor, Conversation("x", (RED, RED), messages))
     assert turns_of(apply_chat_template(processor, Conversation("x", (), talk("One", "two")))) == ["two."]
 

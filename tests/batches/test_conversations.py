@@ -171,7 +171,7 @@ def test_templates_that_refuse_a_conversation_are_told(processor):
         Collator(strict)([Conversation("x", (RED, BLUE), TURNS)])
     Collator(strict)([Sample("y", RED, QUESTION, ANSWER)])
     plain = with_template(processor, lambda _: "{% for message in messages %}{{ message['content'] + 1 }}{% endfor %}")
-    with pytest.raises(DataError, match=r"sample 'y': the chat template refuses the conversation \(can only concatenate list"):
+    with pytest.raises(DataError, match=r"sample 'y': the chat template refuses the conversation \(can only concatenate str"):
         Collator(plain)([Sample("y", RED, QUESTION, ANSWER)])
 
 
