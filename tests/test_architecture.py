@@ -18,7 +18,7 @@ PACKAGE = ROOT / "lavender"
 
 FLOORS = [
     {"types", "errors", "files"},
-    {"config", "words", "images", "handle", "kernels"},
+    {"config", "words", "images", "handle", "kernels", "pretrained"},
     {"data", "maps"},
     {"students", "teachers", "targets"},
     {"batches", "extraction", "evaluation", "patching", "doctor"},

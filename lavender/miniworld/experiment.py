@@ -22,10 +22,11 @@ from ..evaluation.alignment_error import alignment_error, best_constant_error
 from ..evaluation.localization import SpanMaps, maps_by_span
 from ..extraction.extract import extract
 from ..patching import patch
+from ..students.loading import load_student
 from ..students.patch import StudentPatch
 from ..targets.store import Target, TargetStore, TargetWriter
 from ..teachers.model import Teacher
-from ..training.train import fine_tune, load_student
+from ..training.train import fine_tune
 from . import HELD_OUT_SEED, STUDENT, TEACHER, TRAINING_SEED, write_dataset
 from .measures import compare_targets, evaluate_answers, evaluate_attention, student_maps, teacher_maps
 from .scenes import Scene, make_scenes

@@ -26,8 +26,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
     PreTrainedModel,
     Trainer,
     TrainerState,
@@ -38,11 +36,12 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from ..batches.collator import Collator
-from ..config import AlignmentConfig, Dtype, TrainingConfig, WordsConfig, to_dict
+from ..config import AlignmentConfig, TrainingConfig, WordsConfig, to_dict
 from ..data.samples import Conversation, Sample
 from ..errors import ConfigError, DataError, ModelError, TargetError
 from ..files import write_atomically
 from ..patching import patch
+from ..students.loading import load_student as load_student  # importable from here
 from ..students.patch import StudentPatch
 from ..targets.store import TargetStore
 from ..types import WordBatch
@@ -51,19 +50,6 @@ from .callback import LavenderCallback
 logger = logging.getLogger("lavender")
 
 LOG_EVERY = 10
-
-
-def load_student(model: str | Path, dtype: Dtype = "float32") -> tuple[PreTrainedModel, Any]:
-    """Loads an image-text-to-text model and its processor. Raises `ModelError` when there is none."""
-    try:
-        processor = AutoProcessor.from_pretrained(str(model))
-        return AutoModelForImageTextToText.from_pretrained(str(model), dtype=getattr(torch, dtype)), processor
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise ModelError(
-            f"cannot load an image-text-to-text model from {str(model)!r} ({first_line}); give a folder that transformers saved, "
-            "or a hub id"
-        ) from error
 
 
 def fine_tune(
