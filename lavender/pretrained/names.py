@@ -52,6 +52,12 @@ def locate_model(model: str | Path, *files: str) -> tuple[str, str | None]:
     raise AssertionError("no file was named")
 
 
+def pin(model: str | Path, *files: str) -> str:
+    """A model's name with the commit that it stands for now, `NAME@COMMIT`; of a folder its path. See `locate_model`."""
+    name, commit = locate_model(model, *files)
+    return name if commit is None else f"{name}@{commit}"
+
+
 @contextmanager
 def loading(what: str, model: str | Path, expected: str) -> Iterator[None]:
     """Around a library's loading of a model: the model's own code never runs, and what fails is a `ModelError` of one line.
