@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
 from ..config import Dtype
 from ..errors import ModelError
-from ..pretrained.names import loading, locate_model
-from ..pretrained.weights import require_complete, require_finite
+from ..pretrained.names import loading, locate_model, pin
+from ..pretrained.weights import require_complete, require_finite, some
+
+_ADAPTER = "adapter_config.json"
+_CONFIGS = ("config.json", _ADAPTER)
 
 
 def load_student(model: str | Path, dtype: Dtype = "float32") -> tuple[PreTrainedModel, Any]:
@@ -33,8 +37,8 @@ def load_student(model: str | Path, dtype: Dtype = "float32") -> tuple[PreTraine
         ModelError: there is no such model, it is an adapter, or it needs code of its own; weights are missing, have another shape
             than the config says, or hold NaN or infinity.
     """
-    with loading("an image-text-to-text model", model, "give a folder that transformers saved, or a hub id"):
-        name, revision = locate_model(model, "config.json", "adapter_config.json")
+    with _loading_student(model):
+        name, revision = locate_model(model, *_CONFIGS)
         # transformers would load the base model, put the adapter into it, and report on the adapter's weights alone.
         adapter = find_adapter_config_file(name, revision=revision)
         if adapter is not None:
@@ -54,6 +58,55 @@ def load_student(model: str | Path, dtype: Dtype = "float32") -> tuple[PreTraine
     require_complete(student, report, f"the student {str(model)!r}")
     require_finite(student, f"the student {str(model)!r} in {dtype}")
     return student, processor
+
+
+def load_adapter(student: PreTrainedModel, adapter: str | Path) -> nn.Module:
+    """A student with a PEFT adapter, to be used and not trained: `PeftModel.from_pretrained`, which alone only warns of what the
+    adapter lacks.
+
+    Args:
+        student: as `load_student` loads it.
+        adapter: a folder that PEFT saved, or a hub id, maybe as `NAME@REVISION`.
+
+    Raises:
+        ModelError: there is no such adapter, it does not fit the student, or its weights are missing, NaN or infinite.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils.save_and_load import load_peft_weights
+
+    with _loading_adapter(adapter):
+        name, revision = locate_model(adapter, _ADAPTER)
+        model = PeftModel.from_pretrained(student, name, revision=revision)
+        loaded = load_peft_weights(name, device="cpu", revision=revision)
+    lacking = sorted(get_peft_model_state_dict(model).keys() - loaded.keys())
+    if lacking:
+        raise ModelError(
+            f"the adapter {str(adapter)!r} lacks {len(lacking)} weights ({some(lacking)}); give a whole copy, or the base model "
+            "that it was trained on"
+        )
+    require_finite(model, f"the student with the adapter {str(adapter)!r}")
+    return model
+
+
+def pin_student(model: str | Path) -> str:
+    """A student's name with the commit that it is loaded from, `NAME@COMMIT`; of a folder its path. Raises `ModelError`."""
+    with _loading_student(model):
+        return pin(model, *_CONFIGS)
+
+
+def pin_adapter(adapter: str | Path) -> str:
+    """The same of an adapter."""
+    with _loading_adapter(adapter):
+        return pin(adapter, _ADAPTER)
+
+
+def _loading_adapter(adapter: str | Path) -> AbstractContextManager[None]:
+    expected = "there is no LoRA adapter without an adapter_config.json; give a folder that PEFT saved, or a hub id"
+    return loading("a LoRA adapter", adapter, expected)
+
+
+def _loading_student(model: str | Path) -> AbstractContextManager[None]:
+    return loading("an image-text-to-text model", model, "give a folder that transformers saved, or a hub id")
 
 
 @contextmanager
