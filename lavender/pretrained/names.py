@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import LavenderError, ModelError, first_line
+from .folders import misplaced
 
 
 def split_revision(model: str | Path) -> tuple[str, str | None]:
@@ -40,16 +41,34 @@ def locate_model(model: str | Path, *files: str) -> tuple[str, str | None]:
     name, revision = split_revision(model)
     if Path(name).exists():
         return name, None
-    from huggingface_hub import hf_hub_download
+    for file in files[:-1]:
+        path = find_file(model, file)
+        if path is not None:
+            return name, path.parent.name
+    return name, _download(name, files[-1], revision).parent.name
+
+
+def find_file(model: str | Path, file: str) -> Path | None:
+    """A file of a model: in its folder, or in the hub's cache after a download; None if the model has no such file.
+
+    Raises `ModelError`, `OSError` and `ValueError` as `locate_model` does.
+    """
     from huggingface_hub.errors import EntryNotFoundError
 
-    for file in files:
-        try:
-            return name, Path(hf_hub_download(name, file, revision=revision)).parent.name
-        except EntryNotFoundError:
-            if file == files[-1]:
-                raise
-    raise AssertionError("no file was named")
+    name, revision = split_revision(model)
+    if Path(name).exists():
+        path = Path(name) / file
+        return path if path.is_file() else None
+    try:
+        return _download(name, file, revision)
+    except EntryNotFoundError:
+        return None
+
+
+def _download(name: str, file: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(name, file, revision=revision))
 
 
 def pin(model: str | Path, *files: str) -> str:
@@ -86,8 +105,11 @@ def loading(what: str, model: str | Path, expected: str) -> Iterator[None]:
                 f"{str(model)!r} needs code of its own, which lavender does not run; read that code, load the model in a script "
                 "with trust_remote_code=True, and pass the loaded object to lavender.patch"
             ) from error
-        place = "" if Path(split_revision(model)[0]).exists() else ", which is nothing on this machine"
-        raise ModelError(f"cannot load {what} from {str(model)!r}{place} ({first_line(error)}); {expected}") from error
+        path = Path(split_revision(model)[0])
+        place = "" if path.exists() else ", which is nothing on this machine"
+        raise ModelError(
+            f"cannot load {what} from {str(model)!r}{place} ({misplaced(path) or first_line(error)}); {expected}"
+        ) from error
 
 
 @contextmanager

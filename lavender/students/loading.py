@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
-from transformers.utils import find_adapter_config_file
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.utils import find_adapter_config_file, is_accelerate_available
 
 from ..config import Dtype
 from ..errors import ModelError
-from ..pretrained.names import loading, locate_model, pin
-from ..pretrained.weights import require_complete, require_finite, some
+from ..pretrained.names import find_file, loading, locate_model, pin
+from ..pretrained.weights import read_shapes, require_complete, require_finite, some
 
 _ADAPTER = "adapter_config.json"
 _CONFIGS = ("config.json", _ADAPTER)
@@ -58,6 +58,46 @@ def load_student(model: str | Path, dtype: Dtype = "float32") -> tuple[PreTraine
     require_complete(student, report, f"the student {str(model)!r}")
     require_finite(student, f"the student {str(model)!r} in {dtype}")
     return student, processor
+
+
+def empty_student(model: str | Path) -> PreTrainedModel:
+    """What `load_student` loads, from the config alone: its weights are on the meta device. Raises `ModelError`."""
+    with _loading_student(model):
+        name, revision = locate_model(model, *_CONFIGS)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        with torch.device("meta"):
+            student: PreTrainedModel = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+    return student
+
+
+def require_checkpoint(student: PreTrainedModel, model: str | Path) -> int | None:
+    """How many tensors the checkpoint of an `empty_student` has, by its safetensors' headers; None where none are on this machine.
+
+    Raises `ModelError` where `load_student` would, but for NaN and infinity.
+    """
+    with _loading_student(model):
+        config_file = find_file(model, "config.json")
+        try:
+            tensors = {} if config_file is None else read_shapes(config_file.parent)
+        except FileNotFoundError:
+            if locate_model(model, *_CONFIGS)[1] is None:
+                raise
+            tensors = {}  # of the hub, not all of it is downloaded
+        if not tensors or not is_accelerate_available() or hasattr(student.config, "quantization_config"):
+            return None
+        kind: Any = type(student)
+        with _without_report():
+            whole, report = kind.from_pretrained(
+                None,
+                config=student.config,
+                state_dict=tensors,
+                device_map="meta",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+            )
+    require_complete(whole, report, f"the student {str(model)!r}")
+    return len(tensors)
 
 
 def load_adapter(student: PreTrainedModel, adapter: str | Path) -> nn.Module:

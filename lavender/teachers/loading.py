@@ -42,7 +42,11 @@ def load_pipeline(model: str | Path, config: TeacherConfig | None = None) -> Any
         index = DiffusionPipeline.load_config(name, revision=revision)
         teacher_family_of(getattr(diffusers, index["_class_name"]))
         # Parts that are given are not downloaded.
-        folder = name if revision is None else str(DiffusionPipeline.download(name, revision=revision, safety_checker=None))
+        folder = (
+            name
+            if revision is None
+            else str(DiffusionPipeline.download(name, revision=revision, trust_remote_code=False, safety_checker=None))
+        )
         parts: dict[str, Any] = {part: value for part, value in _UNUSED.items() if part in index}
         for part, kind in _parts_of(index):
             if part not in parts and issubclass(kind, torch.nn.Module):
