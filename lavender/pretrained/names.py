@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import RLock
 
 from ..errors import LavenderError, ModelError, first_line
 from .folders import misplaced
@@ -106,14 +107,19 @@ def loading(what: str, model: str | Path, expected: str) -> Iterator[None]:
         ) from error
 
 
+_lock = RLock()
+
+
 @contextmanager
 def _never_asked() -> Iterator[None]:
-    """transformers refuses a model's own code where it would ask whether to run it."""
+    """transformers refuses a model's own code where it would ask whether to run it. One thread loads at a time: the constant is the
+    process's."""
     from transformers import dynamic_module_utils
 
-    seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE
-    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
-    try:
-        yield
-    finally:
-        dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
+    with _lock:
+        seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+        try:
+            yield
+        finally:
+            dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds

@@ -75,7 +75,9 @@ def require_finite(model: nn.Module, what: str) -> None:
 
 def read_shapes(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a folder's model.safetensors, or of the shards that its index lists, on the meta device, in float32; none if
-    there are no such files. Only headers are read. Raises `OSError` where a shard is missing, `SafetensorError` where one is damaged.
+    there are no such files. Only headers are read.
+
+    Raises `FileNotFoundError` where a shard is missing, `SafetensorError` where one is damaged.
     """
     index = folder / "model.safetensors.index.json"
     files = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}

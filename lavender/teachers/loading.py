@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -104,9 +105,9 @@ def _load(kind: Any, folder: str, part: str, dtype: torch.dtype | None) -> tuple
     """A part with its weights, and the report of what was missing. diffusers, asked for a whole pipeline, only logs that."""
     import diffusers
 
-    inside = Path(folder) / part
+    inside = os.path.join(folder, part)  # as diffusers writes it: it stands in the part's config, and so in the weights' digits
     loaded: tuple[torch.nn.Module, Mapping[str, Any]] = kind.from_pretrained(
-        str(inside if inside.is_dir() else folder),
+        inside if os.path.isdir(inside) else folder,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported
         **{"torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype": dtype},

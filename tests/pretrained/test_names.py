@@ -146,9 +146,9 @@ def test_a_pipelines_own_code_never_runs(change, teacher_folder, tmp_path, monke
 
 
 def test_what_a_library_raises_is_one_line():
-    with pytest.raises(ModelError, match=r"^cannot load a thing from 'x', which is nothing on this machine \(one: two\); give y$"):
-        with loading("a thing", "x", "give y"):
-            raise RuntimeError("\none:\n  two\nthree")
+    said = r"^cannot load a thing from 'x', which is nothing on this machine \(one: two\); give y$"
+    with pytest.raises(ModelError, match=said), loading("a thing", "x", "give y"):
+        raise RuntimeError("\none:\n  two\nthree")
     with pytest.raises(KeyboardInterrupt), loading("a thing", "x", "give y"):
         raise KeyboardInterrupt
 
