@@ -82,7 +82,9 @@ def _extraction(pipe: Any) -> Finding:
     dtype: Any = str(getattr(pipe, "dtype", torch.float32)).removeprefix("torch.")
     for inversion in ("noise", *(name for name in get_args(Inversion) if name != "noise")):
         try:
-            require_teacher(pipe, TeacherConfig(inversion=inversion, dtype=dtype))
+            # null_text is there to make guidance exact, and has no default for it.
+            guidance = 7.5 if inversion == "null_text" else TeacherConfig.guidance_scale
+            require_teacher(pipe, TeacherConfig(inversion=inversion, dtype=dtype, guidance_scale=guidance))
             accepted.append(inversion)
         except (ModelError, ConfigError) as error:
             refusal = refusal or str(error)
