@@ -28,8 +28,8 @@ from lavender.data.samples import Sample
 from lavender.miniworld import STUDENT, TEACHER
 from lavender.miniworld.report import environment
 from lavender.miniworld.scenes import DESCRIBE, make_scenes
+from lavender.students.loading import load_student
 from lavender.teachers.model import Teacher
-from lavender.training.train import load_student
 from lavender.types import WordBatch
 
 Row = dict[str, object]

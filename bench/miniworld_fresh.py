@@ -19,7 +19,7 @@ from lavender.miniworld import STUDENT
 from lavender.miniworld.experiment import held_out_scenes
 from lavender.miniworld.measures import evaluate_answers, evaluate_attention
 from lavender.miniworld.report import environment
-from lavender.training.train import load_student
+from lavender.students.loading import load_student
 
 FRESH_SEED = 400
 NUM_SCENES = 150

@@ -60,7 +60,7 @@ def run_arm(folder: Path, arm: str, config: ExperimentConfig, measured_seed: int
     import torch
     from transformers.utils import logging
 
-    from lavender.training.train import load_student
+    from lavender.students.loading import load_student
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()

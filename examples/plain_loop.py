@@ -36,8 +36,8 @@ def main():
 
         args.data, args.targets = make_data()
 
-    processor = AutoProcessor.from_pretrained(args.model)
-    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=False)
+    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False)
     patch = lavender.patch(model, lavender.AlignmentConfig(weight=args.weight))  # lavender, line one
     collator = lavender.Collator(processor, lavender.TargetStore(args.targets), model_config=model.config)  # line two
 

@@ -34,8 +34,8 @@ def main():
 
         args.data, args.targets = make_data()
 
-    processor = AutoProcessor.from_pretrained(args.model)
-    model = AutoModelForImageTextToText.from_pretrained(args.model)
+    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=False)
+    model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=False)
     patch = lavender.patch(model, lavender.AlignmentConfig(weight=args.weight))  # lavender, line one
     lora = LoraConfig(r=8, lora_alpha=32, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], modules_to_save=["lavender"])
     model = get_peft_model(model, lora)

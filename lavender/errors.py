@@ -29,6 +29,12 @@ class TargetError(LavenderError):
     """A target store is missing, damaged, or belongs to other pictures or another teacher."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: the first, and the second if the first announces it by a colon."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
+
+
 _warned: set[str] = set()
 
 

@@ -15,8 +15,8 @@ from lavender.miniworld.experiment import held_out_scenes
 from lavender.miniworld.measures import compare_targets, evaluate_answers, evaluate_attention, teacher_maps
 from lavender.miniworld.scenes import Scene
 from lavender.patching import patch
+from lavender.students.loading import load_student
 from lavender.teachers.model import Teacher, load_pipeline
-from lavender.training.train import load_student
 
 from .teacher import make_text_encoder, make_unet, to_float
 

@@ -65,6 +65,17 @@ def teacher_folder(scenes, tmp_path_factory):
 
 
 @pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache of the hub, which cannot be reached."""
+    from huggingface_hub import constants
+
+    from .pretrained.hub import Hub
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return Hub(tmp_path / "hub")
+
+
+@pytest.fixture
 def pipe(teacher_folder):
     from lavender.teachers.model import load_pipeline
 

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "lavender"
 
 FLOORS = [
     {"types", "errors", "files"},
-    {"config", "words", "images", "handle", "kernels"},
+    {"config", "words", "images", "handle", "kernels", "pretrained"},
     {"data", "maps"},
     {"students", "teachers", "targets"},
     {"batches", "extraction", "evaluation", "patching", "doctor"},
@@ -143,3 +143,34 @@ def test_the_root_is_short_and_so_is_every_file():
     for folder in (PACKAGE, ROOT / "recipes", ROOT / "tests", ROOT / "bench"):
         for path in folder.rglob("*.py"):
             assert len(path.read_text().splitlines()) <= 600, path
+
+
+RUNS_NO_CODE = {
+    "PeftConfig",
+    "PeftModel",
+    "UNet2DConditionModel",
+    "denoiser_class",
+    "kind",
+    "kind.config_class",
+    "type(self.pipe.scheduler)",
+}
+"""What is no `Auto` class and no `DiffusionPipeline`: classes that the libraries have, which know of no code of a model's own."""
+
+
+def test_no_model_runs_code_of_its_own():
+    """transformers asks on standard input whether to run it where nobody says no."""
+    calls = [
+        (path, node)
+        for folder in (PACKAGE, ROOT / "recipes", ROOT / "examples", ROOT / "bench")
+        for path in sorted(folder.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("from_pretrained", "from_config", "from_pipe", "from_single_file", "download")
+    ]
+    assert len(calls) > 20
+    for path, node in calls:
+        says = [keyword.value for keyword in node.keywords if keyword.arg == "trust_remote_code"]
+        refuses = any(isinstance(value, ast.Constant) and value.value is False for value in says)
+        exempt = not says and ast.unparse(node.func.value) in RUNS_NO_CODE
+        assert refuses or exempt, f"{path}:{node.lineno}: say trust_remote_code=False"

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import lavender
 from lavender.cli import app
+from lavender.config import Inversion, TeacherConfig
+from lavender.data.samples import Pair
 from lavender.doctor import examine, examine_machine
-from lavender.errors import ModelError
+from lavender.errors import ConfigError, ModelError
+from lavender.extraction.extract import extract
 from lavender.kernels import dispatch
 from lavender.kernels.cuda import driver as cuda
 from lavender.kernels.cuda import nvrtc
 from lavender.students.families import STUDENTS
 
 from .students.zoo import built, families, sampled
-from .teachers.pipeline_zoo import PIPELINES
+from .teachers.pipeline_zoo import MORE_TEACHERS, PIPELINES
 
 
 def results(model) -> dict[str, str]:
@@ -138,6 +145,137 @@ def test_a_language_model_is_no_student():
 
     config = LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     assert "image-text-to-text" in remedies(LlamaForCausalLM(config))["picture"]
+
+
+# What lies at a path
+
+
+def test_an_adapter_and_its_base(student, student_folder, tmp_path):
+    """A run's own, an adapter with the aligner in it, and one whose base is away."""
+    from lavender.config import AlignmentConfig
+    from lavender.patching import patch
+
+    folder, name = tmp_path / "run/adapter", "adapter_config.json"
+    patch(student, AlignmentConfig())
+    aligner = len(list(student.lavender.parameters()))
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], modules_to_save=["lavender"])
+    model = get_peft_model(student, config)
+    model.peft_config["default"].base_model_name_or_path = str(student_folder)
+    model.save_pretrained(folder)
+    report = results(folder)
+    assert report["model"] == "LlavaForConditionalGeneration (model type llava), a student"  # the base, which comes last
+    assert examine(folder)[0].result == "an adapter of PEFT (LORA), for a student"
+    assert (report["rank"], report["modules"]) == ("4, alpha 8", "q_proj, v_proj")
+    assert report["aligner"].startswith(f"in it, {aligner} tensors beside ")
+    assert report["base model"] == f"{student_folder}, as follows"
+    assert report.items() >= results(student_folder).items()
+    assert not remedies(folder)
+    saved = json.loads((folder / name).read_text())
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({key: value for key, value in weights.items() if "lavender" not in key}, folder / "adapter_model.safetensors")
+    assert set(remedies(folder)) == {"aligner"}
+    (folder / name).write_text(json.dumps(saved | {"modules_to_save": None}))
+    assert results(folder)["aligner"] == "not in it"
+    (folder.parent / "aligner.safetensors").touch()
+    assert results(folder)["aligner"] == f"beside it, {folder.parent / 'aligner.safetensors'}"
+    (folder / name).write_text(json.dumps(saved | {"base_model_name_or_path": "org/away", "modules_to_save": None}))
+    assert "org/away: cannot load an image-text-to-text model from 'org/away'" in results(folder)["base model"]
+    assert set(remedies(folder)) == {"base model"}
+    result = CliRunner().invoke(app, ["doctor", str(folder)])
+    assert result.exit_code == 1
+    for content in ("{", "[]", "{}"):
+        (folder / name).write_text(content)
+        with pytest.raises(ModelError, match=r"adapter_config\.json of .* cannot be read"):
+            examine(folder)
+
+
+def test_a_folder_in_another_format_is_no_sound_student(tmp_path):
+    """Florence-2 as it was published: transformers knows its model type, and none of its weights."""
+    built("florence2").model.save_pretrained(tmp_path)
+    assert "weights" not in remedies(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    own = {"AutoConfig": "configuration_florence2.Florence2Config", "AutoModelForCausalLM": "modeling_florence2.Florence2"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": own}))
+    weights = load_file(tmp_path / "model.safetensors")
+    published = {
+        name.replace("model.vision_tower", "vision_tower.blocks").replace(".conv.", ".fn."): w for name, w in weights.items()
+    }
+    save_file(published, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    report = results(tmp_path)
+    assert "that a Florence2ForConditionalGeneration does not know" in report["weights"]
+    assert "not run" in report["own code"]
+    assert "weights" in remedies(tmp_path)
+
+
+def test_a_students_weights_are_compared_by_name_and_shape(student_folder, tmp_path):
+    count = len(load_file(student_folder / "model.safetensors"))
+    assert results(student_folder)["weights"] == f"{count} tensors, of the names and shapes that the model has"
+    folder = shutil.copytree(student_folder, tmp_path / "student")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:1000])
+    assert "weights" in remedies(folder)
+    (folder / "model.safetensors").unlink()
+    assert results(folder)["weights"].startswith("not examined")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-00001-of-00002.safetensors" in results(folder)["weights"]
+    assert "weights" in remedies(folder)
+
+
+# What extract takes
+
+
+@pytest.mark.parametrize("name", sampled([*PIPELINES, *MORE_TEACHERS]))
+def test_the_doctor_claims_what_extract_does(name, scenes, tmp_path):
+    pipe = {**PIPELINES, **MORE_TEACHERS}[name]()
+    pipe.save_pretrained(tmp_path / "pipe")
+    claim = results(tmp_path / "pipe")["extraction"]
+    assert claim == results(pipe)["extraction"]
+    accepted = claim.removeprefix("of target stores, by ").split(" or ") if claim.startswith("of target stores") else []
+    pairs = [Pair("0", scenes[0].image, "a cat")]
+    few = {"timesteps": (51,), "inversion_steps": 2, "diffusion_steps": 2, "inner_steps": 1}
+    for inversion in get_args(Inversion):
+        config = TeacherConfig(inversion=inversion, guidance_scale=7.5 if inversion == "null_text" else 1.0, **few)
+        if inversion in accepted:
+            assert extract(tmp_path / "pipe", pairs, tmp_path / inversion, config, progress=False).written == 1
+        else:
+            with pytest.raises((ModelError, ConfigError), match="" if accepted else claim[:40]):
+                extract(tmp_path / "pipe", pairs, tmp_path / inversion, config, progress=False)
+
+
+def test_a_pipeline_that_does_not_load_is_not_claimed(tmp_path, scenes):
+    """Kolors as it was published: an index that says StableDiffusionXLPipeline, and a text encoder in code of its own."""
+    PIPELINES["StableDiffusionXLPipeline"]().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    own = {"text_encoder": ["modeling_chatglm", "ChatGLMModel"], "tokenizer": ["tokenization_chatglm", "ChatGLMTokenizer"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index | own))
+    report = {finding.topic: finding for finding in examine(tmp_path)}
+    assert report["extraction"].result.startswith("none: ")
+    assert "is a ChatGLMModel of modeling_chatglm" in report["extraction"].result
+    assert report["extraction"].remedy
+    with pytest.raises(ModelError, match="is a ChatGLMModel of modeling_chatglm"):
+        extract(tmp_path, [Pair("0", scenes[0].image, "a cat")], tmp_path / "store", progress=False)
+
+
+def test_what_is_refused_at_once_imports_no_model_library(tmp_path):
+    code = (
+        "import sys; from lavender.doctor import examine; from lavender.errors import ModelError\n"
+        f"try: examine({str(tmp_path)!r})\nexcept ModelError as error: print(error)\n"
+        "loaded = {'torch', 'transformers', 'diffusers', 'peft'} & set(sys.modules); assert not loaded, loaded"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "it is empty" in done.stdout
+
+
+@pytest.mark.full  # the libraries' own imports take seconds
+def test_a_students_examination_imports_no_diffusers(student_folder):
+    code = (
+        f"import sys; from lavender.doctor import examine; examine({str(student_folder)!r})\n"
+        "loaded = {'diffusers', 'datasets', 'trl', 'lavender.training', 'lavender.teachers'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 # The machine

@@ -60,7 +60,11 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of a finished `laven
 @app.command()
 def doctor(
     model: Annotated[
-        str | None, typer.Argument(help="Folder or hub id of a transformers model or a diffusers pipeline; the machine without it.")
+        str | None,
+        typer.Argument(
+            help="Folder or hub id (or NAME@REVISION) of a transformers model, an adapter or a diffusers pipeline; the machine "
+            "without it."
+        ),
     ] = None,
 ) -> None:
     """Report what lavender finds in a model, what it can do with it, and what is missing. Loads no weights.

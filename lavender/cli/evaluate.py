@@ -23,10 +23,14 @@ def evaluate(
     *,
     context: typer.Context,
     student: Annotated[
-        str | None, typer.Option(help="Folder or hub id of a student; the embedded one if neither is given.")
+        str | None, typer.Option(help="Folder or hub id (or NAME@REVISION) of a student; the embedded one if neither is given.")
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter folder for the student.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="Folder or hub id of a teacher to measure instead.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Folder or hub id (or NAME@REVISION) of a LoRA adapter for the student.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Folder or hub id (or NAME@REVISION) of a teacher to measure instead.")
+    ] = None,
     alignment: dict[str, Any],
     scenes: Annotated[int, typer.Option(min=1, help="Number of held-out scenes of the small world.")] = 150,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,

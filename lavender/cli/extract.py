@@ -30,7 +30,9 @@ _WITHOUT_USE: dict[Inversion, tuple[str, ...]] = {
 @with_options(pairs=PAIR_OPTIONS, teacher=(TeacherConfig, _TEACHER), extraction=(ExtractionConfig, _EXTRACTION))
 def extract(
     *,
-    model: Annotated[str, typer.Option(help="Folder or hub id of a text-to-image pipeline: Stable Diffusion, Flux, PixArt.")],
+    model: Annotated[
+        str, typer.Option(help="Folder or hub id (or NAME@REVISION) of a text-to-image pipeline: Stable Diffusion, Flux, PixArt.")
+    ],
     data: Annotated[
         str,
         typer.Option(help='JSON lines {"image", "caption"}; imagefolder; parquet or tars, or a pattern of them; a hub id; URLs.'),

@@ -24,14 +24,18 @@ def train(
     *,
     data: Annotated[Path, typer.Option(help='JSON lines {"image", "question", "answer"}, or a published format.')],
     out: Annotated[Path, typer.Option(help="Run folder; an interrupted run in it is continued.")],
-    model: Annotated[str | None, typer.Option(help="Folder or hub id of the student; the preset's without it.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id (or NAME@REVISION) of the student; the preset's without it.")
+    ] = None,
     targets: Annotated[Path | None, typer.Option(help="Target store of `lavender extract`; plain fine-tuning without it.")] = None,
     preset: Annotated[
         str | None, typer.Option(help="Settings to start from in place of the defaults, such as llama-3.2-11b-vision-lora.")
     ] = None,
     alignment: dict[str, Any],
     training: dict[str, Any],
-    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter to start from, in place of a new one.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Folder or hub id (or NAME@REVISION) of a LoRA adapter to start from, in place of a new one.")
+    ] = None,
     setting: Annotated[
         list[str] | None,
         typer.Option(

@@ -45,7 +45,8 @@ def extract(
     engine nor on where earlier runs were cut off.
 
     Args:
-        model: folder or hub id of a text-to-image pipeline, or a loaded pipeline (one device, `engine="local"`).
+        model: folder or hub id of a text-to-image pipeline, maybe as `NAME@REVISION`, or a loaded pipeline (one device,
+            `engine="local"`).
         pairs: pictures with captions; see `lavender.open_pairs`.
         out: folder of the store.
         config: how the maps are read.

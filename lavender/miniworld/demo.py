@@ -17,8 +17,8 @@ from ..config import Rows, to_dict
 from ..evaluation.localization import SpanMaps
 from ..files import write_atomically
 from ..patching import patch
+from ..students.loading import load_student
 from ..students.patch import StudentPatch
-from ..training.train import load_student
 from . import STUDENT
 from .experiment import ExperimentConfig, extract_targets, held_out_scenes, measure, target_maps, train_arm, training_scenes
 from .measures import compare_targets, student_maps

@@ -17,15 +17,15 @@ from PIL import Image
 from ..batches.collator import Collator
 from ..config import AlignmentConfig, Rows, TeacherConfig, TrainingConfig
 from ..data.samples import read_pairs, read_samples
-from ..errors import ModelError
 from ..evaluation.alignment_error import alignment_error, best_constant_error
 from ..evaluation.localization import SpanMaps, maps_by_span
 from ..extraction.extract import extract
 from ..patching import patch
+from ..students.loading import load_adapter, load_student
 from ..students.patch import StudentPatch
 from ..targets.store import Target, TargetStore, TargetWriter
 from ..teachers.model import Teacher
-from ..training.train import fine_tune, load_student
+from ..training.train import fine_tune
 from . import HELD_OUT_SEED, STUDENT, TEACHER, TRAINING_SEED, write_dataset
 from .measures import compare_targets, evaluate_answers, evaluate_attention, student_maps, teacher_maps
 from .scenes import Scene, make_scenes
@@ -171,20 +171,10 @@ def demo_config(seed: int = 0) -> ExperimentConfig:
     )
 
 
-def evaluate_student_folder(student: str, adapter: Path | None, count: int, rows: Rows) -> dict[str, Any]:
+def evaluate_student_folder(student: str, adapter: str | Path | None, count: int, rows: Rows) -> dict[str, Any]:
     """`measure` of a student, with a LoRA adapter if one is given, on held-out scenes. Raises `ModelError`."""
-    model: Any
     model, processor = load_student(student)
-    if adapter is not None:
-        if not (adapter / "adapter_config.json").exists():
-            raise ModelError(f"there is no LoRA adapter at {adapter}; expected a folder with adapter_config.json")
-        from peft import PeftModel
-
-        try:
-            model = PeftModel.from_pretrained(model, adapter)
-        except (KeyError, ValueError, RuntimeError, OSError) as error:
-            raise ModelError(f"the LoRA adapter at {adapter} does not fit {student} ({str(error).splitlines()[0]})") from error
-    with patch(model) as handle:
+    with patch(model if adapter is None else load_adapter(model, adapter)) as handle:
         return measure(handle, processor, held_out_scenes(count), rows)
 
 

@@ -16,7 +16,7 @@ VERSION = 3
 OLD_VERSION = 2
 """Manifests of this version have the keys `teacher` and `config`, a teacher's, in place of `source` and a store's `config`. Their
 stores are read and continued, and keep their version and their fingerprint, which run folders recorded."""
-NAMES = ("model", "source")
+NAMES = ("model", "model_commit", "source")
 """Entries of a source that only name it: they decide nothing about the maps."""
 
 

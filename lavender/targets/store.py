@@ -132,7 +132,7 @@ class TargetWriter:
         self, folder: Path, source: Mapping[str, Any], config: StoreConfig | None = None, shard_size: int = SHARD_SIZE
     ) -> None:
         """`source` says what the maps come from, in plain JSON values: a model, its weights, its settings, whatever decides about
-        the maps. The entries `model` and `source` are names: stores that differ in them alone hold the same maps.
+        the maps. The entries `model`, `model_commit` and `source` are names: stores that differ in them alone hold the same maps.
         """
         config = config or StoreConfig()
         self.folder = folder

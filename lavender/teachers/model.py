@@ -16,15 +16,18 @@ import torch
 
 from ..config import Offload, TeacherConfig
 from ..data.samples import require_unicode
-from ..errors import ConfigError, DataError, ModelError
+from ..errors import ConfigError, DataError
 from ..images import ImageSource, Picture
 from ..kernels.map_loss import normalize
+from ..pretrained.names import split_revision
+from ..pretrained.weights import require_finite
 from ..types import Box, Word, WordMaps
 from ..words import Caption
 from .bound_denoiser import BoundDenoiser
-from .families import TEACHERS, TeacherFamily, teacher_family_of
+from .families import TeacherFamily, teacher_family_of
 from .framing import frame
 from .inversion import read_maps, require_inversion
+from .loading import load_pipeline, pin_pipeline
 from .prompts import word_weights
 from .recording import DenoiserHooks
 
@@ -57,7 +60,7 @@ class Teacher:
         pipe: the pipeline.
         family: how its parts are called.
         hooks: on its denoiser.
-        identity: its name, and sixteen digits that change with its weights.
+        identity: its name, sixteen digits that change with its weights, and the commit that it was loaded from if it is of the hub.
         side: of the square that pictures are brought to, in pixels.
     """
 
@@ -70,29 +73,27 @@ class Teacher:
         offload: Offload = "none",
         vae_slicing: bool = False,
     ) -> None:
-        """`model` is a folder, a hub id or a loaded pipeline.
+        """`model` is a folder, a hub id, maybe as `NAME@REVISION`, or a loaded pipeline.
 
         Raises:
-            ModelError: `model` cannot be loaded, or is no text-to-image pipeline that lavender knows.
+            ModelError: `model` cannot be loaded, is no text-to-image pipeline that lavender knows, or has weights that are missing,
+                NaN or infinite.
             ConfigError: the config does not fit this model.
         """
         self.config = config
         self.device = torch.device(device)
-        self.pipe = load_pipeline(model, config) if isinstance(model, str | Path) else model
-        self.family: TeacherFamily = teacher_family_of(type(self.pipe))(self.pipe)
-        denoiser = self.family.denoiser
-        name = type(self.pipe).__name__
-        if denoiser.dtype != getattr(torch, config.dtype):
-            raise ConfigError(
-                f"dtype is {config.dtype!r}, but this {name} is in {denoiser.dtype}; give its own, or load it in that"
-            )
-        require_inversion(config, self.pipe.scheduler, self.family.flow_matching, name)
+        if isinstance(model, str | Path):
+            model = pin_pipeline(model)
+            self.pipe = load_pipeline(model, config)
+        else:
+            self.pipe = model
+        self.family = require_teacher(self.pipe, config)
         self.side = config.image_size or self.family.side
-        if self.side % self.family.multiple:
-            raise ConfigError(f"image_size is {self.side}; for this model it must be a multiple of {self.family.multiple}")
-        self.hooks = DenoiserHooks(denoiser, config.layers)
         # Before anything is offloaded: weights that are away cannot be read.
-        self.identity = {"model": str(model) if isinstance(model, str | Path) else name, "weights": _weights_fingerprint(self.pipe)}
+        for part, module in _modules_of(self.pipe).items():
+            require_finite(module, f"the {part} of {repr(model) if isinstance(model, str) else f'this {type(model).__name__}'}")
+        self.hooks = DenoiserHooks(self.family.denoiser, config.layers)
+        self.identity = {**_name_of(model), "weights": _weights_fingerprint(self.pipe)}
         self.pipe.set_progress_bar_config(disable=True)
         self._place(offload, vae_slicing)
         with torch.no_grad():
@@ -241,34 +242,41 @@ class Teacher:
         )
 
 
-def load_pipeline(model: str | Path, config: TeacherConfig | None = None) -> Any:
-    """Loads a text-to-image pipeline from a folder or a hub id, in the config's `dtype`. Raises `ModelError` if it is none."""
-    from diffusers import DiffusionPipeline
+def require_teacher(pipe: Any, config: TeacherConfig) -> TeacherFamily:
+    """A pipeline's family, if maps can be extracted with it as the config says; its weights are not looked at.
 
-    dtype = getattr(torch, (config or TeacherConfig()).dtype)
-    try:
-        known = DiffusionPipeline.load_config(str(model))
-        # Stable Diffusion's checker would be loaded for pictures that nobody draws.
-        options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in known else {}
-        if dtype != torch.float32:
-            options["torch_dtype"] = dtype
-        pipe = DiffusionPipeline.from_pretrained(str(model), **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise ModelError(
-            f"cannot load a text-to-image pipeline from {str(model)!r} ({first_line}); give a folder that diffusers saved "
-            f"({', '.join(TEACHERS)}), or a hub id"
-        ) from error
-    # transformers may load a text encoder as it was saved.
-    for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module) and part.dtype != dtype:
-            part.to(dtype)
-    return pipe
+    Raises:
+        ModelError: it is no text-to-image pipeline that lavender knows.
+        ConfigError: the config does not fit it.
+    """
+    family = teacher_family_of(type(pipe))(pipe)
+    name, dtype = type(pipe).__name__, family.denoiser.dtype
+    if dtype != getattr(torch, config.dtype):
+        raise ConfigError(f"dtype is {config.dtype!r}, but this {name} is in {dtype}; give its own, or load it in that")
+    require_inversion(config, pipe.scheduler, family.flow_matching, name)
+    if (config.image_size or family.side) % family.multiple:
+        raise ConfigError(
+            f"image_size is {config.image_size or family.side}; for this model it must be a multiple of {family.multiple}"
+        )
+    return family
+
+
+def _name_of(model: Any) -> dict[str, str]:
+    """What the identity says of a model's name: of a loaded pipeline, its class."""
+    if not isinstance(model, str):
+        return {"model": type(model).__name__}
+    name, commit = split_revision(model)
+    return {"model": name} if commit is None else {"model": name, "model_commit": commit}
+
+
+def _modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
+    """What shapes the maps: text encoders, autoencoder and denoiser."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module) and name != "safety_checker"}
 
 
 def _weights_fingerprint(pipe: Any) -> str:
-    """Sixteen digits of what shapes the maps: the weights of text encoders, autoencoder and denoiser, and the noise schedule."""
-    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module) and name != "safety_checker"}
+    """Sixteen digits of what shapes the maps: the weights, and the noise schedule."""
+    parts = _modules_of(pipe)
     denoiser: Any = parts.get("unet", parts.get("transformer"))
     configs = [dict(denoiser.config), dict(pipe.scheduler.config)]
     digest = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())

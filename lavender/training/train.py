@@ -28,8 +28,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
     PreTrainedModel,
     Trainer,
     TrainerState,
@@ -38,11 +36,14 @@ from transformers import (
 )
 
 from ..batches.collator import Collator
-from ..config import AlignmentConfig, Dtype, TrainingConfig, WordsConfig, to_dict
+from ..config import AlignmentConfig, TrainingConfig, WordsConfig, to_dict
 from ..data.samples import Conversation, Sample
 from ..errors import ConfigError, DataError, ModelError, TargetError
 from ..files import write_atomically
 from ..patching import patch
+from ..pretrained.names import split_revision
+from ..students.loading import load_student as load_student  # importable from here
+from ..students.loading import pin_adapter, pin_student
 from ..students.patch import StudentPatch
 from ..targets.store import TargetStore
 from .callback import LavenderCallback
@@ -53,19 +54,6 @@ from .trainer import Batches, StudentTrainer
 logger = logging.getLogger("lavender")
 
 LOG_EVERY = 10
-
-
-def load_student(model: str | Path, dtype: Dtype = "float32") -> tuple[PreTrainedModel, Any]:
-    """Loads an image-text-to-text model and its processor. Raises `ModelError` when there is none."""
-    try:
-        processor = AutoProcessor.from_pretrained(str(model))
-        return AutoModelForImageTextToText.from_pretrained(str(model), dtype=getattr(torch, dtype)), processor
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise ModelError(
-            f"cannot load an image-text-to-text model from {str(model)!r} ({first_line}); give a folder that transformers saved, "
-            "or a hub id"
-        ) from error
 
 
 def fine_tune(
@@ -86,7 +74,7 @@ def fine_tune(
     Under `torchrun`, `accelerate launch` or `deepspeed` every process calls it.
 
     Args:
-        model: folder or hub id of the student.
+        model: folder or hub id of the student; a hub id maybe as `NAME@REVISION`, a branch, tag or commit.
         samples: pictures with questions and answers, or conversations.
         out: run folder.
         training: optimizer, LoRA, schedule, precision and engine.
@@ -94,7 +82,8 @@ def fine_tune(
             language loss alone.
         alignment: what is compared, with `targets`.
         words: which words are compared, with `targets`.
-        adapter: folder of a LoRA adapter that the training starts from, in place of a new one; it says the rank and the modules.
+        adapter: folder or hub id of a LoRA adapter that the training starts from, in place of a new one; it says the rank and the
+            modules.
         aligner: run folder whose aligner this one starts from.
         progress: whether to show the Trainer's progress bar.
 
@@ -126,6 +115,8 @@ def fine_tune(
         raise ConfigError("an aligner is trained with targets only; give targets, or leave out aligner_steps and aligner")
     else:
         alignment = words = None
+    # The same commit in every process and stage, whatever becomes of the hub's branch.
+    model, adapter = pin_student(model), None if adapter is None else pin_adapter(adapter)
     run = _Run(model, samples, out, training, targets, alignment, words, adapter, aligner, progress)
     if training.aligner_steps:
         rate = training.aligner_learning_rate or training.learning_rate
@@ -260,9 +251,13 @@ class _Run:
         digest = hashlib.sha256()
         for sample in self.samples:
             digest.update(json.dumps(_texts(sample)).encode())
+        model, model_commit = split_revision(self.model)
+        adapter, adapter_commit = (None, None) if self.adapter is None else split_revision(self.adapter)
         return {
-            "model": str(self.model),
-            "adapter": None if self.adapter is None else str(self.adapter),
+            "model": model,
+            "model_commit": model_commit,
+            "adapter": adapter,
+            "adapter_commit": adapter_commit,
             "aligner": None if self.aligner is None else str(self.aligner),
             "frozen_student": self.frozen,
             "samples": len(self.samples),
@@ -317,12 +312,13 @@ def _with_lora(student: Any, training: TrainingConfig, adapter: str | Path | Non
         except ValueError as error:
             raise ModelError(f"LoRA cannot be added to the student's {targets} ({_first_line(error)})") from error
     try:
-        peft_config = PeftConfig.from_pretrained(str(adapter))
+        name, revision = split_revision(adapter)
+        peft_config = PeftConfig.from_pretrained(name, revision=revision)
         peft_config.inference_mode, peft_config.modules_to_save = False, beside
         trained = get_peft_model(student, peft_config)
         # PEFT wants the weights of everything that it saves, the aligner's too.
         aligner = {name: value for name, value in get_peft_model_state_dict(trained).items() if "lavender." in name}
-        loaded = load_peft_weights(str(adapter), device="cpu")
+        loaded = load_peft_weights(name, device="cpu", revision=revision)
         lacking = sorted(name for name in get_peft_model_state_dict(trained) if "lora_" in name and name not in loaded)
         _require_finite(loaded, adapter)
         report: Any = set_peft_model_state_dict(trained, aligner | loaded)
@@ -394,6 +390,8 @@ def _begin(out: Path, record: dict[str, Any], writes: bool) -> bool:
             present = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise DataError(f"{path} is damaged ({error}); give --out a new folder") from None
+        # Runs of older versions do not know their commits.
+        present = {"model_commit": record["model_commit"], "adapter_commit": record["adapter_commit"]} | present
         changed = [key for key in record if present.get(key) != record[key]]
         if changed:
             raise TargetError(

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from lavender.evaluation.answers import accuracy, generate
 from lavender.miniworld import STUDENT
-from lavender.training.train import load_student
+from lavender.students.loading import load_student
 
 
 def test_wilson_interval():

@@ -83,7 +83,7 @@ def test_the_autoencoder_keeps_the_picture(held_out):
 
 
 def test_the_student_answers(held_out):
-    from lavender.training.train import load_student
+    from lavender.students.loading import load_student
 
     answers = evaluate_answers(*load_student(STUDENT), held_out)
     assert answers["color"]["accuracy"] >= 0.95

@@ -63,7 +63,7 @@ def test_every_word_of_an_answer_has_a_map(name):
 def test_the_maps_of_its_own_answer_are_those_of_a_collated_batch(processor, scenes):
     """On the embedded kind of model, whose chat template both sides use."""
     from lavender.miniworld import STUDENT
-    from lavender.training.train import load_student
+    from lavender.students.loading import load_student
 
     model, processor = load_student(STUDENT)
     model.eval()

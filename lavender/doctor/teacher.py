@@ -1,0 +1,91 @@
+"""A pipeline as a teacher: what lavender reads in it, and whether it extracts word maps with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import diffusers
+import torch
+
+from ..config import Inversion, TeacherConfig
+from ..errors import ConfigError, ModelError, first_line
+from ..pretrained.names import loading, locate_model
+from ..teachers.loading import empty_pipeline
+from ..teachers.model import require_teacher
+from ..teachers.prompts import parts_of
+from ..teachers.recording import DenoiserHooks, hides_attention, remedy_of
+from .finding import Finding
+from .machine import kernels
+
+
+def examine_name(model: str, index_file: Path) -> Iterator[Finding]:
+    """A pipeline by its folder or hub id, of whose model_index.json the path is given. Loads no weights. Raises `ModelError`."""
+    try:
+        index = json.loads(index_file.read_text())
+    except ValueError as error:
+        raise ModelError(f"the model_index.json of {model!r} cannot be read ({first_line(error)})") from None
+    try:
+        part = next(name for name in ("unet", "transformer") if (index.get(name) or [None])[0])
+        kind, denoiser_class = getattr(diffusers, index["_class_name"]), getattr(diffusers, index[part][1])
+    except (StopIteration, AttributeError, KeyError, TypeError, IndexError):
+        name = index.get("_class_name") if isinstance(index, dict) else None
+        raise ModelError(
+            f"{model!r} is a {name}; expected a text-to-image pipeline of diffusers with a unet or a transformer"
+        ) from None
+    with loading(f"the {part}", model, f"the {part} of {model!r} cannot be built from its config"):
+        name, revision = locate_model(model, "model_index.json")
+        config = denoiser_class.load_config(name, subfolder=part, revision=revision)
+        with torch.device("meta"):
+            denoiser = denoiser_class.from_config(config)
+    try:
+        pipe = empty_pipeline(model)
+    except ModelError as error:
+        yield from examine(object.__new__(kind), denoiser, str(error))
+    else:
+        yield from examine(pipe, getattr(pipe, part))
+
+
+def examine(pipe: Any, denoiser: Any, problem: str | None = None) -> Iterator[Finding]:
+    """A pipeline whose weights may be on the meta device; `problem` says why it cannot be loaded, if so."""
+    yield Finding("model", f"{type(pipe).__name__} with {type(denoiser).__name__}, a teacher")
+    try:
+        hooks = DenoiserHooks(denoiser)
+        hooks.remove()
+    except ModelError as error:
+        yield Finding("layout", str(error), "add a Layout to lavender/teachers/denoisers.py: see docs/add-a-family.md")
+        return
+    order = {"cross": "cross-attention to text alone"}.get(
+        hooks.layout.order, f"text and picture in one sequence, {hooks.layout.order}"
+    )
+    yield Finding("layout", order)
+    yield Finding("attention layers", f"{len(hooks.modules)}, {next(iter(hooks.modules))} and so on")
+    processors = sorted({type(getattr(module, "processor", None)).__name__ for module in hooks.modules.values()})
+    hidden = [module for module in hooks.modules.values() if hides_attention(module)]
+    yield Finding("attention processors", ", ".join(processors), remedy_of(hidden[0]) if hidden else "")
+    try:
+        parts = parts_of(pipe)
+        yield Finding("words", " and ".join(part.tokenizer for part in parts))
+    except ModelError as error:
+        yield Finding("words", "unknown", str(error))
+    yield _extraction(pipe) if problem is None else Finding("extraction", f"none: {problem}", "give a folder that diffusers loads")
+    module = next(iter(hooks.modules.values()))
+    width = getattr(module, "inner_dim", 0) // max(1, getattr(module, "heads", 1)) or None
+    yield kernels("column_maps", width, getattr(denoiser, "dtype", torch.float32))
+
+
+def _extraction(pipe: Any) -> Finding:
+    """By which inversions `lavender.extract` takes the pipeline, and why by none: it is asked itself."""
+    accepted, refusal = [], ""
+    dtype: Any = str(getattr(pipe, "dtype", torch.float32)).removeprefix("torch.")
+    for inversion in ("noise", *(name for name in get_args(Inversion) if name != "noise")):
+        try:
+            # null_text is there to make guidance exact, and has no default for it.
+            guidance = 7.5 if inversion == "null_text" else TeacherConfig.guidance_scale
+            require_teacher(pipe, TeacherConfig(inversion=inversion, dtype=dtype, guidance_scale=guidance))
+            accepted.append(inversion)
+        except (ModelError, ConfigError) as error:
+            refusal = refusal or str(error)
+    return Finding("extraction", f"of target stores, by {' or '.join(accepted)}" if accepted else refusal)

@@ -1,0 +1,110 @@
+"""What must be true of a model's weights after a library loaded them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..errors import ModelError
+
+logger = logging.getLogger("lavender")
+
+NUM_NAMED = 3
+"""Of many tensors, so many are named."""
+
+
+def require_complete(model: nn.Module, report: Mapping[str, Any], what: str) -> None:
+    """Raises `ModelError` if a library's loading info says that weights of a model are not those of its checkpoint.
+
+    Weights of the checkpoint that the model has no place for are named in a warning, but for those of an aligner.
+
+    Args:
+        model: whose weights may be on the meta device.
+        report: what `from_pretrained(..., output_loading_info=True)` of transformers and diffusers returns beside the model.
+        what: the subject of the message.
+    """
+    tensors = model.state_dict()
+    # Buffers of integers are positions and counts, which the model's code computes.
+    missing = sorted(key for key in report["missing_keys"] if key not in tensors or tensors[key].is_floating_point())
+    unexpected = sorted(key for key in report["unexpected_keys"] if "lavender." not in key)
+    kind = type(model).__name__
+    if missing:
+        others = f", and has {len(unexpected)} that a {kind} does not know ({some(unexpected)})" if unexpected else ""
+        raise ModelError(
+            f"{what} lacks {len(missing)} of {len(tensors)} weights, which would be random ({some(missing)}){others}; give a whole "
+            f"copy of a {kind}, as save_pretrained writes it"
+        )
+    mismatched = sorted((key, list(there), list(here)) for key, there, here in report["mismatched_keys"])
+    if mismatched:
+        shapes = [f"{key}: {there} in the file, {here} by the config" for key, there, here in mismatched]
+        raise ModelError(
+            f"{len(mismatched)} of {len(tensors)} weights of {what} have another shape than its config says "
+            f"({some(shapes, '; ')}); give the config.json that belongs to them"
+        )
+    if unexpected:
+        logger.warning("%s: a %s has no place for %d of its weights (%s)", what, kind, len(unexpected), some(unexpected))
+
+
+def require_finite(model: nn.Module, what: str) -> None:
+    """Raises `ModelError` if weights of a model, persistent buffers among them, are NaN or infinite.
+
+    Under ZeRO-3 each process looks at its own part, and all of them raise alike.
+    """
+    persistent = model.state_dict().keys()
+    tensors = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n in persistent}}
+    bad = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    if any(hasattr(tensor, "ds_tensor") for tensor in tensors.values()):
+        everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everywhere, bad)
+        found = {name for names in everywhere for name in names}
+        bad = [name for name in tensors if name in found]
+    if bad:
+        raise ModelError(
+            f"{len(bad)} of {len(tensors)} weights of {what} hold NaN or infinity ({some(bad)}); give a sound copy, or, where they "
+            "are too large for float16, load them in bfloat16 or float32"
+        )
+
+
+def read_shapes(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a folder's model.safetensors, or of the shards that its index lists, on the meta device, in float32; none if
+    there are no such files. Only headers are read.
+
+    Raises `FileNotFoundError` where a shard is missing, `SafetensorError` where one is damaged.
+    """
+    index = folder / "model.safetensors.index.json"
+    files = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    if files == {"model.safetensors"} and not (folder / "model.safetensors").is_file():
+        return {}
+    tensors: dict[str, torch.Tensor] = {}
+    for name in sorted(files):
+        with safe_open(folder / name, framework="pt") as file:
+            keys: list[str] = list(file.keys())
+            tensors |= {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in keys}
+    return tensors
+
+
+@torch.no_grad()
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Of the part of a tensor that this process holds. Quantized weights are integers, with scales of their own kind."""
+    tensor = getattr(tensor, "ds_tensor", tensor)
+    if hasattr(tensor, "to_local"):
+        tensor = tensor.to_local()
+    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel() or is_traceable_wrapper_subclass(tensor):
+        return True
+    if tensor.element_size() == 1:
+        tensor = tensor.half()
+    # NaN is both the least and the greatest; nothing of the tensor's size is allocated.
+    return all(bool(end.isfinite()) for end in tensor.aminmax())
+
+
+def some(names: list[str], separator: str = ", ") -> str:
+    """The first of many names."""
+    return separator.join(names[:NUM_NAMED]) + (separator + "..." if len(names) > NUM_NAMED else "")

@@ -1,0 +1,164 @@
+"""Loading a student by its name: whole and sound, or not at all."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.utils import find_adapter_config_file, is_accelerate_available
+
+from ..config import Dtype
+from ..errors import ModelError
+from ..pretrained.names import find_file, loading, locate_model, pin
+from ..pretrained.weights import read_shapes, require_complete, require_finite, some
+
+_ADAPTER = "adapter_config.json"
+_CONFIGS = ("config.json", _ADAPTER)
+
+
+def load_student(model: str | Path, dtype: Dtype = "float32") -> tuple[PreTrainedModel, Any]:
+    """Loads an image-text-to-text model and its processor, and makes sure that every weight came from the checkpoint and is finite.
+
+    The look at the weights is one pass over them, some 0.07 s per GB on one CPU core. Weights of the checkpoint that the model has
+    no place for are named in a warning; an aligner's, in checkpoints of patched models, are left out without one.
+
+    Args:
+        model: a folder that transformers saved, or a hub id, maybe as `NAME@REVISION`.
+        dtype: of the weights.
+
+    Raises:
+        ModelError: there is no such model, it is an adapter, or it needs code of its own; weights are missing, have another shape
+            than the config says, or hold NaN or infinity.
+    """
+    with _loading_student(model):
+        name, revision = locate_model(model, *_CONFIGS)
+        # transformers would load the base model, put the adapter into it, and report on the adapter's weights alone.
+        adapter = find_adapter_config_file(name, revision=revision)
+        if adapter is not None:
+            base = json.loads(Path(adapter).read_text()).get("base_model_name_or_path")
+            raise ModelError(f"{str(model)!r} is an adapter of {base!r}; give that as the model, and {str(model)!r} as the adapter")
+        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
+        with _without_report():
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                name,
+                revision=revision,
+                trust_remote_code=False,
+                dtype=getattr(torch, dtype),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are reported, with the others, instead of raised without their names
+            )
+    student, report = loaded
+    require_complete(student, report, f"the student {str(model)!r}")
+    require_finite(student, f"the student {str(model)!r} in {dtype}")
+    return student, processor
+
+
+def empty_student(model: str | Path) -> PreTrainedModel:
+    """What `load_student` loads, from the config alone: its weights are on the meta device. Raises `ModelError`."""
+    with _loading_student(model):
+        name, revision = locate_model(model, *_CONFIGS)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        with torch.device("meta"):
+            student: PreTrainedModel = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+    return student
+
+
+def require_checkpoint(student: PreTrainedModel, model: str | Path) -> int | None:
+    """How many tensors the checkpoint of an `empty_student` has, by its safetensors' headers; None where none are on this machine.
+
+    Raises `ModelError` where `load_student` would, but for NaN and infinity.
+    """
+    with _loading_student(model):
+        config_file = find_file(model, "config.json")
+        try:
+            tensors = {} if config_file is None else read_shapes(config_file.parent)
+        except FileNotFoundError:
+            if locate_model(model, *_CONFIGS)[1] is None:
+                raise
+            tensors = {}  # of the hub, not all of it is downloaded
+        if not tensors or not is_accelerate_available() or hasattr(student.config, "quantization_config"):
+            return None
+        kind: Any = type(student)
+        with _without_report():
+            whole, report = kind.from_pretrained(
+                None,
+                config=student.config,
+                state_dict=tensors,
+                device_map="meta",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+            )
+    require_complete(whole, report, f"the student {str(model)!r}")
+    return len(tensors)
+
+
+def load_adapter(student: PreTrainedModel, adapter: str | Path) -> nn.Module:
+    """A student with a PEFT adapter, to be used and not trained: `PeftModel.from_pretrained`, which alone only warns of what the
+    adapter lacks.
+
+    Args:
+        student: as `load_student` loads it.
+        adapter: a folder that PEFT saved, or a hub id, maybe as `NAME@REVISION`.
+
+    Raises:
+        ModelError: there is no such adapter, it does not fit the student, or its weights are missing, NaN or infinite.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils.save_and_load import load_peft_weights
+
+    with _loading_adapter(adapter):
+        name, revision = locate_model(adapter, _ADAPTER)
+        model = PeftModel.from_pretrained(student, name, revision=revision)
+        loaded = load_peft_weights(name, device="cpu", revision=revision)
+    lacking = sorted(get_peft_model_state_dict(model).keys() - loaded.keys())
+    if lacking:
+        raise ModelError(
+            f"the adapter {str(adapter)!r} lacks {len(lacking)} weights ({some(lacking)}); give a whole copy, or the base model "
+            "that it was trained on"
+        )
+    require_finite(model, f"the student with the adapter {str(adapter)!r}")
+    return model
+
+
+def pin_student(model: str | Path) -> str:
+    """A student's name with the commit that it is loaded from, `NAME@COMMIT`; of a folder its path. Raises `ModelError`."""
+    with _loading_student(model):
+        return pin(model, *_CONFIGS)
+
+
+def pin_adapter(adapter: str | Path) -> str:
+    """The same of an adapter."""
+    with _loading_adapter(adapter):
+        return pin(adapter, _ADAPTER)
+
+
+def _loading_adapter(adapter: str | Path) -> AbstractContextManager[None]:
+    expected = "there is no LoRA adapter without an adapter_config.json; give a folder that PEFT saved, or a hub id"
+    return loading("a LoRA adapter", adapter, expected)
+
+
+def _loading_student(model: str | Path) -> AbstractContextManager[None]:
+    return loading("an image-text-to-text model", model, "give a folder that transformers saved, or a hub id")
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' table of keys, of which `require_complete` says what matters."""
+    library = logging.getLogger("transformers.modeling_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    library.addFilter(is_other)
+    try:
+        yield
+    finally:
+        library.removeFilter(is_other)

@@ -1,0 +1,130 @@
+"""Loading a teacher by its name: a pipeline with all of its weights, or one without any."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import TeacherConfig
+from ..errors import ModelError
+from ..pretrained.names import loading, locate_model, pin
+from ..pretrained.weights import require_complete
+from .families import TEACHERS, teacher_family_of
+
+_INDEX = "model_index.json"
+# Stable Diffusion's checker would be loaded for pictures that nobody draws.
+_UNUSED: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+
+
+def load_pipeline(model: str | Path, config: TeacherConfig | None = None) -> Any:
+    """Loads a text-to-image pipeline, in the config's `dtype`.
+
+    Args:
+        model: a folder that diffusers saved, or a hub id, maybe as `NAME@REVISION`.
+        config: says the `dtype`.
+
+    Raises:
+        ModelError: there is no such pipeline, lavender cannot extract with it, it needs code of its own, or weights are missing or
+            have another shape than its configs say.
+    """
+    import diffusers
+    from diffusers import DiffusionPipeline
+
+    dtype = getattr(torch, (config or TeacherConfig()).dtype)
+    # Of None, diffusers makes float32, and transformers what was saved.
+    asked = None if dtype == torch.float32 else dtype
+    with _loading(model):
+        name, revision = locate_model(model, _INDEX)
+        index = DiffusionPipeline.load_config(name, revision=revision)
+        teacher_family_of(getattr(diffusers, index["_class_name"]))
+        # Parts that are given are not downloaded.
+        folder = (
+            name
+            if revision is None
+            else str(DiffusionPipeline.download(name, revision=revision, trust_remote_code=False, safety_checker=None))
+        )
+        parts: dict[str, Any] = {part: value for part, value in _UNUSED.items() if part in index}
+        for part, kind in _parts_of(index):
+            if part not in parts and issubclass(kind, torch.nn.Module):
+                parts[part], report = _load(kind, folder, part, asked)
+                require_complete(parts[part], report, f"the {part} of {str(model)!r}")
+        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=asked, trust_remote_code=False, **parts)
+    # transformers may load a text encoder as it was saved.
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module) and component.dtype != dtype:
+            component.to(dtype)
+    return pipe
+
+
+def empty_pipeline(model: str | Path) -> Any:
+    """What `load_pipeline` loads, from the configs alone: the weights are on the meta device. Raises `ModelError`."""
+    from diffusers import DiffusionPipeline
+
+    with _loading(model):
+        name, revision = locate_model(model, _INDEX)
+        index = DiffusionPipeline.load_config(name, revision=revision)
+        parts: dict[str, Any] = {part: value for part, value in _UNUSED.items() if part in index}
+        parts |= {part: _empty(kind, name, part, revision) for part, kind in _parts_of(index) if part not in parts}
+        return DiffusionPipeline.from_pretrained(name, revision=revision, trust_remote_code=False, **parts)
+
+
+def pin_pipeline(model: str | Path) -> str:
+    """The pipeline's name with the commit that it is loaded from. Raises `ModelError` if there is none."""
+    with _loading(model):
+        return pin(model, _INDEX)
+
+
+def _loading(model: str | Path) -> AbstractContextManager[None]:
+    return loading("a text-to-image pipeline", model, f"give a folder that diffusers saved ({', '.join(TEACHERS)}), or a hub id")
+
+
+def _parts_of(index: Mapping[str, Any]) -> Iterator[tuple[str, type]]:
+    """The parts that a pipeline's index lists, with their classes. Raises `ModelError` for one that no library has."""
+    import diffusers
+    import transformers
+
+    for part, entry in index.items():
+        if isinstance(entry, list | tuple) and len(entry) == 2 and entry[0] is not None:
+            library, name = entry
+            known: Any = {"diffusers": diffusers, "transformers": transformers}
+            kind = getattr(known.get(library, getattr(diffusers.pipelines, library, None)), name, None)
+            if kind is None:
+                raise ModelError(
+                    f"its {part} is a {name} of {library}, which neither diffusers nor transformers has: it needs code of its own, "
+                    "which lavender does not run"
+                )
+            yield part, kind
+
+
+def _load(kind: Any, folder: str, part: str, dtype: torch.dtype | None) -> tuple[torch.nn.Module, Mapping[str, Any]]:
+    """A part with its weights, and the report of what was missing. diffusers, asked for a whole pipeline, only logs that."""
+    import diffusers
+
+    inside = os.path.join(folder, part)  # as diffusers writes it: it stands in the part's config, and so in the weights' digits
+    loaded: tuple[torch.nn.Module, Mapping[str, Any]] = kind.from_pretrained(
+        inside if os.path.isdir(inside) else folder,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are reported
+        **{"torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype": dtype},
+    )
+    return loaded
+
+
+def _empty(kind: Any, name: str, part: str, revision: str | None) -> Any:
+    """A part on the meta device, from its config; a tokenizer or a scheduler as it is."""
+    import diffusers
+
+    if not issubclass(kind, torch.nn.Module):
+        return kind.from_pretrained(name, subfolder=part, revision=revision)
+    if issubclass(kind, diffusers.ModelMixin):
+        config = kind.load_config(name, subfolder=part, revision=revision)
+        with torch.device("meta"):
+            return kind.from_config(config)
+    config = kind.config_class.from_pretrained(name, subfolder=part, revision=revision)
+    with torch.device("meta"):
+        return kind(config)
