@@ -7,7 +7,6 @@ The first sentence of a field's docstring is also its help on the command line.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import sys
@@ -53,13 +52,8 @@ def check_fields(config: Any) -> None:
     A list, a range or a single item becomes a tuple, an integer a float; what NumPy and torch hold counts as the Python numbers
     in it. A bool is no number, and a number is finite. Raises `ConfigError` naming the first field that holds something else.
     """
-    for name, hint in _hints(type(config)).items():
+    for name, hint in get_type_hints(type(config)).items():
         object.__setattr__(config, name, _convert(name, getattr(config, name), hint))
-
-
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
 
 
 def _require_positive(config: Any, *names: str) -> None:
@@ -70,7 +64,7 @@ def _require_positive(config: Any, *names: str) -> None:
 def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     """Rebuilds a config of this module from `to_dict`'s result or parsed JSON. Raises `ConfigError`
     on an unknown key."""
-    hints = _hints(cls)
+    hints = get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     _require(not unknown, f"{cls.__name__} has no setting {', '.join(unknown)}; it has {', '.join(sorted(hints))}")
     return cls(**values)

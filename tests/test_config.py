@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import itertools
 import json
 import math
 import types
@@ -148,17 +149,15 @@ def is_of_type(value, hint) -> bool:
 def test_every_field_has_its_type_or_is_refused_by_name(cls):
     """Whatever is given: a config that exists can be written, read back, and compared."""
     hints = typing.get_type_hints(cls)
-    for name, hint in hints.items():
-        for value in VALUES:
-            try:
-                config = cls(**{name: value})
-            except ConfigError as error:
-                assert name in str(error), (name, value)
-                assert "\n" not in str(error)
-                continue
-            assert all(is_of_type(getattr(config, field), own) for field, own in hints.items()), (name, value)
-            assert from_dict(cls, to_dict(config)) == config
-            assert fingerprint(to_dict(dataclasses.replace(config))) == fingerprint(to_dict(config))
+    for name, value in itertools.product(hints, VALUES):
+        refusal = ""
+        try:
+            config = cls(**{name: value})
+        except ConfigError as error:
+            config, refusal = cls(), str(error)
+        assert not refusal or (name in refusal and "\n" not in refusal), (name, value)
+        assert all(is_of_type(getattr(config, field), own) for field, own in hints.items()), (name, value)
+        assert from_dict(cls, to_dict(config)) == dataclasses.replace(config) == config
 
 
 @pytest.mark.parametrize(
