@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.samples import PLACEHOLDER, Conversation, Message
+from ..data.conversations import PLACEHOLDER, Conversation, Message, parts_of
 from ..errors import ConfigError, DataError
 
 
@@ -58,25 +58,16 @@ def apply_chat_template(processor: Any, conversation: Conversation) -> ChatText:
         if message.role == "assistant":
             prompt = _extend(processor, text, messages[:n], name, add_generation_prompt=True)
             text = _extend(processor, prompt, messages[: n + 1], name)
-            turns.append(Turn(message.content, num_images, len(prompt), len(text)))
+            if message.is_learned:
+                turns.append(Turn(message.content, num_images, len(prompt), len(text)))
     if conversation.messages[-1].role != "assistant":
         text = _extend(processor, text, messages, name)
     return ChatText(text, tuple(turns))
 
 
 def _parts(message: Message) -> list[dict[str, str]]:
-    """A message as chat templates take it. The line breaks beside a picture are the template's affair: LLaVA's files have them."""
-    parts: list[dict[str, str]] = []
-    texts = message.content.split(PLACEHOLDER)
-    for n, text in enumerate(texts):
-        if n:
-            parts.append({"type": "image"})
-            text = text.lstrip("\n")
-        if n < len(texts) - 1:
-            text = text.rstrip("\n")
-        if text:
-            parts.append({"type": "text", "text": text})
-    return parts or [{"type": "text", "text": ""}]
+    """A message as chat templates take it."""
+    return [{"type": "image"} if part == PLACEHOLDER else {"type": "text", "text": part} for part in parts_of(message)]
 
 
 def _extend(processor: Any, before: str, messages: list[dict[str, Any]], name: str, **options: Any) -> str:

@@ -20,8 +20,9 @@ from typing import Any, BinaryIO, TypeVar, cast, get_args
 from ..config import Captions
 from ..errors import ConfigError, DataError
 from ..files import filesystem_of, is_url, path_within
-from ..images import ImageSource, StoredImage
-from .samples import Pair, read_pairs, require_unicode
+from ..images import ImageSource, StoredImage, picture_in
+from .conversations import require_unicode, written_path
+from .samples import Pair, read_pairs
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "picture")
 CAPTION_COLUMNS = ("caption", "text", "captions", "sentence")
@@ -378,9 +379,9 @@ def _pairs_of_row(
     try:
         picture = _value(row.get(columns.image))
         cell = None if columns.id is None else _value(row.get(columns.id))
-        if not isinstance(cell, str | int | None):
+        if isinstance(cell, bool) or not isinstance(cell, str | int | None):
             raise DataError(f"the id is a {type(cell).__name__}; expected a text or a whole number")
-        sample_id = str(cell) if cell is not None else _path_of(picture) or name
+        sample_id = str(cell) if cell is not None else written_path(picture) or name
         image = _picture_of(picture, root, f"{name} ({sample_id})")
         texts = _captions_of(_value(row.get(columns.caption)), captions)
     except (DataError, UnicodeDecodeError) as error:
@@ -403,6 +404,9 @@ def _picture_of(picture: Any, root: str | Path, place: str) -> ImageSource:
     if isinstance(encoded, bytes):
         return encoded
     path = _path_of(picture)
+    held = None if path is None else picture_in(path)
+    if held is not None:
+        return held
     if path is None:
         raise DataError(f"no picture; expected encoded bytes or a path, found {_kind(encoded)}")
     require_unicode(path, "the path of the picture")
@@ -518,7 +522,7 @@ class _Shards(Pairs):
         try:
             if sample.fault is not None:
                 raise DataError(sample.fault)
-            if self.columns.id is not None and not isinstance(sample.id, str | int):
+            if self.columns.id is not None and (isinstance(sample.id, bool) or not isinstance(sample.id, str | int)):
                 raise DataError(f"no id under {self.columns.id!r} in its json; expected a text or a whole number")
             if len(sample.pictures) != 1:
                 raise DataError(
