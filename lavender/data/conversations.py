@@ -270,8 +270,8 @@ def _of_mapping(sample: Mapping[str, Any], locate: Locate) -> Conversation:
     if places != len(images) and any(PLACEHOLDER in turn.parts for turn in turns):
         own = next((f", and one holds a picture under {held[0]!r}" for held in pictures if held is not None), "")
         raise DataError(
-            f'{name} has {places} parts {{"type": "image"}} without a picture{own}, but {len(images)} pictures under "images"; give '
-            "one there for each part without one"
+            f'{name} has {places} parts {{"type": "image"}} without a picture{own}, but {len(images)} pictures under "images"; '
+            "give one there for each part without one"
         )
     following = iter(images)
     placed = [next(following, None) if held is None else held[1] for held in pictures]
@@ -303,8 +303,8 @@ def _messages_of(sample: Mapping[str, Any], name: str) -> Iterator[tuple[Any, bo
         return
     if not isinstance(prompt, list | tuple) or not isinstance(completion, list | tuple):
         raise DataError(
-            f"{name}: its prompt is a {type(prompt).__name__} and its completion a {type(completion).__name__}; expected two texts, "
-            "or two lists of messages"
+            f"{name}: its prompt is a {type(prompt).__name__} and its completion a {type(completion).__name__}; expected two "
+            "texts, or two lists of messages"
         )
     roles = [_role_of(message) for message in completion if isinstance(message, Mapping)]
     if any(role != "assistant" for role in roles):

@@ -41,7 +41,8 @@ from ..batches.collator import Collator
 from ..config import AlignmentConfig, Dtype, TrainingConfig, WordsConfig, to_dict
 from ..data.samples import Conversation, Sample
 from ..errors import ConfigError, DataError, ModelError, TargetError
-from ..files import write_atomically
+from ..files import is_url, write_atomically
+from ..images import Picture
 from ..patching import patch
 from ..students.patch import StudentPatch
 from ..targets.store import TargetStore
@@ -299,7 +300,7 @@ def _texts(sample: Sample | Conversation) -> list[Any]:
 
 def _paths(sample: Sample | Conversation) -> list[Path]:
     images = (sample.image,) if isinstance(sample, Sample) else sample.images
-    return [Path(image) for image in images if isinstance(image, str | Path)]
+    return [Path(image) for image in images if isinstance(image, str | Path) and not is_url(image)]
 
 
 def _require_images(samples: Sequence[Sample | Conversation]) -> None:
@@ -387,13 +388,20 @@ def _arguments(folder: Path, training: TrainingConfig, progress: bool) -> Traini
 
 
 def _require_targets(samples: Sequence[Sample | Conversation], targets: TargetStore) -> None:
-    missing = [sample.id for sample in samples if sample.id not in targets]
+    missing = [sample for sample in samples if sample.id not in targets]
     if not missing:
         return
-    message = f"{targets.folder} has no targets for {len(missing)} of {len(samples)} samples (first: {missing[0]!r})"
-    if len(missing) == len(samples):
+    message = f"{targets.folder} has no targets for {len(missing)} of {len(samples)} samples (first: {missing[0].id!r})"
+    nameless = [sample for sample in missing if not sample.has_id]
+    if len(missing) == len(samples) and not any(_has_known_picture(sample, targets) for sample in nameless):
         raise TargetError(f"{message}; extract them, or give the samples the ids that they were extracted by")
-    logger.warning("%s; these train the language loss alone", message)
+    exceptions = ", but for those without an id whose picture it has" if nameless else ""
+    logger.warning("%s; these train the language loss alone%s", message, exceptions)
+
+
+def _has_known_picture(sample: Sample | Conversation, targets: TargetStore) -> bool:
+    images = (sample.image,) if isinstance(sample, Sample) else sample.images
+    return any(targets.of_pictures([Picture.open(image).sha256], ()) for image in images)
 
 
 def _begin(out: Path, record: dict[str, Any], writes: bool) -> bool:
