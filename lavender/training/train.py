@@ -401,7 +401,10 @@ def _require_targets(samples: Sequence[Sample | Conversation], targets: TargetSt
 
 def _has_known_picture(sample: Sample | Conversation, targets: TargetStore) -> bool:
     images = (sample.image,) if isinstance(sample, Sample) else sample.images
-    return any(targets.of_pictures([Picture.open(image).sha256], ()) for image in images)
+    try:
+        return any(targets.of_pictures([Picture.open(image).sha256], ()) for image in images)
+    except DataError:  # the collator names it
+        return False
 
 
 def _begin(out: Path, record: dict[str, Any], writes: bool) -> bool:
