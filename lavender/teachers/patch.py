@@ -134,6 +134,10 @@ class TeacherPatch(Handle):
             if callable(self.pipe):
                 self.pipe.__class__ = self._class
 
+    def __exit__(self, *error: object) -> None:
+        with self._turn():  # so that nobody borrows the handle in between
+            super().__exit__(*error)
+
     @property
     def maps(self) -> Maps:
         """Heat maps of the words of the latest prompt, for its first picture; see `maps_of`."""
