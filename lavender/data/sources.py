@@ -20,8 +20,8 @@ from typing import Any, BinaryIO, TypeVar, cast, get_args
 from ..config import Captions
 from ..errors import ConfigError, DataError
 from ..files import filesystem_of, is_url, path_within
-from ..images import ImageSource, StoredImage, picture_in
-from .conversations import require_unicode, written_path
+from ..images import ImageSource, StoredImage
+from .conversations import require_unicode, source_of, written_path
 from .samples import Pair, read_pairs
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "picture")
@@ -404,13 +404,11 @@ def _picture_of(picture: Any, root: str | Path, place: str) -> ImageSource:
     if isinstance(encoded, bytes):
         return encoded
     path = _path_of(picture)
-    held = None if path is None else picture_in(path)
-    if held is not None:
-        return held
     if path is None:
         raise DataError(f"no picture; expected encoded bytes or a path, found {_kind(encoded)}")
     require_unicode(path, "the path of the picture")
-    return path_within(root, path, place)
+    source: ImageSource = source_of(path, lambda written: path_within(root, written, place))
+    return source
 
 
 def _captions_of(value: Any, captions: str) -> list[tuple[str, Any]]:

@@ -181,13 +181,20 @@ class _Attention:
         return _Attention(self.query[branch], key, value, mask, scale=self.scale)
 
 
-class _State(threading.local):
+@dataclass(eq=False)
+class _State:
     """What one thread records just now."""
 
+    manual: tuple[Recording, Samples] | None = None
+    current: tuple[Recording, Samples, Places] | None = None
+    readers: list[_CallReader] = field(default_factory=list)
+
+
+class _Threads(threading.local):
+    """Each thread's state: an object of its own, since torch.compile loses what is assigned to a `threading.local` itself."""
+
     def __init__(self) -> None:
-        self.manual: tuple[Recording, Samples] | None = None
-        self.current: tuple[Recording, Samples, Places] | None = None
-        self.readers: list[_CallReader] = []
+        self.state = _State()
 
 
 class DenoiserHooks:
@@ -211,7 +218,7 @@ class DenoiserHooks:
         self.modules = _choose(_attention_modules(denoiser, self.layout), layers)
         self._opened = opened
         self._signature = inspect.signature(type(denoiser).forward)
-        self._state = _State()
+        self._threads = _Threads()
         self._handles: list[Any] = [
             denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
             denoiser.register_forward_hook(self._after, always_call=True),
@@ -260,11 +267,11 @@ class DenoiserHooks:
         if not self.attached:
             raise CaptureError("the patch was undone; call lavender.patch again")
         recording = Recording(word_weights, heads, fused=fused, resolutions=resolutions)
-        before, self._state.manual = self._state.manual, (recording, branch)
+        before, self._threads.state.manual = self._threads.state.manual, (recording, branch)
         try:
             yield recording
         finally:
-            self._state.manual = before
+            self._threads.state.manual = before
         recording.require_layers(self.denoiser, self.modules)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DenoiserHooks:
@@ -275,11 +282,11 @@ class DenoiserHooks:
         if module is not self.denoiser:
             return
         inputs = self._signature.bind(module, *args, **kwargs).arguments
-        opened = self._state.manual
+        opened = self._threads.state.manual
         if opened is None and self._opened is not None:
             opened = self._opened(inputs)
         if opened is None:
-            self._state.current = None
+            self._threads.state.current = None
             return
         recording, branch = opened
         if torch.is_grad_enabled() and module.training and getattr(module, "is_gradient_checkpointing", False):
@@ -291,28 +298,28 @@ class DenoiserHooks:
             if hides_attention(attention):  # better now than when a whole picture is drawn
                 raise CaptureError(f"the attention cannot be read: {remedy_of(attention)}")
         recording.num_forwards += 1
-        self._state.current = (recording, branch, places_of(self.layout, module, inputs))
+        self._threads.state.current = (recording, branch, places_of(self.layout, module, inputs))
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._state.current = None
+        self._threads.state.current = None
 
     def _enter(self, name: str) -> Any:
         def enter(module: nn.Module, args: tuple) -> None:
-            if self._state.current is not None:
+            if self._threads.state.current is not None:
                 reader = _CallReader(self._record, name)
                 reader.__enter__()
-                self._state.readers.append(reader)
+                self._threads.state.readers.append(reader)
 
         return enter
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._state.readers:
-            self._state.readers.pop().__exit__(None, None, None)
+        if self._threads.state.readers:
+            self._threads.state.readers.pop().__exit__(None, None, None)
 
     def _record(self, name: str, call: _Attention) -> torch.Tensor | None:
         """Records one layer's maps; the attention's output if it came with them."""
-        assert self._state.current is not None
-        recording, branch, places = self._state.current
+        assert self._threads.state.current is not None
+        recording, branch, places = self._threads.state.current
         cross = self.layout.order == "cross"
         grid = level_grid(places.grid, call.query.shape[2]) if cross else places.grid
         if recording.passes(name, grid):

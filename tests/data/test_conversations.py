@@ -339,6 +339,17 @@ def test_targets_meet_the_samples_of_the_same_data_without_ids(processor, tmp_pa
     assert [OUTCOMES[n] for n in Collator(processor, store)(named)["lavender_outcomes"]] == ["no target"] * 3
 
 
+def test_tables_may_hold_pictures_as_text(tmp_path):
+    RED.save(tmp_path / "red.png")
+    images = [URI, BASE64, f"file://{tmp_path}/red.png", "red.png", "data:,x"]
+    Dataset.from_list([{"image": image, "caption": "A cat."} for image in images]).to_parquet(tmp_path / "data.parquet")
+    *pairs, bad = open_pairs(tmp_path / "data.parquet")
+    assert [load_image(pair.image).getpixel((0, 0)) for pair in pairs] == [(0, 0, 255)] * 2 + [(255, 0, 0)] * 2
+    assert [pair.id for pair in pairs] == ["data.parquet#0", "data.parquet#1", images[2], "red.png"]
+    assert bad.id == "data.parquet#4"
+    assert "holds no base64" in bad.reason
+
+
 def test_targets_meet_the_samples_of_a_file_without_ids(processor, folder):
     entries = [{"image": name, "caption": f"A zebra, {name}."} for name in ("red.png", "a/blue.png", URI)]
     (folder / "data.jsonl").write_text("\n".join(json.dumps(entry) for entry in entries))

@@ -158,6 +158,27 @@ def test_each_thread_has_the_maps_of_its_own_picture():
             in_threads(read, [None], num_threads=1)
 
 
+@pytest.mark.full
+def test_a_compiled_denoiser_serves_threads():
+    name = "StableDiffusionPipeline"
+    pipe = PIPELINES[name]()
+
+    def work(prompt):
+        picture = draw(pipe, name, prompt)
+        return picture, list(lens.maps), values_of(lens.maps)
+
+    torch.compiler.reset()
+    with lavender.patch(pipe) as lens:
+        plain = [work(prompt) for prompt in MORE]
+        pipe.unet.compile(backend="aot_eager")
+        compiled = in_threads(work, MORE, num_threads=2)
+    torch.compiler.reset()
+    for (picture, words, maps), (own_picture, own_words, own_maps) in zip(compiled, plain, strict=True):
+        assert np.abs(picture - own_picture).max() < 1e-5
+        assert words == own_words
+        torch.testing.assert_close(maps, own_maps, rtol=0, atol=1e-6)
+
+
 def test_each_thread_may_patch_for_itself():
     """As a web page does for every visitor: the patch lasts until the last of them has left its `with`."""
     name = "StableDiffusionPipeline"
