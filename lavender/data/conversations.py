@@ -55,7 +55,8 @@ class Conversation:
         id: the sample's; its targets have the same.
         images: its pictures, in the order of their places.
         messages: what is said.
-        has_id: whether the id was given. One that was not is made from the sample, and its targets are found by its picture too.
+        has_id: whether the id was given, by itself or as a picture's path in a file. One that was not is made from the sample, and
+            its targets are found by its picture too.
     """
 
     id: str
@@ -66,6 +67,8 @@ class Conversation:
 
 PLACEHOLDER = "<image>"
 """What stands for a picture in a message."""
+CONTENT = "sha256:"
+"""What the id of a sample begins with that is called by its content."""
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 """The names of roles in chat templates and in LLaVA's files."""
 _SOURCES = ("image", "url", "path", "base64", "image_url")
@@ -207,7 +210,7 @@ def content_id(images: Sequence[Any], texts: Sequence[Any]) -> str:
     pictures = [
         str(image) if isinstance(image, str | Path) else file_sha256(image) or image_sha256(load_image(image)) for image in images
     ]
-    return f"sha256:{hashlib.sha256(json.dumps([pictures, texts], default=str).encode()).hexdigest()[:32]}"
+    return f"{CONTENT}{hashlib.sha256(json.dumps([pictures, texts], default=str).encode()).hexdigest()[:32]}"
 
 
 def require_unicode(text: str, name: str) -> None:

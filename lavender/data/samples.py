@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..errors import ConfigError, DataError
 from ..files import is_folder, is_url, path_within, read_file
 from ..images import ImageSource
 from .conversations import (
+    CONTENT,
     PLACEHOLDER,
     Conversation,
     Message,
@@ -235,7 +236,7 @@ def _sample_of(place: str, entry: Mapping[str, Any], folder: str | Path) -> Samp
         require_unicode(text, f"{place}: the {name}")
     image = _image_of(place, entry, folder)
     sample_id = _id_of(place, entry, image, [question, answer])
-    return Sample(sample_id, image, question, answer, has_id=entry.get("id") is not None)
+    return Sample(sample_id, image, question, answer, has_id=entry.get("id") is not None or isinstance(image, str | Path))
 
 
 def _conversation_of(place: str, entry: Mapping[str, Any], folder: str | Path) -> Conversation:
@@ -251,7 +252,8 @@ def _conversation_of(place: str, entry: Mapping[str, Any], folder: str | Path) -
     for image in conversation.images:
         if not isinstance(image, str | Path | bytes):
             raise DataError(f"{place}: a part holds the picture {str(image)[:80]}; expected a path or an encoded picture")
-    return conversation
+    # The path of a picture is what `lavender extract` calls it by.
+    return replace(conversation, has_id=conversation.has_id or not conversation.id.startswith(CONTENT))
 
 
 def _image_of(place: str, entry: Mapping[str, Any], folder: str | Path) -> str | Path | bytes:

@@ -262,7 +262,7 @@ def test_pictures_of_a_file_lie_in_it_or_in_its_folder(folder):
     pictures = [s.images[0] if isinstance(s, Conversation) else s.image for s in samples]
     assert [load_image(p).getpixel((0, 0)) for p in pictures] == [(0, 0, 255), (0, 0, 255), (255, 0, 0), (0, 0, 255), (0, 128, 0)]
     assert [s.id.partition(":")[0] for s in samples] == ["a/blue.png", "sha256", "file", "sha256", "file"]
-    assert not any(s.has_id for s in samples)
+    assert [s.has_id for s in samples] == [True, False, True, False, True]
     for outside in ("../x.png", "/etc/x.png", "file:///etc/x.png", "http://127.0.0.1/x.png"):
         (folder / "data.json").write_text(json.dumps([{"messages": [user({"type": "image", "url": outside}), ANSWER]}]))
         with pytest.raises(DataError, match=r"entry 1: .*its pictures: the picture '.*x.png' is not in"):
