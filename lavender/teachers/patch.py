@@ -20,7 +20,7 @@ from ..types import Word
 from ..words import words_and
 from .prompts import word_weights
 from .recording import DenoiserHooks, Recording
-from .turns import TURNS
+from .turns import turn_of
 
 _SEVERAL = object()
 """Stands for more than one thread."""
@@ -122,7 +122,7 @@ class TeacherPatch(Handle):
 
     def unpatch(self) -> None:
         """Undoes everything, when no other thread is drawing; maps that were recorded stay. A second call does nothing."""
-        with self._turn():
+        with turn_of(self.pipe):
             if not self.is_patched:
                 return
             for hooks in self._hooks:
@@ -135,7 +135,7 @@ class TeacherPatch(Handle):
                 self.pipe.__class__ = self._class
 
     def __exit__(self, *error: object) -> None:
-        with self._turn():  # so that nobody borrows the handle in between
+        with turn_of(self.pipe):  # so that nobody borrows the handle in between
             super().__exit__(*error)
 
     @property
@@ -195,9 +195,6 @@ class TeacherPatch(Handle):
         self._state.drawing = drawing
         is_alone = self._author in (None, self._state.thread)
         self._latest, self._author = (drawing, self._state.thread) if is_alone else (None, _SEVERAL)
-
-    def _turn(self) -> AbstractContextManager[None]:
-        return TURNS.take(*_parts_of(self.pipe))
 
     @contextmanager
     def _running(self, arguments: dict[str, Any]) -> Iterator[None]:
@@ -333,11 +330,6 @@ def denoisers_of(pipe: Any) -> list[torch.nn.Module]:
     return denoisers
 
 
-def _parts_of(pipe: Any) -> list[object]:
-    """What a call of a pipeline may change: the pipeline itself, and its components, which others may share."""
-    return [pipe, *denoisers_of(pipe), *(part for part in vars(pipe).values() if hasattr(part, "__dict__"))]
-
-
 def _watch_class(original: type, patch: TeacherPatch) -> type:
     """A pipeline's class that reports to the patch what is drawn: the same in everything else, its name included.
 
@@ -359,7 +351,7 @@ def _watch_class(original: type, patch: TeacherPatch) -> type:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self is not patch.pipe:
             return original.__call__(self, *args, **kwargs)
-        with patch._turn():
+        with turn_of(self):
             arguments = bound(original.__call__, self, args, kwargs)
             with nullcontext() if arguments is None else patch._running(arguments):
                 return original.__call__(self, *args, **kwargs)
@@ -388,7 +380,7 @@ def patch_teacher(
     for name, value in (("heads", heads), ("steps", steps)):
         if not isinstance(value, bool):
             raise ConfigError(f"{name} is {value!r}; expected True or False")
-    with TURNS.take(*_parts_of(pipe)):
+    with turn_of(pipe):
         present: TeacherPatch | None = getattr(pipe, "_lavender_patch", None)
         if present is not None and present.pipe is not pipe:  # a copy of a patched pipeline
             pipe.__class__, present = present._class, None

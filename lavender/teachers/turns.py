@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from ..errors import CaptureError
 
@@ -65,5 +66,12 @@ class Turns:
             owners = set().union(*(self._owners(self._awaited.get(owner, ())) for owner in owners)) - known
 
 
-TURNS = Turns()
-"""Those of the patched pipelines of this process."""
+_TURNS = Turns()
+"""Those of all pipelines of this process."""
+
+
+def turn_of(pipe: Any) -> AbstractContextManager[None]:
+    """The turn to draw with a pipeline: to change it, and its components, which other pipelines may share."""
+    # torch.compile wraps a component.
+    parts = (getattr(part, "_orig_mod", part) for part in vars(pipe).values() if hasattr(part, "__dict__"))
+    return _TURNS.take(pipe, *parts)

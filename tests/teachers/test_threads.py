@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +14,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import lavender
+from lavender.config import TeacherConfig
 from lavender.errors import CaptureError, ConfigError
+from lavender.teachers.model import Teacher
 from lavender.teachers.turns import Turns
 
 from .pipeline_zoo import CAPTIONS, PIPELINES
@@ -81,9 +84,9 @@ def test_every_pipeline_serves_many_threads(name):
 
 
 def _holders():
-    from lavender.teachers.turns import TURNS
+    from lavender.teachers.turns import _TURNS
 
-    return TURNS._holders
+    return _TURNS._holders
 
 
 def test_pipelines_that_share_their_denoiser_serve_two_threads():
@@ -156,6 +159,17 @@ def test_each_thread_has_the_maps_of_its_own_picture():
         assert " ".join(lens.maps) == "a red hat"
         with pytest.raises(CaptureError, match="several threads"):
             in_threads(read, [None], num_threads=1)
+
+
+def test_one_teacher_reads_the_pictures_of_two_threads(teacher_folder, scenes):
+    with closing(Teacher(teacher_folder, TeacherConfig(inversion_steps=2, diffusion_steps=2))) as teacher:
+
+        def work(scene):
+            return teacher.word_maps(scene.image, scene.caption).maps
+
+        alone = [work(scene) for scene in scenes[:6]]
+        for one, other in zip(in_threads(work, scenes[:6], num_threads=2), alone, strict=True):
+            assert np.array_equal(one, other)
 
 
 @pytest.mark.full
