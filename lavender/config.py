@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import UnionType
@@ -46,14 +46,14 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _require_choices(config: Any) -> None:
-    """Every field whose type is a Literal, or a tuple of one, holds nothing else."""
+def check_fields(config: Any) -> None:
+    """Brings every field of a dataclass to the type of its annotation, whoever gave the value: called first by each config.
+
+    A list, a range or a single item becomes a tuple, an integer a float; what NumPy and torch hold counts as the Python numbers
+    in it. A bool is no number, and a number is finite. Raises `ConfigError` naming the first field that holds something else.
+    """
     for name, hint in get_type_hints(type(config)).items():
-        several = get_origin(hint) is tuple
-        choices = get_args(hint)[0] if several else hint
-        if get_origin(choices) is Literal:
-            for value in getattr(config, name) if several else (getattr(config, name),):
-                _require(value in get_args(choices), f"{name} is {value!r}; choose one of {', '.join(get_args(choices))}")
+        object.__setattr__(config, name, _convert(name, getattr(config, name), hint))
 
 
 def _require_positive(config: Any, *names: str) -> None:
@@ -67,36 +67,65 @@ def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     hints = get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     _require(not unknown, f"{cls.__name__} has no setting {', '.join(unknown)}; it has {', '.join(sorted(hints))}")
-    return cls(**{name: _convert(name, value, hints[name]) for name, value in values.items()})
+    return cls(**values)
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
-    """Converts a JSON value to a field's type: a list or a single item to a tuple, an integer to a
-    float."""
+    """A value as its field's type; see `check_fields`."""
+    plain = value.tolist() if hasattr(value, "tolist") else value
     options = [hint] if get_origin(hint) not in (Union, UnionType) else list(get_args(hint))
-    for option in options:
-        inner = get_args(option)
-        if get_origin(option) is tuple:
-            items = value if isinstance(value, list | tuple) else None
-            if items is not None and all(_fits(item, inner[0]) for item in items):
-                return tuple(items)
-        elif _fits(value, option):
-            return float(value) if option is float else value
-    item_types = [get_args(option)[0] for option in options if get_origin(option) is tuple]
-    if item_types and _fits(value, item_types[0]):
-        return (value,)
-    expected = " or ".join(getattr(option, "__name__", str(option)) for option in options)
-    raise ConfigError(f"{name} is {value!r}; a value of another type was expected: {expected}")
+    kinds = [option for option in options if get_origin(option) is not tuple]
+    item_kinds = [get_args(option)[0] for option in options if get_origin(option) is tuple]
+    for kind in item_kinds:
+        if isinstance(plain, list | tuple | range) and all(_fits(item, kind) for item in plain):
+            return tuple(_as_kind(item, kind) for item in plain)
+    for kind in kinds:
+        if _fits(plain, kind):
+            return _as_kind(plain, kind)
+    for kind in item_kinds:
+        if _fits(plain, kind):
+            return (_as_kind(plain, kind),)
+    choices = [choice for kind in (*kinds, *item_kinds) if get_origin(kind) is Literal for choice in get_args(kind)]
+    expected = " or ".join(_name_of(option) for option in options)
+    raise ConfigError(
+        f"{name} is {value!r}; choose {'from' if item_kinds else 'one of'} {', '.join(choices)}"
+        if choices
+        else f"{name} is {value!r}; a value of another type was expected: {expected}"
+    )
 
 
 def _fits(value: Any, kind: Any) -> bool:
     if get_origin(kind) is Literal:
-        return isinstance(value, str)  # the config itself checks the choice
+        return isinstance(value, str) and value in get_args(kind)
     if get_origin(kind) is Mapping:
-        return isinstance(value, Mapping)
+        return isinstance(value, Mapping) and _is_json(value)
     if kind in (int, float) and isinstance(value, bool):
         return False
-    return isinstance(value, (int, float) if kind is float else kind)
+    if kind is float:
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max  # so that NaN does not fit
+    return isinstance(value, kind)
+
+
+def _as_kind(value: Any, kind: Any) -> Any:
+    return float(value) if kind is float else dict(value) if get_origin(kind) is Mapping else value
+
+
+def _is_json(value: Mapping[Any, Any]) -> bool:
+    """Whether a config that holds it can be written: by string keys, in JSON's values."""
+    try:
+        json.dumps(dict(value))
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return all(isinstance(key, str) for key in value)
+
+
+def _name_of(option: Any) -> str:
+    if get_origin(option) is tuple:
+        return f"a list of {_name_of(get_args(option)[0])}"
+    names = {float: "float, finite", type(None): "None"}
+    if get_origin(option) is Mapping:
+        return "Mapping of strings to JSON values"
+    return names.get(option, getattr(option, "__name__", str(option)))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -208,7 +237,7 @@ class TeacherConfig:
     """Seed of the noise. A picture's noise depends on the seed and the picture, not the order."""
 
     def __post_init__(self) -> None:
-        _require_choices(self)
+        check_fields(self)
         _require_positive(self, "inner_steps")
         for name in ("inversion_steps", "diffusion_steps"):
             _require(1 <= getattr(self, name) <= 1000, f"{name} is {getattr(self, name)}; it must be from 1 to 1000")
@@ -219,7 +248,7 @@ class TeacherConfig:
         for name in ("timestep_weights", "layer_weights"):
             weights = getattr(self, name)
             _require(
-                not weights or (all(0 <= w < math.inf for w in weights) and sum(weights) > 0),
+                not weights or (all(w >= 0 for w in weights) and sum(weights) > 0),
                 f"{name} is {weights}; weights are not negative, and not all zero",
             )
         _require(
@@ -236,7 +265,7 @@ class TeacherConfig:
             _require(len(set(values)) == len(values), f"{name} is {values}; a number stands there twice")
         _require(self.image_size is None or self.image_size >= 1, f"image_size is {self.image_size}; it must be at least 1")
         _require(1 <= self.map_size <= 256, f"map_size is {self.map_size}; it must be from 1 to 256")
-        _require(1.0 <= self.guidance_scale < math.inf, f"guidance_scale is {self.guidance_scale}; it must be at least 1")
+        _require(self.guidance_scale >= 1, f"guidance_scale is {self.guidance_scale}; it must be at least 1")
         _require(
             self.inversion != "null_text" or self.guidance_scale > 1,
             f"guidance_scale is {self.guidance_scale}; null_text is there to make guidance exact: give one above 1, such as 7.5",
@@ -277,7 +306,7 @@ class ExtractionConfig:
     """How often a batch whose process died is tried again before the run fails."""
 
     def __post_init__(self) -> None:
-        _require_choices(self)
+        check_fields(self)
         _require_positive(self, "batch_size", "threads", "shard_size")
         _require(self.max_retries >= 0, f"max_retries is {self.max_retries}; it must not be negative")
         _require(len(self.devices) >= 1, "devices is empty; give one or more, such as cuda:0")
@@ -350,9 +379,9 @@ class AlignmentConfig:
     `normalization="sum"`."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.weight < math.inf, f"weight is {self.weight}; it must be a number that is not negative")
-        _require(0 <= self.decay < math.inf, f"decay is {self.decay}; it must be a number that is not negative")
-        _require_choices(self)
+        check_fields(self)
+        for name in ("weight", "decay"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be a number that is not negative")
         _require_positive(self, "hidden_channels", "max_grid", "parallel_heads", "parallel_width")
         _require(
             self.norm != "group" or self.hidden_channels % NORM_GROUPS == 0,
@@ -388,7 +417,7 @@ class WordsConfig:
     Sparser words are left out: a lone hot place is noise more often than an object."""
 
     def __post_init__(self) -> None:
-        _require_choices(self)
+        check_fields(self)
         _require(
             bool(self.tagger) or not (self.parts_of_speech or self.match == "root"),
             "match='root' and parts_of_speech need a tagger: name a spaCy pipeline, for example tagger='en_core_web_sm' (after "
@@ -444,11 +473,11 @@ class TrainingConfig:
     (`{"report_to": "tensorboard"}`) and the number of checkpoints kept."""
 
     def __post_init__(self) -> None:
-        _require_choices(self)
+        check_fields(self)
         _require_positive(self, "steps", "batch_size", "save_steps")
         for name in ("learning_rate", "aligner_learning_rate"):
             value = getattr(self, name)
-            _require(value is None or 0 < value < math.inf, f"{name} is {value}; it must be a positive number")
+            _require(value is None or value > 0, f"{name} is {value}; it must be a positive number")
         _require(self.aligner_steps >= 0, f"aligner_steps is {self.aligner_steps}; it must not be negative")
         _require(
             self.dtype == "float32" or self.lora_rank > 0,

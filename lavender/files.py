@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import posixpath
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
+from urllib.request import urlopen
 
 from .errors import ConfigError, DataError
+
+TIMEOUT_S = 60
+"""How long a server may be silent before it is given up."""
 
 
 def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
@@ -67,6 +72,8 @@ def filesystem_of(url: str) -> tuple[Any, str]:
 
 def read_file(location: str | Path, offset: int = 0, length: int | None = None) -> bytes:
     """A file's bytes `[offset, offset + length)`, up to its end by default. Raises `OSError` where it cannot be read."""
+    if str(location).lower().startswith(("http://", "https://")) and (offset, length) == (0, None):
+        return _fetch(str(location))
     if is_url(location):
         system, path = filesystem_of(str(location))
         try:
@@ -78,6 +85,15 @@ def read_file(location: str | Path, offset: int = 0, length: int | None = None) 
     with open(location, "rb") as file:
         file.seek(offset)
         return file.read(-1 if length is None else length)
+
+
+def _fetch(url: str) -> bytes:
+    """A whole file by HTTP, for which fsspec needs packages that lavender does without."""
+    try:
+        with urlopen(url, timeout=TIMEOUT_S) as response:
+            return bytes(response.read())
+    except (OSError, HTTPException, ValueError) as error:
+        raise OSError(f"{type(error).__name__}: {error}") from None
 
 
 def path_within(root: str | Path, name: str, place: str) -> str | Path:

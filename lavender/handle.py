@@ -13,10 +13,18 @@ T = TypeVar("T")
 
 
 class Handle(ABC):
-    """A patched model's handle. Where a model is patched again, its handle is lent: the borrower's `with` leaves it in place."""
+    """A patched model's handle. Where a model is patched again, its handle is lent, and the borrower's `with` leaves it in place.
 
-    _lent = False
-    _entered: tuple[bool, ...] = ()
+    Threads may borrow it too: the patch is undone when the first user has left its `with`, and every borrower the own one.
+    """
+
+    _lock = threading.RLock()
+    """Of all handles, for a moment each: who uses one changes as a whole."""
+
+    _num_entered = 0
+    _is_owned = False
+    _borrowers: frozenset[int] = frozenset()
+    """Threads that were lent the handle and have not begun their `with`."""
 
     @property
     @abstractmethod
@@ -29,19 +37,26 @@ class Handle(ABC):
 
     def borrowed(self: AnyHandle) -> AnyHandle:
         """This handle for one more user, whose `with`, which comes next, must not take the patch from the first one."""
-        self._lent = True
+        with self._lock:
+            self._borrowers |= {threading.get_ident()}
         return self
 
     def __enter__(self: AnyHandle) -> AnyHandle:
-        if not self.is_patched:
-            raise CaptureError("the patch was undone; call lavender.patch again")
-        self._entered, self._lent = (*self._entered, self._lent), False
+        with self._lock:
+            if not self.is_patched:
+                raise CaptureError("the patch was undone; call lavender.patch again")
+            self._is_owned |= threading.get_ident() not in self._borrowers
+            self._borrowers -= {threading.get_ident()}
+            self._num_entered += 1
         return self
 
     def __exit__(self, *_: object) -> None:
-        *outer, lent = self._entered
-        self._entered = tuple(outer)
-        if not lent:
+        with self._lock:
+            self._num_entered -= 1
+            self._borrowers -= {threading.get_ident()}
+            waiting = self._borrowers & {each.ident for each in threading.enumerate()}
+            is_last = self._is_owned and not self._num_entered and not waiting
+        if is_last:
             self.unpatch()
 
 

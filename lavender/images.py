@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from urllib.request import url2pathname
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -42,6 +45,9 @@ ImageSource = str | Path | bytes | Image.Image | StoredImage
 
 _SCALED_TO_16_BITS = ("PNG", "PPM")
 """Formats whose pictures PIL may give as mode I although their range is known."""
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+_SHORTEST_BASE64 = 40
+"""Characters; a GIF of one pixel has 48 and more."""
 _WARNINGS_LOCK = threading.Lock()
 
 
@@ -66,6 +72,47 @@ def read_bytes(source: ImageSource) -> bytes | None:
     if len(stored) < source.length:
         raise DataError(f"the image {source} is truncated: the file ends after {len(stored)} of its {source.length} bytes")
     return stored
+
+
+def picture_in(text: str) -> bytes | None:
+    """The encoded picture that a text is itself: a data URI, or base64 of a picture; None where it is a path or a URL.
+
+    Raises `DataError` for a data URI that is not one of a picture in base64.
+    """
+    if text[:5].lower() == "data:":
+        head, _, body = text.partition(",")
+        encoded = _from_base64(body) if head.lower().endswith(";base64") else None
+        if not encoded:
+            raise DataError(f"the data URI {text[:40]!r}... holds no base64; expected data:image/png;base64,...")
+        return encoded
+    # No path is as long as the smallest picture and base64 of one.
+    encoded = _from_base64(text) if len(text) >= _SHORTEST_BASE64 and _BASE64.fullmatch(text) else None
+    return encoded if encoded is not None and _is_picture(encoded) else None
+
+
+def _from_base64(text: str) -> bytes | None:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        return None
+
+
+def _is_picture(encoded: bytes) -> bool:
+    try:
+        with _without_warnings(), Image.open(io.BytesIO(encoded)):
+            return True
+    except Exception:  # PIL's readers raise whatever their parsers meet
+        return False
+
+
+def with_file_paths(location: str) -> str:
+    """A `file://` URI as the path that it stands for; any other path or URL as it is. Raises `DataError` if it names a host."""
+    if not location.lower().startswith("file://"):
+        return location
+    path = location[len("file://") :].removeprefix("localhost")
+    if not path.startswith("/"):
+        raise DataError(f"{location} names a file of the computer {path.partition('/')[0]!r}; expected file:///path")
+    return url2pathname(path)
 
 
 def image_sha256(image: Image.Image) -> str:

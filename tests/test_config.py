@@ -1,17 +1,25 @@
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
+import itertools
 import json
 import math
+import types
+import typing
+from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lavender.config import (
     Aggregation,
     AlignmentConfig,
+    ExtractionConfig,
     Match,
     Norm,
     PartOfSpeech,
@@ -24,6 +32,7 @@ from lavender.config import (
     to_dict,
 )
 from lavender.errors import ConfigError
+from lavender.targets.manifest import StoreConfig
 
 teacher_configs = st.builds(
     TeacherConfig,
@@ -112,3 +121,82 @@ def test_configs_are_frozen(cls):
     config = cls()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 1
+
+
+CONFIGS = [TeacherConfig, ExtractionConfig, AlignmentConfig, WordsConfig, TrainingConfig, StoreConfig]
+VALUES = [
+    "x", "", b"x", 0, 1, 3, -1, 10**400, 0.5, 1.5, 2.0, math.nan, math.inf, True, None, object(), Path("x"), {1}, iter([1]),
+    [], [1], (1, 2), [1.5], ["a", "b"], ["a", 1], [True], [math.nan], [[1]], range(3), {}, {"a": 1}, {"a": object()}, {1: 2},
+    np.int64(3), np.float32(1.5), np.bool_(True), np.arange(3), np.array(["a"]), torch.tensor(3), torch.tensor([1.5]),
+]  # fmt: skip
+
+
+def is_of_type(value, hint) -> bool:
+    """Exactly: no subclass, and no number that is not finite."""
+    origin, inner = typing.get_origin(hint), get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(is_of_type(value, option) for option in inner)
+    if origin is tuple:
+        return type(value) is tuple and all(is_of_type(item, inner[0]) for item in value)
+    if origin is typing.Literal:
+        return value in inner
+    if origin is collections.abc.Mapping:
+        return type(value) is dict and json.loads(json.dumps(value)) == value
+    return type(value) is hint and (hint is not float or math.isfinite(value))
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_every_field_has_its_type_or_is_refused_by_name(cls):
+    """Whatever is given: a config that exists can be written, read back, and compared."""
+    hints = typing.get_type_hints(cls)
+    for name, value in itertools.product(hints, VALUES):
+        refusal = ""
+        try:
+            config = cls(**{name: value})
+        except ConfigError as error:
+            config, refusal = cls(), str(error)
+        assert not refusal or (name in refusal and "\n" not in refusal), (name, value)
+        assert all(is_of_type(getattr(config, field), own) for field, own in hints.items()), (name, value)
+        assert from_dict(cls, to_dict(config)) == dataclasses.replace(config) == config
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "message"),
+    [
+        (AlignmentConfig, {"weight": "x"}, "weight is 'x'; a value of another type was expected: float, finite"),
+        (AlignmentConfig, {"weight": True}, "weight is True; .* expected: float"),
+        (AlignmentConfig, {"weight": math.inf}, "weight is inf; .* expected: float, finite"),
+        (AlignmentConfig, {"hidden_channels": 1.5}, r"hidden_channels is 1.5; .* expected: int$"),
+        (AlignmentConfig, {"renormalize": 1}, "renormalize is 1; .* expected: bool"),
+        (AlignmentConfig, {"layers": (0, True)}, r"layers is \(0, True\); .* expected: a list of int"),
+        (AlignmentConfig, {"rows": None}, "rows is None; choose one of predicts, reads"),
+        (WordsConfig, {"tagger": "x", "parts_of_speech": ["noun", "adverb"]}, "choose from noun, adjective, verb"),
+        (TrainingConfig, {"aligner_learning_rate": "1e-4"}, "expected: float, finite or None"),
+        (TrainingConfig, {"lora_targets": 5}, "lora_targets is 5; .* expected: a list of str or str"),
+        (TrainingConfig, {"arguments": {"a": object()}}, "expected: Mapping of strings to JSON values"),
+        (StoreConfig, {"map_size": "32"}, "map_size is '32'; .* expected: int"),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_the_one_expected(cls, values, message):
+    with pytest.raises(ConfigError, match=message):
+        cls(**values)
+    with pytest.raises(ConfigError, match=message):
+        from_dict(cls, values)
+
+
+def test_what_means_the_same_is_the_same_config():
+    assert AlignmentConfig(weight=np.float32(5), layers=range(3), renormalize=np.bool_(True)) == AlignmentConfig(
+        weight=5.0, layers=(0, 1, 2), renormalize=True
+    )
+    assert type(AlignmentConfig(weight=5).weight) is float
+    assert fingerprint(to_dict(AlignmentConfig(weight=5))) == fingerprint(to_dict(AlignmentConfig(weight=5.0)))
+    assert TeacherConfig(layers="up_blocks", heads=3, timesteps=[51]) == TeacherConfig(
+        layers=("up_blocks",), heads=(3,), timesteps=(51,)
+    )
+    assert ExtractionConfig(devices="cuda:0").devices == ("cuda:0",)
+    assert TrainingConfig(lora_targets="q_proj").lora_targets == "q_proj"
+    assert TrainingConfig(lora_targets=["q_proj"]).lora_targets == ("q_proj",)
+    given = {"bf16": True}
+    config = TrainingConfig(arguments=given)
+    given["bf16"] = False
+    assert config.arguments == {"bf16": True}

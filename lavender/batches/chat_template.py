@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
-from ..data.samples import PLACEHOLDER, Conversation, Message
+from ..data.conversations import PLACEHOLDER, Conversation, Message, parts_of
 from ..errors import DataError
 
 _THINKING_ENDS = ("</think>", "<channel|>")
@@ -79,7 +79,7 @@ def apply_chat_template(processor: Any, conversation: Conversation) -> ChatText:
         refusal = error
     if placeholder is None and any(PLACEHOLDER in message.content for message in conversation.messages):
         raise DataError(f"{refusal}. {type(processor).__name__} names no image_token that could stand in a text")
-    return _Template(processor, conversation, lambda text: text.replace(PLACEHOLDER, str(placeholder))).chat_text()
+    return _Template(processor, conversation, lambda message: _text(message, str(placeholder))).chat_text()
 
 
 def _takes_parts(processor: Any) -> bool:
@@ -112,22 +112,22 @@ class _Template:
         frame: the same, of answers the mark alone and the white space behind it.
     """
 
-    def __init__(self, processor: Any, conversation: Conversation, write: Callable[[str], Any]) -> None:
+    def __init__(self, processor: Any, conversation: Conversation, write: Callable[[Message], Any]) -> None:
         self.processor = processor
         self.name = f"sample {conversation.id!r}"
         self.messages = conversation.messages
         self.write = write
-        self.contents = [write(message.content) for message in self.messages]
+        self.contents = [write(message) for message in self.messages]
         self._mark(_marks(self.messages))
 
     def _mark(self, marks: Mapping[int, str]) -> None:
         self.marks = marks
         self.marked, self.frame = [*self.contents], [*self.contents]
         for n, mark in marks.items():
-            content = self.messages[n].content
-            self.marked[n] = self.frame[n] = self.write(_insert(content, mark))
-            if self.messages[n].role == "assistant":
-                self.frame[n] = self.write(mark + content[len(content.rstrip()) :])
+            message = self.messages[n]
+            self.marked[n] = self.frame[n] = self.write(_insert(message, mark))
+            if message.role == "assistant":
+                self.frame[n] = self.write(replace(message, content=mark + message.content[len(message.content.rstrip()) :]))
 
     def chat_text(self) -> ChatText:
         text, marked = self.render(self.contents), self.render(self.marked)
@@ -152,7 +152,7 @@ class _Template:
             if n not in self.marks:
                 continue
             end = start + len(pieces[n])
-            if message.role == "assistant":
+            if message.role == "assistant" and message.is_learned:
                 prompt = self._prompt_length(n, before, pieces[n], frame[n])
                 closing = self._closing_length(n, before, text[end:])
                 turns.append(Turn(without_thinking(message.content), num_images, start + prompt, end + closing, end))
@@ -234,12 +234,18 @@ def _marks(messages: Sequence[Message]) -> Mapping[int, str]:
     }
 
 
-def _insert(content: str, mark: str) -> str:
+def _insert(message: Message, mark: str) -> Message:
     """A message with a mark behind its last letter; white space and pictures stay behind that."""
+    if message.parts:
+        last = max((n for n, part in enumerate(message.parts) if part != PLACEHOLDER and part.strip()), default=0)
+        end = len(message.parts[last].rstrip())
+        part = message.parts[last][:end] + mark + message.parts[last][end:]
+        return replace(message, parts=(*message.parts[:last], part, *message.parts[last + 1 :]))
+    content = message.content
     end = len(content.rstrip())
     while content.endswith(PLACEHOLDER, 0, end):
         end = len(content[: end - len(PLACEHOLDER)].rstrip())
-    return content[:end] + mark + content[end:]
+    return replace(message, content=content[:end] + mark + content[end:])
 
 
 def _shared(first: str, *others: str) -> str:
@@ -252,16 +258,11 @@ def _behind(mark: str, text: str) -> str:
     return text.rpartition(mark)[2] if mark else text
 
 
-def _parts(content: str) -> list[dict[str, str]]:
-    """A message as chat templates take it. The line breaks beside a picture are the template's affair: LLaVA's files have them."""
-    parts: list[dict[str, str]] = []
-    texts = content.split(PLACEHOLDER)
-    for n, text in enumerate(texts):
-        if n:
-            parts.append({"type": "image"})
-            text = text.lstrip("\n")
-        if n < len(texts) - 1:
-            text = text.rstrip("\n")
-        if text:
-            parts.append({"type": "text", "text": text})
-    return parts or [{"type": "text", "text": ""}]
+def _parts(message: Message) -> list[dict[str, str]]:
+    """A message as chat templates take it."""
+    return [{"type": "image"} if part == PLACEHOLDER else {"type": "text", "text": part} for part in parts_of(message)]
+
+
+def _text(message: Message, placeholder: str) -> str:
+    """A message as one text, with a placeholder for every picture."""
+    return ("".join(message.parts) or message.content).replace(PLACEHOLDER, placeholder)

@@ -308,12 +308,19 @@ class Collator:
 
     def _target(self, conversation: Conversation, images: Sequence[Image.Image]) -> tuple[Target | None, int | None]:
         """The sample's target, and the index of the picture that it was made from."""
-        if self.targets is None or conversation.id not in self.targets:
+        if self.targets is None:
             return None, None
-        target = self.targets[conversation.id]
-        for n, image in enumerate(images):
-            if image_sha256(image) == target.image_sha256:
-                return target, n
+        digests = [image_sha256(image) for image in images]
+        if conversation.id in self.targets:
+            target = self.targets[conversation.id]
+        else:
+            answers = [message.content for message in conversation.messages if message.role == "assistant"]
+            found = None if conversation.has_id else self.targets.of_pictures(digests, answers)
+            if found is None:
+                return None, None
+            target = found
+        if target.image_sha256 in digests:
+            return target, digests.index(target.image_sha256)
         raise TargetError(
             f"the targets of sample {conversation.id!r} in {self.targets.folder} were made from another picture than "
             f"{'its own' if len(images) == 1 else f'its {len(images)}'}; extract them into a new folder"

@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,189 +15,50 @@ from ..config import DEFAULT_QUESTION
 from ..errors import ConfigError, DataError
 from ..files import is_folder, is_url, path_within, read_file
 from ..images import ImageSource
+from .conversations import (
+    CONTENT,
+    PLACEHOLDER,
+    Conversation,
+    Message,
+    Sample,
+    as_conversation,
+    content_id,
+    id_of,
+    is_conversation,
+    require_answer,
+    require_unicode,
+    source_of,
+    written_path,
+)
+
+__all__ = [
+    "PLACEHOLDER",
+    "Conversation",
+    "Message",
+    "Pair",
+    "Sample",
+    "as_conversation",
+    "read_pairs",
+    "read_samples",
+    "require_unicode",
+]
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A picture and its caption, for `lavender.extract`."""
+    """A picture and its caption, for `lavender.extract`.
+
+    Raises `DataError` if the caption is no text, or the id neither a text nor a whole number.
+    """
 
     id: str
     image: ImageSource
     caption: str
 
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """A picture, what the user asks and what the student shall answer, for `lavender.Collator`."""
-
-    id: str
-    image: ImageSource
-    question: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation.
-
-    Attributes:
-        role: `"system"`, `"user"` or `"assistant"`.
-        content: what is said. `<image>`, with the line breaks beside it, stands for the next of the conversation's pictures.
-    """
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True, eq=False)
-class Conversation:
-    """Pictures and what is said about them, for `lavender.Collator`. The student learns what the assistant says.
-
-    Pictures that no message has a place for come before the first user's text.
-    """
-
-    id: str
-    images: tuple[ImageSource, ...]
-    messages: tuple[Message, ...]
-
-
-PLACEHOLDER = "<image>"
-"""What stands for a picture in a message."""
-_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
-"""The names of roles in chat templates and in LLaVA's files."""
-
-
-def as_conversation(sample: Sample | Conversation | Mapping[str, Any]) -> Conversation:
-    """Whatever `lavender.Collator` takes as one sample, as a conversation that is sound and has a place for every picture.
-
-    Args:
-        sample: a sample, a conversation, or a mapping: with the fields of a `Sample`, or with `"id"`, `"image"` or `"images"`, and
-            `"messages"` or `"conversations"`. Its messages are `{"role", "content"}`, where the content is a text or a list of
-            parts `{"type": "image"}` and `{"type": "text", "text"}`, or LLaVA's `{"from": "human" or "gpt", "value"}`.
-
-    Returns:
-        The conversation; its pictures are in the order of their places.
-
-    Raises:
-        DataError: it is none of these, or it lacks something; the message names the sample.
-    """
-    if isinstance(sample, Conversation):
-        conversation = sample
-    elif isinstance(sample, Sample):
-        conversation = _of_sample(sample)
-    elif not isinstance(sample, Mapping):
-        raise DataError(f"a sample is a {type(sample).__name__}; expected a Sample, a Conversation or a mapping")
-    elif sample.get("messages") is not None or sample.get("conversations") is not None:
-        conversation = _of_mapping(sample)
-    else:
-        missing = [name for name in Sample.__dataclass_fields__ if name not in sample]
-        if missing:
-            raise DataError(
-                f"a sample lacks {', '.join(missing)}; it has {', '.join(map(str, sample))}. Give id, image, question and answer, "
-                "or id, images and messages"
-            )
-        conversation = _of_sample(Sample(**{name: sample[name] for name in Sample.__dataclass_fields__}))
-    _require_sound(conversation)
-    return _place_images(conversation)
-
-
-def _of_sample(sample: Sample) -> Conversation:
-    for name, text in (("question", sample.question), ("answer", sample.answer)):
-        if isinstance(text, str) and PLACEHOLDER in text:
-            raise DataError(
-                f"sample {sample.id!r}: the {name} holds {PLACEHOLDER!r}, which stands for the picture; the collator adds it"
-            )
-    return Conversation(str(sample.id), (sample.image,), (Message("user", sample.question), Message("assistant", sample.answer)))
-
-
-def _of_mapping(sample: Mapping[str, Any]) -> Conversation:
-    if sample.get("id") is None:
-        raise DataError(f'a sample has no "id"; give each one of its own. It has {", ".join(map(str, sample))}')
-    name = f"sample {sample['id']!r}"
-    messages = sample["messages"] if sample.get("messages") is not None else sample["conversations"]
-    if not isinstance(messages, list | tuple):
-        raise DataError(f"{name}: its messages are a {type(messages).__name__}; expected a list")
-    if sample.get("image") is not None and sample.get("images") is not None:
-        raise DataError(f'{name} has both "image" and "images"; give one of them')
-    images = sample["images"] if sample.get("images") is not None else sample.get("image")
-    if images is None:
-        images = ()
-    elif not isinstance(images, list | tuple):
-        images = (images,)
-    turns = tuple(_message_of(message, f"{name}, message {n}") for n, message in enumerate(messages, start=1))
-    return Conversation(str(sample["id"]), tuple(images), turns)
-
-
-def _message_of(message: Any, name: str) -> Message:
-    if not isinstance(message, Mapping):
-        raise DataError(
-            f'{name} is a {type(message).__name__}; expected a mapping with "role" and "content", or "from" and "value"'
-        )
-    role, content = (
-        message.get(a) if message.get(a) is not None else message.get(b) for a, b in (("role", "from"), ("content", "value"))
-    )
-    if isinstance(content, list | tuple):
-        content = "".join(_part_of(part, name) for part in content)
-    return Message(_ROLES.get(str(role), str(role)), content)  # type: ignore[arg-type]  # see _require_sound
-
-
-def _part_of(part: Any, name: str) -> str:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "image":
-        # A table of parts has a column for the text of all.
-        sources = [key for key, value in part.items() if key not in ("type", "text") and value is not None]
-        if sources:
-            raise DataError(f'{name}: a part holds a picture under {sources[0]!r}; pictures go into "images", a part marks a place')
-        return PLACEHOLDER
-    text = part.get("text") if kind == "text" else None
-    if not isinstance(text, str):
-        raise DataError(f'{name} has a part {part!r}; expected {{"type": "image"}} or {{"type": "text", "text": ...}}')
-    if PLACEHOLDER in text:
-        raise DataError(f'{name}: a text holds {PLACEHOLDER!r}, which stands for a picture; give a part {{"type": "image"}}')
-    return text
-
-
-def _require_sound(conversation: Conversation) -> None:
-    name = f"sample {conversation.id!r}"
-    for n, message in enumerate(conversation.messages, start=1):
-        where = f"{name}, message {n}"
-        if message.role not in ("system", "user", "assistant"):
-            raise DataError(f"{where} has the role {message.role!r}; expected system, user or assistant (human or gpt with LLaVA)")
-        if not isinstance(message.content, str):
-            raise DataError(f"{where} says a {type(message.content).__name__}; expected a text")
-        require_unicode(message.content, f"{where} of the {message.role}")
-        if message.role == "assistant" and not message.content.strip():
-            raise DataError(f"{name} has an empty answer; every message of the assistant needs a text")
-        if message.role == "assistant" and PLACEHOLDER in message.content:
-            raise DataError(
-                f"{where}: the answer holds {PLACEHOLDER!r}, which stands for a picture; the student answers with text, put "
-                "pictures into messages of the user"
-            )
-    if not any(message.role == "assistant" for message in conversation.messages):
-        raise DataError(f"{name} has no message of the assistant; the student has nothing to learn from it")
-    if conversation.messages[0].role == "assistant":
-        raise DataError(f"{name} begins with a message of the assistant; expected one of the user or the system before it")
-
-
-def _place_images(conversation: Conversation) -> Conversation:
-    """The conversation with a place for every picture, and its pictures in the order of their places."""
-    messages, images = list(conversation.messages), conversation.images
-    counts = [message.content.count(PLACEHOLDER) for message in messages]
-    placed = sum(counts)
-    if placed > len(images):
-        raise DataError(
-            f"sample {conversation.id!r} has {placed} times {PLACEHOLDER!r} but {len(images)} pictures; give one for each of them"
-        )
-    if placed == len(images):
-        return conversation
-    first = next((n for n, message in enumerate(messages) if message.role == "user"), None)
-    if first is None:
-        raise DataError(
-            f"sample {conversation.id!r} has {len(images)} pictures but no message of the user; they stand in what the user says"
-        )
-    before = sum(counts[:first])
-    messages[first] = Message("user", PLACEHOLDER * (len(images) - placed) + messages[first].content)
-    return Conversation(conversation.id, (*images[:before], *images[placed:], *images[before:placed]), tuple(messages))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "id", id_of(self.id, "a pair"))
+        if not isinstance(self.caption, str):
+            raise DataError(f"pair {self.id!r}: the caption is a {type(self.caption).__name__}; expected a text")
 
 
 def read_pairs(
@@ -241,8 +102,9 @@ def read_samples(
     Args:
         data: JSON lines, or a JSON list, whose entries are samples `{"image", "answer"}` with optional `"question"` and `"id"`
             (`"caption"` serves as answer), or conversations `{"id", "image", "conversations"}` as published and as LLaVA writes
-            them (see `as_conversation`; an image path serves as id); or Karpathy's JSON of Flickr30k or COCO, whose captions are
-            answers to `DEFAULT_QUESTION`. What a file is shows in its content.
+            them, or with `"messages"`, or `"prompt"` and `"completion"` (see `as_conversation`; an image path serves as id, and
+            pictures may lie in the file in base64); or Karpathy's JSON of Flickr30k or COCO, whose captions are answers to
+            `DEFAULT_QUESTION`. What a file is shows in its content.
         split, images, captions: as `read_pairs` has them.
 
     Raises:
@@ -257,10 +119,10 @@ def read_samples(
             for sample_id, image, caption in _karpathy(path, entries, split, folder, captions)
         ]
     else:
+        # An entry without the id that others have lacks it, as in a table.
+        ids = {"id": None} if any(entry.get("id") is not None for _, entry in entries) else {}
         samples = [
-            _sample_of(place, entry, folder)
-            if entry.get("conversations") is None and entry.get("messages") is None
-            else _conversation_of(place, entry, folder)
+            _conversation_of(place, ids | entry, folder) if is_conversation(entry) else _sample_of(place, entry, folder)
             for place, entry in entries
         ]
     _require_unique([sample.id for sample in samples], path)
@@ -365,6 +227,7 @@ def _karpathy(
 
 
 def _sample_of(place: str, entry: Mapping[str, Any], folder: str | Path) -> Sample:
+    require_answer(entry, place)
     answer: Any = entry.get("caption") if entry.get("answer") is None else entry["answer"]
     question = entry.get("question", DEFAULT_QUESTION)
     for name, text in (("answer", answer), ("question", question)):
@@ -372,31 +235,36 @@ def _sample_of(place: str, entry: Mapping[str, Any], folder: str | Path) -> Samp
             raise DataError(f"{place}: no {name}; expected a text under {name!r}")
         require_unicode(text, f"{place}: the {name}")
     image = _image_of(place, entry, folder)
-    return Sample(_id_of(entry), image, question, answer)
+    sample_id = _id_of(place, entry, image, [question, answer])
+    return Sample(sample_id, image, question, answer, has_id=entry.get("id") is not None or isinstance(image, str | Path))
 
 
 def _conversation_of(place: str, entry: Mapping[str, Any], folder: str | Path) -> Conversation:
-    sample: dict[str, Any] = dict(entry)
     for key in ("image", "images"):
-        if entry.get(key) is None:
-            continue
-        names = entry[key] if isinstance(entry[key], list) else [entry[key]]
-        if not all(isinstance(name, str) and name for name in names):
-            raise DataError(f"{place}: {key!r} is {str(entry[key])[:80]}; expected a path or a list of paths")
-        sample[key] = [_within(folder, name, place) for name in names]
-        if sample.get("id") is None and names:
-            sample["id"] = names[0]
+        value = entry.get(key)
+        names = value if isinstance(value, list) else [value]
+        if value is not None and not all(isinstance(name, str) and name for name in names):
+            raise DataError(f"{place}: {key!r} is {str(value)[:80]}; expected a path or a list of paths")
     try:
-        return as_conversation(sample)
+        conversation = as_conversation(entry, lambda path: _within(folder, path, "its pictures"))
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
+    for image in conversation.images:
+        if not isinstance(image, str | Path | bytes):
+            raise DataError(f"{place}: a part holds the picture {str(image)[:80]}; expected a path or an encoded picture")
+    # The path of a picture is what `lavender extract` calls it by.
+    return replace(conversation, has_id=conversation.has_id or not conversation.id.startswith(CONTENT))
 
 
-def _image_of(place: str, entry: Mapping[str, Any], folder: str | Path) -> str | Path:
+def _image_of(place: str, entry: Mapping[str, Any], folder: str | Path) -> str | Path | bytes:
     image = entry.get("image")
     if not isinstance(image, str) or not image:
         raise DataError(f"{place}: no image; expected a path under 'image'")
-    return _within(folder, image, place)
+    try:
+        source: str | Path | bytes = source_of(image, lambda path: _within(folder, path, "its picture"))
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None
+    return source
 
 
 def _within(folder: str | Path, name: str, place: str) -> str | Path:
@@ -409,19 +277,14 @@ def _pair_of(place: str, entry: Mapping[str, Any], folder: str | Path) -> Pair:
     caption = entry.get("caption", entry.get("text"))
     if not isinstance(caption, str):
         raise DataError(f"{place}: no caption; expected a text under 'caption'")
-    return Pair(_id_of(entry), image, caption)
+    return Pair(_id_of(place, entry, image, [caption]), image, caption)
 
 
-def _id_of(entry: Mapping[str, Any]) -> str:
-    return str(entry["image"] if entry.get("id") is None else entry["id"])
-
-
-def require_unicode(text: str, name: str) -> None:
-    """JSON may hold half a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"{name} is no valid Unicode ({error.reason}, at character {error.start})") from None
+def _id_of(place: str, entry: Mapping[str, Any], image: str | Path | bytes, texts: Sequence[str]) -> str:
+    """The id of an entry; without one the path of its picture as it is written, or a hash where it holds the picture itself."""
+    if entry.get("id") is not None:
+        return id_of(entry["id"], place)
+    return written_path(entry["image"]) or content_id([image], texts)
 
 
 def _pairs_of_folder(path: str | Path) -> list[Pair]:

@@ -21,7 +21,8 @@ from ..config import Captions
 from ..errors import ConfigError, DataError
 from ..files import filesystem_of, is_url, path_within
 from ..images import ImageSource, StoredImage
-from .samples import Pair, read_pairs, require_unicode
+from .conversations import require_unicode, source_of, written_path
+from .samples import Pair, read_pairs
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "picture")
 CAPTION_COLUMNS = ("caption", "text", "captions", "sentence")
@@ -378,9 +379,9 @@ def _pairs_of_row(
     try:
         picture = _value(row.get(columns.image))
         cell = None if columns.id is None else _value(row.get(columns.id))
-        if not isinstance(cell, str | int | None):
+        if isinstance(cell, bool) or not isinstance(cell, str | int | None):
             raise DataError(f"the id is a {type(cell).__name__}; expected a text or a whole number")
-        sample_id = str(cell) if cell is not None else _path_of(picture) or name
+        sample_id = str(cell) if cell is not None else written_path(picture) or name
         image = _picture_of(picture, root, f"{name} ({sample_id})")
         texts = _captions_of(_value(row.get(columns.caption)), captions)
     except (DataError, UnicodeDecodeError) as error:
@@ -406,7 +407,8 @@ def _picture_of(picture: Any, root: str | Path, place: str) -> ImageSource:
     if path is None:
         raise DataError(f"no picture; expected encoded bytes or a path, found {_kind(encoded)}")
     require_unicode(path, "the path of the picture")
-    return path_within(root, path, place)
+    source: ImageSource = source_of(path, lambda written: path_within(root, written, place))
+    return source
 
 
 def _captions_of(value: Any, captions: str) -> list[tuple[str, Any]]:
@@ -518,7 +520,7 @@ class _Shards(Pairs):
         try:
             if sample.fault is not None:
                 raise DataError(sample.fault)
-            if self.columns.id is not None and not isinstance(sample.id, str | int):
+            if self.columns.id is not None and (isinstance(sample.id, bool) or not isinstance(sample.id, str | int)):
                 raise DataError(f"no id under {self.columns.id!r} in its json; expected a text or a whole number")
             if len(sample.pictures) != 1:
                 raise DataError(

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from ..config import Normalization, Storage, fingerprint, from_dict, to_dict
+from ..config import Normalization, Storage, check_fields, fingerprint, from_dict, to_dict
 from ..errors import ConfigError, TargetError
 
 FORMAT = "lavender-targets"
@@ -32,9 +32,7 @@ class StoreConfig:
     """How the maps were normalized before they were stored; with `none` they are raw attention, which is never negative."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("storage", get_args(Storage)), ("normalization", get_args(Normalization))):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        check_fields(self)
         if self.map_size < 1:
             raise ConfigError(f"map_size is {self.map_size}; it must be at least 1")
 

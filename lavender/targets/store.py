@@ -22,6 +22,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -411,6 +412,22 @@ class TargetStore:
             raise TargetError(f"{self.folder} has no targets for sample {sample_id!r}; extract them, or drop the sample")
         path, sha256, row = self._place_of[sample_id]
         return next(targets_of(group_of(path, sha256, row // GROUP_SIZE).slice(row % GROUP_SIZE, 1)))
+
+    def of_pictures(self, images: Sequence[str], captions: Sequence[str]) -> Target | None:
+        """The targets that were made from one of these pictures, by `image_sha256`: of several the first with one of these
+        captions, else the first; None if there are none."""
+        made = [sample for image in images for sample in self._samples_of.get(image, ())]
+        chosen = next((sample_id for sample_id, caption in made if caption in captions), made[0][0] if made else None)
+        return None if chosen is None else self[chosen]
+
+    @cached_property
+    def _samples_of(self) -> dict[str, list[tuple[str, str]]]:
+        """Of every picture the ids and captions of its samples, in the order of the store."""
+        samples: dict[str, list[tuple[str, str]]] = {}
+        for path in self.shards:
+            for sample_id, identity in _identities(path).items():
+                samples.setdefault(identity.image_sha256, []).append((sample_id, identity.caption))
+        return samples
 
     def contents(self) -> str:
         """Sixteen hexadecimal digits that change with the samples: their ids, pictures and captions."""

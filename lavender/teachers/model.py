@@ -30,6 +30,7 @@ from .inversion import read_maps, require_inversion
 from .loading import load_pipeline, pin_pipeline
 from .prompts import word_weights
 from .recording import DenoiserHooks
+from .turns import turn_of
 
 _SENTENCE_END = re.compile(r"[.!?。！？]|\n")
 
@@ -154,21 +155,22 @@ class Teacher:
         """Maps of several pictures' words, as `word_maps` gives them, computed together.
 
         As many passages of text are read at a time as there are pictures. `refusal` must have no reason against any of the
-        captions. Where the model's numbers overflow, maps are infinite.
+        captions. Where the model's numbers overflow, maps are infinite. Threads that use one pipeline wait for each other.
         """
-        frames = [frame(picture.image, self.side, self.config.fit) for picture in pictures]
-        with torch.no_grad():
-            latents = self.family.encode(torch.stack([square.pixels for square in frames]).to(self.device)).float()
-        # The noise of a picture follows from the picture: neither the order of samples nor a restart changes it.
-        seeds = [int(picture.sha256[:15], 16) ^ self.config.seed for picture in pictures]
-        passages = [passage for n, caption in enumerate(captions) for passage in self._passages(n, caption)]
-        maps: list[list[np.ndarray]] = [[] for _ in pictures]
-        for start in range(0, len(passages), len(pictures)):
-            together = passages[start : start + len(pictures)]
-            images = [passage.image for passage in together]
-            read = self._read(latents[images], together, [seeds[n] for n in images], [frames[n].inside for n in images])
-            for n, passage, values in zip(images, together, read, strict=True):
-                maps[n].append(values[: len(passage.words)])
+        with turn_of(self.pipe):
+            frames = [frame(picture.image, self.side, self.config.fit) for picture in pictures]
+            with torch.no_grad():
+                latents = self.family.encode(torch.stack([square.pixels for square in frames]).to(self.device)).float()
+            # The noise of a picture follows from the picture: neither the order of samples nor a restart changes it.
+            seeds = [int(picture.sha256[:15], 16) ^ self.config.seed for picture in pictures]
+            passages = [passage for n, caption in enumerate(captions) for passage in self._passages(n, caption)]
+            maps: list[list[np.ndarray]] = [[] for _ in pictures]
+            for start in range(0, len(passages), len(pictures)):
+                together = passages[start : start + len(pictures)]
+                images = [passage.image for passage in together]
+                read = self._read(latents[images], together, [seeds[n] for n in images], [frames[n].inside for n in images])
+                for n, passage, values in zip(images, together, read, strict=True):
+                    maps[n].append(values[: len(passage.words)])
         return [
             WordMaps(caption.text, caption.words, np.concatenate(values), square.crop)
             for caption, values, square in zip(captions, maps, frames, strict=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
 from types import MethodType
@@ -12,13 +13,17 @@ from typing import Any
 
 import torch
 
-from ..errors import CaptureError, ModelError
+from ..errors import CaptureError, ConfigError, ModelError
 from ..handle import Handle
 from ..maps import Maps, of_picture
 from ..types import Word
 from ..words import words_and
 from .prompts import word_weights
 from .recording import DenoiserHooks, Recording
+from .turns import turn_of
+
+_SEVERAL = object()
+"""Stands for more than one thread."""
 
 
 @dataclass(eq=False)
@@ -65,11 +70,24 @@ class _Drawing:
         return len(self.prompts or ()) * self.copies
 
 
+class _State(threading.local):
+    """What one thread draws: its latest drawing, and the branch that the denoiser computes, if it has a name."""
+
+    def __init__(self) -> None:
+        self.thread = object()  # the system gives the number of a thread that has ended to another one
+        self.drawing: _Drawing | None = None
+        self.context: str | None = None
+
+
 class TeacherPatch(Handle):
     """A patched text-to-image pipeline: what `lavender.patch(pipe)` returns for diffusers pipelines.
 
     Whatever the pipeline draws while it is patched is recorded: `maps` has the heat maps of the latest prompt's words. Usable as
-    a context manager. One patch serves one thread.
+    a context manager.
+
+    Threads may share it. Calls of pipelines that have a part in common wait for each other, since diffusers keeps the state of a
+    drawing in the pipeline and its scheduler. Each thread has the maps of what it drew itself; one that drew nothing has the
+    latest ones, if they are all of one other thread.
 
     Attributes:
         pipe: the patched pipeline.
@@ -84,8 +102,10 @@ class TeacherPatch(Handle):
         self.settings = (layers, heads, steps, words)
         self._more = words
         self._heads, self._steps = heads, steps
-        self._drawing: _Drawing | None = None
-        self._context: str | None = None
+        self._state = _State()
+        # The latest drawing while one thread alone has drawn, and which.
+        self._latest: _Drawing | None = None
+        self._author: object = None
         # Wan 2.2 draws the late steps with a second transformer.
         self._hooks = [DenoiserHooks(denoiser, layers, self._open) for denoiser in denoisers_of(pipe)]
         self.denoiser = self._hooks[0].denoiser
@@ -101,17 +121,22 @@ class TeacherPatch(Handle):
         return self._hooks[0].attached
 
     def unpatch(self) -> None:
-        """Undoes everything; maps that were recorded stay. A second call does nothing."""
-        if not self.is_patched:
-            return
-        for hooks in self._hooks:
-            hooks.remove()
-        for named in self._names:
-            named.remove()
-        if self._drawing is not None:
-            self._drawing.close()
-        if callable(self.pipe):
-            self.pipe.__class__ = self._class
+        """Undoes everything, when no other thread is drawing; maps that were recorded stay. A second call does nothing."""
+        with turn_of(self.pipe):
+            if not self.is_patched:
+                return
+            for hooks in self._hooks:
+                hooks.remove()
+            for named in self._names:
+                named.remove()
+            if self._drawing is not None:
+                self._drawing.close()
+            if callable(self.pipe):
+                self.pipe.__class__ = self._class
+
+    def __exit__(self, *error: object) -> None:
+        with turn_of(self.pipe):  # so that nobody borrows the handle in between
+            super().__exit__(*error)
 
     @property
     def maps(self) -> Maps:
@@ -122,9 +147,14 @@ class TeacherPatch(Handle):
         """Heat maps for one picture of the latest call, numbered as the pipeline returns them: prompt by prompt.
 
         Raises:
-            CaptureError: nothing was drawn yet, or the prompt was given as embeddings.
+            CaptureError: nothing was drawn yet, or not by this thread but by several others; or the prompt was given as
+                embeddings.
         """
-        drawing = self._drawing
+        drawing = self._drawing or self._latest
+        if drawing is None and self._author is not None:
+            raise CaptureError(
+                "several threads drew with this pipeline, and this one did not: read the maps in the thread that drew the picture"
+            )
         if drawing is None:
             raise CaptureError(
                 "nothing was recorded: call the pipeline, or its encode_prompt and its denoiser, while it is patched"
@@ -155,6 +185,17 @@ class TeacherPatch(Handle):
         """Records the forwards of `denoiser` (not of a second one) with weights of one's own; see `DenoiserHooks.capture`."""
         return self._hooks[0].capture(word_weights, branch, fused)
 
+    @property
+    def _drawing(self) -> _Drawing | None:
+        """This thread's."""
+        return self._state.drawing
+
+    @_drawing.setter
+    def _drawing(self, drawing: _Drawing) -> None:
+        self._state.drawing = drawing
+        is_alone = self._author in (None, self._state.thread)
+        self._latest, self._author = (drawing, self._state.thread) if is_alone else (None, _SEVERAL)
+
     @contextmanager
     def _running(self, arguments: dict[str, Any]) -> Iterator[None]:
         """The pipeline's own call, from its arguments to its end."""
@@ -171,16 +212,17 @@ class TeacherPatch(Handle):
 
     def _encoded(self, arguments: dict[str, Any], output: Any) -> None:
         """`encode_prompt` ran: by a user it says what is drawn next; inside the pipeline's call its first run has the prompt."""
-        if self._drawing is None or not self._drawing.whole or self._drawing.closed:
-            self._drawing = _Drawing.of(arguments, self._more, whole=False)
-        elif self._drawing.prompts is None and self._drawing.embeddings is None:
+        drawing = self._drawing
+        if drawing is None or not drawing.whole or drawing.closed:
+            self._drawing = drawing = _Drawing.of(arguments, self._more, whole=False)
+        elif drawing.prompts is None and drawing.embeddings is None:
             # A subclass's call that hands all its arguments on does not say which of them is the prompt.
             encoded = _Drawing.of(arguments, self._more, whole=True)
-            self._drawing.arguments = {**arguments, **self._drawing.arguments}
-            self._drawing.prompts, self._drawing.words, self._drawing.copies = encoded.prompts, encoded.words, encoded.copies
+            drawing.arguments = {**arguments, **drawing.arguments}
+            drawing.prompts, drawing.words, drawing.copies = encoded.prompts, encoded.words, encoded.copies
         first = output[0] if isinstance(output, tuple) else output
-        if self._drawing.embeddings is None and isinstance(first, torch.Tensor):
-            self._drawing.embeddings = first.detach()
+        if drawing.embeddings is None and isinstance(first, torch.Tensor):
+            drawing.embeddings = first.detach()
 
     def _open(self, inputs: Mapping[str, Any]) -> tuple[Recording, list[int]] | None:
         """Before a forward of the denoiser: where to record it, and which samples."""
@@ -212,7 +254,7 @@ class TeacherPatch(Handle):
             return _find_carriers(drawing, text)
         size, batch = drawing.num_pictures, text.shape[0]
         # Stable Diffusion 3 can compute the prompt's branch once more with layers left out.
-        if self._context not in (None, "cond", "cond_uncond") or inputs.get("skip_layers") is not None:
+        if self._state.context not in (None, "cond", "cond_uncond") or inputs.get("skip_layers") is not None:
             return [], []
         count, rest = divmod(batch, size)
         if rest or not 1 <= count <= 3:
@@ -221,7 +263,7 @@ class TeacherPatch(Handle):
                 "patch.capture(word_weights)"
             )
         first = 0 if count == 1 else size
-        if count == 1 and self._context is None and drawing.embeddings is not None and drawing.embeddings.shape == text.shape:
+        if count == 1 and self._state.context is None and drawing.embeddings is not None and drawing.embeddings.shape == text.shape:
             first = 0 if torch.equal(drawing.embeddings.to(text), text) else batch
         elif count == 2 and getattr(self.pipe, "do_perturbed_attention_guidance", False):
             first = size if getattr(self.pipe, "do_classifier_free_guidance", True) else 0
@@ -242,13 +284,14 @@ class _NamedContext:
     @contextmanager
     def __call__(self, name: str, **kwargs: Any) -> Iterator[None]:
         patch = self.patch
-        before, patch._context = patch._context, name
+        state = patch._state
+        before, state.context = state.context, name
         try:
             original = self.inner or MethodType(type(self.denoiser).cache_context, self.denoiser)
             with original(name, **kwargs):
                 yield
         finally:
-            patch._context = before
+            state.context = before
 
     def remove(self) -> None:
         """Takes this away, and whatever is left below it; where another patch stands above it, that one does so later."""
@@ -306,11 +349,12 @@ def _watch_class(original: type, patch: TeacherPatch) -> type:
         return dict(call_arguments.arguments)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        arguments = bound(original.__call__, self, args, kwargs)
-        if arguments is None:
+        if self is not patch.pipe:
             return original.__call__(self, *args, **kwargs)
-        with patch._running(arguments):
-            return original.__call__(self, *args, **kwargs)
+        with turn_of(self):
+            arguments = bound(original.__call__, self, args, kwargs)
+            with nullcontext() if arguments is None else patch._running(arguments):
+                return original.__call__(self, *args, **kwargs)
 
     def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = bound(original.encode_prompt, self, args, kwargs)  # type: ignore[attr-defined]
@@ -332,12 +376,23 @@ def patch_teacher(
     pipe: Any, layers: str | Sequence[str] = (), heads: bool = False, steps: bool = False, words: str | Sequence[str] = ()
 ) -> TeacherPatch:
     """The handle of a diffusers pipeline; see `lavender.patch`."""
-    layers, words = ((names,) if isinstance(names, str) else tuple(names) for names in (layers, words))
-    present: TeacherPatch | None = getattr(pipe, "_lavender_patch", None)
-    if present is not None and present.pipe is not pipe:  # a copy of a patched pipeline
-        pipe.__class__, present = present._class, None
-    if present is not None:
-        if present.settings == (layers, heads, steps, words):
-            return present.borrowed()
-        present.unpatch()
-    return TeacherPatch(pipe, layers, heads, steps, words)
+    layers, words = _names("layers", layers), _names("words", words)
+    for name, value in (("heads", heads), ("steps", steps)):
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} is {value!r}; expected True or False")
+    with turn_of(pipe):
+        present: TeacherPatch | None = getattr(pipe, "_lavender_patch", None)
+        if present is not None and present.pipe is not pipe:  # a copy of a patched pipeline
+            pipe.__class__, present = present._class, None
+        if present is not None:
+            if present.settings == (layers, heads, steps, words):
+                return present.borrowed()
+            present.unpatch()
+        return TeacherPatch(pipe, layers, heads, steps, words)
+
+
+def _names(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, Sequence) or not all(isinstance(each, str) for each in names):
+        raise ConfigError(f"{name} is {value!r}; expected a text or a list of texts")
+    return tuple(names)

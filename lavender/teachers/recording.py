@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -95,7 +96,7 @@ class Recording:
         """Raises `CaptureError` naming what kept layers of a denoiser from recording."""
         missing = sorted(set(layers) - {layer for layer, _ in self._sums} - self._passed)
         if not self.num_forwards:
-            raise CaptureError("the attention layers recorded nothing: the denoiser did not run")
+            raise CaptureError("the attention layers recorded nothing: the denoiser did not run in this thread")
         if not self._sums and self._passed == set(layers):
             raise CaptureError(
                 f"no layer's grid has a longer side of {', '.join(map(str, self.resolutions))} places; this picture's have "
@@ -180,8 +181,25 @@ class _Attention:
         return _Attention(self.query[branch], key, value, mask, scale=self.scale)
 
 
+@dataclass(eq=False)
+class _State:
+    """What one thread records just now."""
+
+    manual: tuple[Recording, Samples] | None = None
+    current: tuple[Recording, Samples, Places] | None = None
+    readers: list[_CallReader] = field(default_factory=list)
+
+
+class _Threads(threading.local):
+    """Each thread's state: an object of its own, since torch.compile loses what is assigned to a `threading.local` itself."""
+
+    def __init__(self) -> None:
+        self.state = _State()
+
+
 class DenoiserHooks:
-    """Hooks on one denoiser that record its forwards inside `capture`; outside of it those that `opened` asks for.
+    """Hooks on one denoiser that record its forwards inside `capture`; outside of it those that `opened` asks for. A thread
+    records its own forwards alone.
 
     Attributes:
         denoiser: the model.
@@ -199,10 +217,8 @@ class DenoiserHooks:
         self.layout: Layout = layout_of(denoiser)
         self.modules = _choose(_attention_modules(denoiser, self.layout), layers)
         self._opened = opened
-        self._manual: tuple[Recording, Samples] | None = None
         self._signature = inspect.signature(type(denoiser).forward)
-        self._current: tuple[Recording, Samples, Places] | None = None
-        self._readers: list[_CallReader] = []
+        self._threads = _Threads()
         self._handles: list[Any] = [
             denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
             denoiser.register_forward_hook(self._after, always_call=True),
@@ -231,7 +247,7 @@ class DenoiserHooks:
         heads: bool | tuple[int, ...] = True,
         resolutions: tuple[int, ...] = (),
     ) -> Iterator[Recording]:
-        """Records every forward of the denoiser inside the `with` block, with weights of the caller's own.
+        """Records every forward of the denoiser inside the `with` block, in its thread, with weights of the caller's own.
 
         Args:
             word_weights: [B, W, N], each text token's share of each word (1 / tokens at a word's tokens for their mean).
@@ -251,11 +267,11 @@ class DenoiserHooks:
         if not self.attached:
             raise CaptureError("the patch was undone; call lavender.patch again")
         recording = Recording(word_weights, heads, fused=fused, resolutions=resolutions)
-        before, self._manual = self._manual, (recording, branch)
+        before, self._threads.state.manual = self._threads.state.manual, (recording, branch)
         try:
             yield recording
         finally:
-            self._manual = before
+            self._threads.state.manual = before
         recording.require_layers(self.denoiser, self.modules)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DenoiserHooks:
@@ -266,11 +282,11 @@ class DenoiserHooks:
         if module is not self.denoiser:
             return
         inputs = self._signature.bind(module, *args, **kwargs).arguments
-        opened = self._manual
+        opened = self._threads.state.manual
         if opened is None and self._opened is not None:
             opened = self._opened(inputs)
         if opened is None:
-            self._current = None
+            self._threads.state.current = None
             return
         recording, branch = opened
         if torch.is_grad_enabled() and module.training and getattr(module, "is_gradient_checkpointing", False):
@@ -282,28 +298,28 @@ class DenoiserHooks:
             if hides_attention(attention):  # better now than when a whole picture is drawn
                 raise CaptureError(f"the attention cannot be read: {remedy_of(attention)}")
         recording.num_forwards += 1
-        self._current = (recording, branch, places_of(self.layout, module, inputs))
+        self._threads.state.current = (recording, branch, places_of(self.layout, module, inputs))
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._current = None
+        self._threads.state.current = None
 
     def _enter(self, name: str) -> Any:
         def enter(module: nn.Module, args: tuple) -> None:
-            if self._current is not None:
+            if self._threads.state.current is not None:
                 reader = _CallReader(self._record, name)
                 reader.__enter__()
-                self._readers.append(reader)
+                self._threads.state.readers.append(reader)
 
         return enter
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._readers:
-            self._readers.pop().__exit__(None, None, None)
+        if self._threads.state.readers:
+            self._threads.state.readers.pop().__exit__(None, None, None)
 
     def _record(self, name: str, call: _Attention) -> torch.Tensor | None:
         """Records one layer's maps; the attention's output if it came with them."""
-        assert self._current is not None
-        recording, branch, places = self._current
+        assert self._threads.state.current is not None
+        recording, branch, places = self._threads.state.current
         cross = self.layout.order == "cross"
         grid = level_grid(places.grid, call.query.shape[2]) if cross else places.grid
         if recording.passes(name, grid):

@@ -39,12 +39,13 @@ from ..batches.collator import Collator
 from ..config import AlignmentConfig, TrainingConfig, WordsConfig, to_dict
 from ..data.samples import Conversation, Sample
 from ..errors import ConfigError, DataError, ModelError, TargetError
-from ..files import write_atomically
+from ..files import is_url, write_atomically
+from ..images import Picture
 from ..patching import patch
 from ..pretrained.names import split_revision
 from ..students.loading import load_student as load_student  # importable from here
 from ..students.loading import pin_adapter, pin_student
-from ..students.patch import StudentPatch
+from ..students.patch import ALIGNER_FILE, StudentPatch
 from ..targets.store import TargetStore
 from .callback import LavenderCallback
 from .checkpoints import last_checkpoint as _last_checkpoint
@@ -91,8 +92,8 @@ def fine_tune(
         The trained model (a `PeftModel` with LoRA), still patched if it was aligned.
 
     Raises:
-        ModelError: the student or the adapter cannot be loaded, or the student not patched; or a loss or a weight is not finite. Then
-            the checkpoints before that step are kept, and nothing is written after it.
+        ModelError: the student or the adapter cannot be loaded, or the student not patched; or a loss or a weight is not finite.
+            Then the checkpoints before that step are kept, and nothing is written after it.
         TargetError: `targets` have none of the samples, or `out` holds a run with other settings.
         DataError: a sample cannot be used; or `out` has checkpoints, and all are damaged.
         ConfigError: `training.arguments` holds what `transformers.TrainingArguments` does not take, or settings do not go together.
@@ -138,7 +139,7 @@ def load_aligner(patch_handle: StudentPatch, run: str | Path) -> None:
 
     Raises `ModelError` if there is none, if it is damaged or holds NaN, or if it is one of another config.
     """
-    path = Path(run) / "aligner.safetensors"
+    path = Path(run) / ALIGNER_FILE
     if not path.exists():
         raise ModelError(f"there is no aligner at {path}; give the folder of a finished run that had targets")
     try:
@@ -147,7 +148,10 @@ def load_aligner(patch_handle: StudentPatch, run: str | Path) -> None:
         raise ModelError(f"{path} is damaged ({error}); train the aligner again") from error
     _require_finite(weights, path)
     try:
-        patch_handle.model.lavender.load_state_dict(weights)
+        aligner = patch_handle.model.lavender
+        # Beside an adapter, PEFT's wrapper holds the one that is trained.
+        aligner = aligner.modules_to_save[aligner.active_adapter] if hasattr(aligner, "modules_to_save") else aligner
+        aligner.load_state_dict(weights)
     except RuntimeError as error:
         raise ModelError(f"the aligner of {run} belongs to another AlignmentConfig or model ({_first_line(error)})") from error
 
@@ -214,7 +218,7 @@ class _Run:
         files = [*places.values()]
         if self.alignment is not None and _has_weights(self.alignment):
             places["aligner"] = self.out
-            files.append(self.out / "aligner.safetensors")
+            files.append(self.out / ALIGNER_FILE)
         for path in files:
             if not path.exists():
                 raise DataError(
@@ -279,7 +283,7 @@ def _texts(sample: Sample | Conversation) -> list[Any]:
 
 def _paths(sample: Sample | Conversation) -> list[Path]:
     images = (sample.image,) if isinstance(sample, Sample) else sample.images
-    return [Path(image) for image in images if isinstance(image, str | Path)]
+    return [Path(image) for image in images if isinstance(image, str | Path) and not is_url(image)]
 
 
 def _require_images(samples: Sequence[Sample | Conversation]) -> None:
@@ -369,13 +373,23 @@ def _arguments(folder: Path, training: TrainingConfig, progress: bool) -> Traini
 
 
 def _require_targets(samples: Sequence[Sample | Conversation], targets: TargetStore) -> None:
-    missing = [sample.id for sample in samples if sample.id not in targets]
+    missing = [sample for sample in samples if sample.id not in targets]
     if not missing:
         return
-    message = f"{targets.folder} has no targets for {len(missing)} of {len(samples)} samples (first: {missing[0]!r})"
-    if len(missing) == len(samples):
+    message = f"{targets.folder} has no targets for {len(missing)} of {len(samples)} samples (first: {missing[0].id!r})"
+    nameless = [sample for sample in missing if not sample.has_id]
+    if len(missing) == len(samples) and not any(_has_known_picture(sample, targets) for sample in nameless):
         raise TargetError(f"{message}; extract them, or give the samples the ids that they were extracted by")
-    logger.warning("%s; these train the language loss alone", message)
+    exceptions = ", but for those without an id whose picture it has" if nameless else ""
+    logger.warning("%s; these train the language loss alone%s", message, exceptions)
+
+
+def _has_known_picture(sample: Sample | Conversation, targets: TargetStore) -> bool:
+    images = (sample.image,) if isinstance(sample, Sample) else sample.images
+    try:
+        return any(targets.of_pictures([Picture.open(image).sha256], ()) for image in images)
+    except DataError:  # the collator names it
+        return False
 
 
 def _begin(out: Path, record: dict[str, Any], writes: bool) -> bool:
@@ -425,7 +439,7 @@ def _write_results(out: Path, trainer: Trainer, processor: Any, frozen: bool) ->
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
-        _move_aligner(folder, out / "aligner.safetensors")
+        _move_aligner(folder, out / ALIGNER_FILE)
         (folder / "training_args.bin").unlink(missing_ok=True)
         if folder.name == "model":
             processor.save_pretrained(folder)
@@ -437,22 +451,16 @@ def _write_results(out: Path, trainer: Trainer, processor: Any, frozen: bool) ->
 
 
 def _move_aligner(folder: Path, aligner_file: Path) -> None:
-    """Moves the aligner from what the Trainer saved to a file of its own: the rest is what plain PEFT or transformers expect."""
-    aligner: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    """Moves the aligner out of what the Trainer saved, which is what plain PEFT or transformers expect then."""
+    if (folder / ALIGNER_FILE).exists():  # of a model
+        os.replace(folder / ALIGNER_FILE, aligner_file)
+    for path in folder.glob("adapter_model.safetensors"):
         weights = load_file(path)
-        moved = {name: value for name, value in weights.items() if "lavender." in name}
-        if moved:
-            aligner |= {name.split("lavender.", 1)[1]: value for name, value in moved.items()}
-            save_file({name: value for name, value in weights.items() if name not in moved}, path, metadata={"format": "pt"})
-    if aligner:
-        save_file(aligner, aligner_file)
-    _edit(folder / "model.safetensors.index.json", _without_aligner)
+        aligner = {name.split("lavender.", 1)[1]: value for name, value in weights.items() if "lavender." in name}
+        if aligner:
+            save_file(aligner, aligner_file)
+            save_file({name: value for name, value in weights.items() if "lavender." not in name}, path, metadata={"format": "pt"})
     _edit(folder / "adapter_config.json", lambda config: config | {"modules_to_save": None})
-
-
-def _without_aligner(index: dict[str, Any]) -> dict[str, Any]:
-    return index | {"weight_map": {name: file for name, file in index["weight_map"].items() if "lavender." not in name}}
 
 
 def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
