@@ -56,6 +56,11 @@ def check_fields(config: Any) -> None:
         object.__setattr__(config, name, _convert(name, getattr(config, name), hint))
 
 
+def require_kind(name: str, config: Any, kind: type) -> None:
+    """Raises `ConfigError` if what was given for a config is none of its kind."""
+    _require(isinstance(config, kind), f"{name} is a {type(config).__name__}; expected one of lavender's {kind.__name__}")
+
+
 def _require_positive(config: Any, *names: str) -> None:
     for name in names:
         _require(getattr(config, name) >= 1, f"{name} is {getattr(config, name)}; it must be at least 1")

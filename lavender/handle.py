@@ -21,10 +21,16 @@ class Handle(ABC):
     _lock = threading.RLock()
     """Of all handles, for a moment each: who uses one changes as a whole."""
 
-    _num_entered = 0
     _is_owned = False
+    _users: tuple[int, ...] = ()
+    """The threads that are inside a `with`, once for each."""
     _borrowers: frozenset[int] = frozenset()
     """Threads that were lent the handle and have not begun their `with`."""
+
+    @property
+    def is_used_elsewhere(self) -> bool:
+        """Whether another thread is inside a `with` of the handle."""
+        return any(user != threading.get_ident() for user in self._users)
 
     @property
     @abstractmethod
@@ -47,15 +53,17 @@ class Handle(ABC):
                 raise CaptureError("the patch was undone; call lavender.patch again")
             self._is_owned |= threading.get_ident() not in self._borrowers
             self._borrowers -= {threading.get_ident()}
-            self._num_entered += 1
+            self._users += (threading.get_ident(),)
         return self
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
-            self._num_entered -= 1
+            users = list(self._users)
+            users.remove(threading.get_ident() if threading.get_ident() in users else users[-1])
+            self._users = tuple(users)
             self._borrowers -= {threading.get_ident()}
             waiting = self._borrowers & {each.ident for each in threading.enumerate()}
-            is_last = self._is_owned and not self._num_entered and not waiting
+            is_last = self._is_owned and not users and not waiting
         if is_last:
             self.unpatch()
 

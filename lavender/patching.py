@@ -56,12 +56,14 @@ def patch(
         A handle. A pipeline's `maps` has the heat maps of the words of the prompt that was drawn last; a language model's, those
         of the latest answer of `look`. `capture(...)` reads raw maps, `unpatch()` undoes everything, and so does the end of a
         `with`. Patching a patched model again returns the handle that it has, and a `with` around that leaves the first patch in
-        place; with other settings, the first patch is undone and the model patched anew, unless an aligner would be lost.
+        place; with other settings, the first patch is undone and the model patched anew, unless an aligner would be lost. Threads
+        may share a pipeline: see `TeacherPatch`.
 
     Raises:
         ModelError: the model is of no kind, family or attention implementation that lavender can read, or trains with another
             config.
-        ConfigError: a setting belongs to the other kind of model.
+        ConfigError: a setting is of another type, or belongs to the other kind of model.
+        CaptureError: another thread is inside a `with` of the pipeline's patch that has other settings.
     """
     if config is not None and not isinstance(config, AlignmentConfig):
         raise ConfigError(f"config is a {type(config).__name__}; expected an AlignmentConfig (processor= takes the processor)")

@@ -32,7 +32,9 @@ from lavender.config import (
     to_dict,
 )
 from lavender.errors import ConfigError
+from lavender.extraction.extract import extract
 from lavender.targets.manifest import StoreConfig
+from lavender.targets.store import TargetWriter
 
 teacher_configs = st.builds(
     TeacherConfig,
@@ -200,3 +202,13 @@ def test_what_means_the_same_is_the_same_config():
     config = TrainingConfig(arguments=given)
     given["bf16"] = False
     assert config.arguments == {"bf16": True}
+
+
+@pytest.mark.parametrize("wrong", [{"map_size": 8}, "noise", AlignmentConfig()])
+def test_what_is_no_config_is_refused(tmp_path, wrong):
+    with pytest.raises(ConfigError, match=f"config is a {type(wrong).__name__}; expected one of lavender's StoreConfig"):
+        TargetWriter(tmp_path / "store", {"model": "m"}, wrong)
+    with pytest.raises(ConfigError, match=r"config is a .*; expected one of lavender's TeacherConfig"):
+        extract("no model is needed", [], tmp_path / "targets", wrong)
+    with pytest.raises(ConfigError, match=r"work is a .*; expected one of lavender's ExtractionConfig"):
+        extract("no model is needed", [], tmp_path / "targets", work=wrong)

@@ -258,9 +258,9 @@ def _of_mapping(sample: Mapping[str, Any], locate: Locate) -> Conversation:
             f"{name} has {', '.join(map(repr, unread))}, which lavender does not read; put what is said into the messages, and "
             "leave the rest out"
         )
-    if sample.get("image") is not None and sample.get("images") is not None:
+    images = sample.get("image") if _is_empty(sample.get("images")) else sample["images"]
+    if images is not sample.get("image") and sample.get("image") is not None:
         raise DataError(f'{name} has both "image" and "images"; give one of them')
-    images = sample["images"] if sample.get("images") is not None else sample.get("image")
     images = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
     counter = itertools.count()
     turns: list[Message] = []
@@ -291,7 +291,7 @@ def _messages_of(sample: Mapping[str, Any], name: str) -> Iterator[tuple[Any, bo
         messages = sample[given[0]]
         if not isinstance(messages, list | tuple):
             raise DataError(f"{name}: its messages are a {type(messages).__name__}; expected a list")
-        yield from ((message, True) for message in messages)
+        yield from ((message, True) for message in map(_mapping_of, messages))
         return
     preferences = [key for key in ("chosen", "rejected", "label") if sample.get(key) is not None]
     if preferences:
@@ -309,11 +309,16 @@ def _messages_of(sample: Mapping[str, Any], name: str) -> Iterator[tuple[Any, bo
             f"{name}: its prompt is a {type(prompt).__name__} and its completion a {type(completion).__name__}; expected two "
             "texts, or two lists of messages"
         )
+    prompt, completion = (list(map(_mapping_of, messages)) for messages in (prompt, completion))
     roles = [_role_of(message) for message in completion if isinstance(message, Mapping)]
     if any(role != "assistant" for role in roles):
         raise DataError(f"{name}: its completion has messages of {', '.join(roles)}; expected one of the assistant")
     yield from ((message, False) for message in prompt)
     yield from ((message, True) for message in completion)
+
+
+def _mapping_of(message: Any) -> Any:
+    return vars(message) if isinstance(message, Message) else message
 
 
 def _role_of(message: Mapping[str, Any]) -> str:

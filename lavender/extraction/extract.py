@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..config import ExtractionConfig, TeacherConfig, to_dict
+from ..config import ExtractionConfig, TeacherConfig, require_kind, to_dict
 from ..data.samples import Pair
 from ..data.sources import BadPair
 from ..errors import DataError, TargetError
@@ -59,7 +59,11 @@ def extract(
         ModelError: `model` cannot be loaded or read, or its processes die.
         TargetError: `out` holds something else, is not complete (`failed_only`), or another process writes it; the disk is full.
     """
-    config, work, out = config or TeacherConfig(), work or ExtractionConfig(), Path(out)
+    config = TeacherConfig() if config is None else config
+    work = ExtractionConfig() if work is None else work
+    require_kind("config", config, TeacherConfig)
+    require_kind("work", work, ExtractionConfig)
+    out = Path(out)
     if failed_only and not read_manifest(out)["complete"]:
         raise TargetError(f"the extraction into {out} has not finished; finish it before you try what failed")
     kept = StoreConfig(config.map_size, config.storage, config.normalization)

@@ -32,7 +32,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from ..config import fingerprint
+from ..config import fingerprint, require_kind
 from ..errors import TargetError, warn_renamed
 from ..files import write_atomically
 from ..images import ImageSource, file_sha256, image_sha256, load_image
@@ -135,7 +135,8 @@ class TargetWriter:
         """`source` says what the maps come from, in plain JSON values: a model, its weights, its settings, whatever decides about
         the maps. The entries `model`, `model_commit` and `source` are names: stores that differ in them alone hold the same maps.
         """
-        config = config or StoreConfig()
+        config = StoreConfig() if config is None else config
+        require_kind("config", config, StoreConfig)
         self.folder = folder
         self.shard_size = shard_size
         self._storage = config.storage

@@ -387,6 +387,10 @@ def patch_teacher(
         if present is not None:
             if present.settings == (layers, heads, steps, words):
                 return present.borrowed()
+            if present.is_used_elsewhere:
+                raise CaptureError(
+                    "another thread uses this pipeline's patch, with other settings; give the same, or wait until it has finished"
+                )
             present.unpatch()
         return TeacherPatch(pipe, layers, heads, steps, words)
 

@@ -443,6 +443,16 @@ def test_a_pair_of_another_type_is_refused(arguments, message):
         Pair(*arguments)
 
 
+def test_empty_columns_count_as_missing():
+    row = {"image": RED, "images": [], "messages": [ASK, ANSWER], "tools": [], "system": ""}
+    assert as_conversation(row).images == (RED,)
+    messages = [Message("user", "Who?"), Message("assistant", "Ann", is_learned=False), Message("user", "And?")]
+    turns = as_conversation({"image": RED, "messages": [*messages, Message("assistant", "Eve")]}).messages
+    assert [(turn.content, turn.is_learned) for turn in turns[1:]] == [("Ann", False), ("And?", True), ("Eve", True)]
+    with pytest.raises(DataError, match="no message of the assistant"):
+        as_conversation({"image": RED, "messages": messages})
+
+
 def test_other_columns_of_a_table_do_not_matter():
     """As in data sets for several kinds of training."""
     row = {"prompt": "Who?", "chosen": TALK, "rejected": TALK, "score": 1.5, "source": "x", "messages": [ASK, ANSWER], "tools": []}

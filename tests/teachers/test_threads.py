@@ -161,6 +161,21 @@ def test_each_thread_has_the_maps_of_its_own_picture():
             in_threads(read, [None], num_threads=1)
 
 
+def test_another_thread_does_not_take_the_patch_away():
+    pipe = PIPELINES["StableDiffusionPipeline"]()
+
+    def work(options):
+        with lavender.patch(pipe, **options) as lens:
+            return lens.settings[1]
+
+    with lavender.patch(pipe) as lens:
+        with pytest.raises(CaptureError, match="another thread uses this pipeline's patch, with other settings"):
+            in_threads(work, [{"heads": True}], num_threads=1)
+        assert in_threads(work, [{}], num_threads=1) == [False]
+        assert lens.is_patched
+    assert in_threads(work, [{"heads": True}], num_threads=1) == [True]
+
+
 def test_one_teacher_reads_the_pictures_of_two_threads(teacher_folder, scenes):
     with closing(Teacher(teacher_folder, TeacherConfig(inversion_steps=2, diffusion_steps=2))) as teacher:
 
