@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -121,7 +122,7 @@ def test_mistakes_with_paths(refused, teacher_folder, student_folder, data, tmp_
     assert file.read_text() == "mine"
 
 
-def test_mistakes_with_data(lavender, refused, teacher_folder, student_folder, data, tmp_path):
+def test_mistakes_with_data(lavender, refused, teacher_folder, student_folder, data, tmp_path, caplog):
     empty = tmp_path / "data/empty.jsonl"
     empty.write_text('{"image": "images/00000.png", "caption": ""}')
     result = lavender("extract", "--model", teacher_folder, "--data", empty, "--out", tmp_path / "t", "--inversion", "noise")
@@ -132,10 +133,15 @@ def test_mistakes_with_data(lavender, refused, teacher_folder, student_folder, d
         "train", "--model", student_folder, "--data", data, "--targets", tmp_path / "t", "--out", tmp_path / "r"
     )
     assert "line 1: no answer" in refused("train", "--model", student_folder, "--data", empty, "--out", tmp_path / "r")
+    train = ("train", "--model", student_folder, "--data", data, "--steps", 1, "--out")
     (tmp_path / "data/images/00001.png").write_bytes(b"broken")
-    assert "cannot read the image" in refused(
-        "train", "--model", student_folder, "--data", data, "--out", tmp_path / "r", "--steps", 2
-    )
+    caplog.clear()
+    assert lavender(*train, tmp_path / "r").returncode == 0
+    skipped = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    assert re.match(r"skipped: sample 'images/00001.png': cannot read the image .*00001.png", skipped[0])
+    for picture in (tmp_path / "data/images").iterdir():
+        picture.write_bytes(b"broken")
+    assert "cannot read the image" in refused(*train, tmp_path / "r2")
 
 
 def test_mistakes_with_settings(refused, teacher_folder, data, tmp_path):
