@@ -102,8 +102,8 @@ def fine_tune(
         The trained model (a `PeftModel` with LoRA), still patched if it was aligned.
 
     Raises:
-        ModelError: the student or the adapter cannot be loaded, or the student not patched; or a loss or a weight is not finite. Then
-            the checkpoints before that step are kept, and nothing is written after it.
+        ModelError: the student or the adapter cannot be loaded, or the student not patched; or a loss or a weight is not finite:
+            the checkpoints before that step are kept then, and nothing is written after it.
         TargetError: `targets` have none of the samples, or `out` holds a run with other settings.
         DataError: a sample cannot be used; or `out` has checkpoints, and all are damaged.
         ConfigError: `training.arguments` holds what `transformers.TrainingArguments` does not take, or settings do not go together.
