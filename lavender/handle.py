@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 from .errors import CaptureError
 
 AnyHandle = TypeVar("AnyHandle", bound="Handle")
+T = TypeVar("T")
 
 
 class Handle(ABC):
@@ -41,3 +43,37 @@ class Handle(ABC):
         self._entered = tuple(outer)
         if not lent:
             self.unpatch()
+
+
+class PerThread(Generic[T]):
+    """One value for every thread that is at work. A copy, or a pickle, begins without any.
+
+    It is no `threading.local`, which torch.compile traces as if it were empty, without a word.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[int, T] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+    def put(self, value: T) -> None:
+        """Sets the calling thread's value."""
+        self._values[threading.get_ident()] = value
+
+    def take(self) -> T | None:
+        """Removes and returns the calling thread's value; None if it has none."""
+        return self._values.pop(threading.get_ident(), None)
+
+    def get(self) -> T | None:
+        """The calling thread's value; None if it has none."""
+        return self._values.get(threading.get_ident())
+
+    def get_at_work(self) -> T | None:
+        """The value of the calling thread, which must have one unless no thread has.
+
+        torch.compile cannot trace what asks for the thread: where one alone is at work, it is the calling one.
+        """
+        if len(self._values) > 1:
+            return self.get()
+        return next(iter(self._values.values()), None)

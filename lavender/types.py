@@ -9,7 +9,7 @@ height and width, y pointing down.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -79,6 +79,10 @@ class WordRows:
     weights: torch.Tensor
     num_words: int
 
+    def to(self, device: torch.device) -> WordRows:
+        """The same on a device."""
+        return WordRows(self.rows.to(device), self.words.to(device), self.weights.to(device), self.num_words)
+
     def indicator(self, dtype: torch.dtype) -> torch.Tensor:
         """The words' weights as a dense matrix [B, W, R]."""
         matrix = self.weights.new_zeros(self.rows.shape[0], self.num_words, self.rows.shape[1], dtype=dtype)
@@ -103,6 +107,7 @@ class WordBatch:
             resampler [B, K, 4], those of its K patches. Maps have no grid without them.
         outcomes: int64 [B], what became of each sample, as an index into `OUTCOMES`.
         targets: float32 [B, W, y, x], the teacher's maps. The loss is computed only with them.
+        input_ids: int64 [B, T], the text that the positions are of. A forward over another text is refused.
     """
 
     tokens: torch.Tensor
@@ -113,6 +118,7 @@ class WordBatch:
     boxes: torch.Tensor | None = None
     outcomes: torch.Tensor | None = None
     targets: torch.Tensor | None = None
+    input_ids: torch.Tensor | None = None
 
     KEYS: ClassVar[dict[str, str]] = {
         "tokens": "lavender_tokens",
@@ -123,6 +129,7 @@ class WordBatch:
         "boxes": "lavender_boxes",
         "outcomes": "lavender_outcomes",
         "targets": "lavender_targets",
+        "input_ids": "lavender_input_ids",
     }
     """Field -> its key in a batch."""
 
@@ -145,11 +152,17 @@ class WordBatch:
                 inputs[name] = value
         if not values:
             return inputs, None
-        optional = () if values.get("targets") is not None else ("boxes",)
-        missing = [key for field, key in cls.KEYS.items() if field not in (*values, *optional, "outcomes", "targets")]
+        optional: tuple[str, ...] = () if values.get("targets") is not None else ("boxes",)
+        optional += ("outcomes", "targets", "input_ids")
+        missing = [key for field, key in cls.KEYS.items() if field not in (*values, *optional)]
         if missing:
             raise CaptureError(f"the batch lacks {', '.join(missing)}; make it with lavender.Collator")
         return inputs, cls(**values)
+
+    def to(self, device: torch.device) -> WordBatch:
+        """The same on a device."""
+        present = {field: getattr(self, field) for field in self.KEYS if getattr(self, field) is not None}
+        return replace(self, **{field: value.to(device) for field, value in present.items()})
 
     def to_batch(self) -> dict[str, Any]:
         """The fields that are not None, by their keys."""

@@ -23,7 +23,12 @@ def test_keys_are_those_that_batches_document(words):
         "lavender_columns",
         "lavender_present",
     ]
-    assert {*WordBatch.KEYS.values()} - {*words.to_batch()} == {"lavender_boxes", "lavender_outcomes", "lavender_targets"}
+    assert {*WordBatch.KEYS.values()} - {*words.to_batch()} == {
+        "lavender_boxes",
+        "lavender_outcomes",
+        "lavender_targets",
+        "lavender_input_ids",
+    }
 
 
 def test_a_batch_is_split_into_inputs_and_words(words):

@@ -164,7 +164,9 @@ class Collator:
         rows = collate_rows([answer.tokens for answer in answers])
         image_positions, boxes = self._place_images(batch, items)
         present, outcomes, targets = self._compare(items, answers, rows.num_words)
-        words = WordBatch(rows.rows, rows.words, rows.weights, image_positions, present, boxes, outcomes, targets)
+        words = WordBatch(
+            rows.rows, rows.words, rows.weights, image_positions, present, boxes, outcomes, targets, batch["input_ids"]
+        )
         return batch | words.to_batch()
 
     def _item(self, conversation: Conversation) -> _Item:

@@ -72,6 +72,11 @@ class HiddenStates:
     rows: WordRows
     columns: torch.Tensor
 
+    @property
+    def device(self) -> torch.device:
+        """Where they all are."""
+        return self.queries.device
+
 
 class ParallelAttention(nn.Module):
     """An auxiliary cross-attention from words to image tokens: per layer its own projections of the normalized hidden states."""

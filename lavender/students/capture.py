@@ -32,6 +32,12 @@ class Forward:
         aligns: whether the maps go to the aligner, or to the caller as they are.
         length: T, the length of the text.
         resamplers: what made the image tokens of many patches, if the model has it and the batch has boxes.
+        before: the number of virtual tokens before the text, by which its positions are shifted.
+        device: where the layers' recordings are brought together; None for that of the first one.
+        request: what the attention layers answer, if they do.
+        hidden: layer number -> what the parallel attention reads of its input.
+        tower_output: what the text tower returned, if it carries a gradient.
+        shares: what the resamplers recorded.
     """
 
     words: WordBatch
@@ -42,18 +48,26 @@ class Forward:
     aligns: bool
     length: int
     resamplers: Resamplers | None
+    before: int = 0
+    device: torch.device | None = None
     request: Request | None = field(init=False, default=None)
     hidden: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(init=False, default_factory=dict)
+    tower_output: torch.Tensor | None = field(init=False, default=None)
+    shares: dict[int, torch.Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         words, config = self.words, self.config
         # The row before a token predicts it; the token's own row reads it.
         rows = words.tokens if config.rows == "reads" else (words.tokens - 1).clamp_min(-1)
+        rows = (rows + self.before).where(rows >= 0, -1)
+        # The keys of a cross-attention are the picture's own.
+        shift = 0 if self.crosses else self.before
+        self.image_positions = (words.image_positions + shift).where(words.image_positions >= 0, -1)
         self.rows = WordRows(rows, words.token_words, words.token_weights, words.present.shape[1])
         if not (self.aligns and config.aggregation == "parallel"):
             self.request = Request(
                 self.rows,
-                words.image_positions,
+                self.image_positions,
                 self.layers,
                 cross=self.crosses,
                 renormalize=config.renormalize,
@@ -65,24 +79,28 @@ class Forward:
     def record_hidden(self, layer: int, hidden: torch.Tensor) -> None:
         """Keeps what the parallel attention reads of a layer's input [B, T, D]."""
         samples = torch.arange(len(hidden), device=hidden.device)[:, None]
-        queries, keys = (hidden[samples, at.clamp_min(0)] for at in (self.rows.rows, self.words.image_positions))
+        places = (at.to(hidden.device).clamp_min(0) for at in (self.rows.rows, self.image_positions))
+        queries, keys = (hidden[samples, at] for at in places)
         self.hidden.setdefault(layer, (queries, keys))
 
     def attention(self) -> torch.Tensor:
         """The recorded attention [B, L, H, W, M]."""
         assert self.request is not None
-        return torch.stack(self._in_order(self.request.recorded), dim=1)
+        recorded = self._in_order(self.request.recorded)
+        device = recorded[0].device if self.device is None else self.device
+        return torch.stack([maps.to(device) for maps in recorded], dim=1)
 
     def source(self) -> torch.Tensor | HiddenStates:
         """What the aligner takes: the recorded attention, or hidden states."""
         if self.request is not None:
             return self.attention()
         pairs = self._in_order(self.hidden)
-        queries, keys = (torch.stack(states, dim=1) for states in zip(*pairs, strict=True))
+        device = pairs[0][0].device if self.device is None else self.device
+        queries, keys = (torch.stack([state.to(device) for state in states], dim=1) for states in zip(*pairs, strict=True))
         rows, columns = (
-            torch.arange(at.shape[1], device=at.device).where(at >= 0, -1) for at in (self.rows.rows, self.words.image_positions)
+            torch.arange(at.shape[1], device=device).where(at.to(device) >= 0, -1) for at in (self.rows.rows, self.image_positions)
         )
-        return HiddenStates(queries, keys, replace(self.rows, rows=rows), columns)
+        return HiddenStates(queries, keys, replace(self.rows.to(device), rows=rows), columns)
 
     def _in_order(self, recorded: dict[int, Any]) -> list[Any]:
         num_layers = len(self.layers)
@@ -101,7 +119,8 @@ class Forward:
         if boxes is None:
             return maps
         if self.resamplers is not None:
-            maps = self.resamplers.compose(maps)
+            maps = self.resamplers.compose(maps, self.shares)
+        boxes = boxes.to(maps.device)
         height, width = grid_of(boxes)
         if self.aligns:
             height, width = min(height, self.config.max_grid), min(width, self.config.max_grid)

@@ -58,7 +58,8 @@ def ask(
     tokens = collate_rows([[[first + t for t in tokens_of((w.start, w.end), offsets, text)] for w in words]])
     positions, places = place_image_tokens(inputs["input_ids"], boxes, family, processor, model.config)
     present = torch.ones(1, len(words), dtype=torch.bool)
-    word_batch = WordBatch(tokens.rows, tokens.words, tokens.weights, positions, present, places)
+    read = batch["decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"]
+    word_batch = WordBatch(tokens.rows, tokens.words, tokens.weights, positions, present, places, input_ids=read)
     return Answer(text, words, batch | {key: value.to(model.device) for key, value in word_batch.to_batch().items()})
 
 

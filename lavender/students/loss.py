@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import distributed as dist
-from torch import nn
 
 from ..config import AlignmentConfig
 from ..errors import CaptureError, ConfigError
@@ -29,7 +29,8 @@ class Comparison:
         outcomes: [4], samples by `lavender.types.OUTCOMES`.
         aligned: [B, W, y, x], the aligned maps of this process's batch, detached.
         batch: this process's batch, with its targets [B, W, y', x'].
-        input_ids: int64 [B, T], or None if the forward got embeddings.
+        input_ids: int64 [B, T], or None if neither the forward nor the batch has them.
+        tokens: the number of label tokens of this process's batch, a scalar; None without labels.
         language: the model's own loss of this process's batch, without the alignment; a scalar, detached, zero for a batch without
             label tokens. None where the model returned no loss.
     """
@@ -42,6 +43,7 @@ class Comparison:
     aligned: torch.Tensor
     batch: WordBatch
     input_ids: torch.Tensor | None
+    tokens: torch.Tensor | None
     language: torch.Tensor | None
 
 
@@ -57,11 +59,11 @@ def compare(
     by the step's tokens where the model accepts their number, else by this forward's.
     """
     trains = model.training and torch.is_grad_enabled()
-    words, inputs = forward.words, forward.inputs
+    words, inputs = forward.words.to(source.device), forward.inputs
     per_word, aligned = model.lavender(source, forward.place, words.targets, words.present)
     total = per_word.sum()
     labels, step_tokens = inputs.get("labels"), inputs.get("num_items_in_batch")
-    tokens = total.new_zeros(()) if labels is None else (labels[:, 1:] != -100).sum()
+    tokens = total.new_zeros(()) if labels is None else (labels[:, 1:] != -100).sum().to(total.device)
     outcomes = words.tokens.new_zeros(len(words.tokens)) if words.outcomes is None else words.outcomes
     counts = torch.bincount(outcomes, minlength=len(OUTCOMES)).to(total.dtype)
     sums = torch.cat([torch.stack([total.detach(), words.present.sum(), tokens]), counts])
@@ -81,8 +83,9 @@ def compare(
         outcomes=sums[3:],
         aligned=aligned.detach(),
         batch=words,
-        input_ids=inputs.get("input_ids"),
-        language=_language_loss(output, labels, tokens),
+        input_ids=inputs.get("input_ids") if words.input_ids is None else words.input_ids,
+        tokens=None if labels is None else tokens,
+        language=None if labels is None else _language_loss(output, tokens),
     )
     term = weight * processes * share * total / all_words
     if inputs.get("fused_lm_head"):
@@ -90,11 +93,8 @@ def compare(
     return comparison, term
 
 
-def _language_loss(output: Any, labels: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor | None:
-    if labels is None:
-        return None
+def _language_loss(output: Any, tokens: torch.Tensor) -> torch.Tensor | None:
     loss = output[0] if isinstance(output, tuple) else output.get("loss")
-    # The mean over no label token is 0 / 0, without gradient.
     return None if loss is None else torch.where(tokens > 0, loss.detach(), 0.0)
 
 
@@ -107,66 +107,36 @@ def _weight(config: AlignmentConfig, progress: float | None, trains: bool) -> fl
     return lambda_at(config, progress or 0.0)
 
 
-def add_to_loss(output: Any, term: torch.Tensor) -> Any:
-    """A model's output with `term` added to its loss.
+def add_to_loss(output: Any, term: torch.Tensor, tokens: torch.Tensor | None) -> Any:
+    """A model's output with `term` added to its loss; `tokens` counts its label tokens, None if it got no labels.
+
+    A mapping without a loss gets the term as its loss; a tuple without labels has none, and stays as it is. Of no label tokens the
+    language loss, 0 / 0, is zero.
 
     TRL's `SFTTrainer` makes its loss of minus the sum of `log_probs`, perhaps after weighting each by its exponential (`dft`): two
     positions more per row hold the term, one its gradient, at the value zero, the other its value, without gradient.
+
+    Raises `CaptureError` if the output is of another kind, or its loss no single number.
     """
     if isinstance(output, tuple):
-        return (output[0] + term, *output[1:])
+        return output if tokens is None else (_joined(output[0], term, tokens), *output[1:])
+    if not isinstance(output, MutableMapping):
+        raise CaptureError(f"the model returned a {type(output).__name__}; expected a transformers output, or a tuple")
     if "log_probs" in output:
         per_row = -term / len(output["log_probs"])
         more = torch.stack([per_row - per_row.detach(), per_row.detach()]).expand(len(output["log_probs"]), 2)
         output["log_probs"] = torch.cat([output["log_probs"], more], dim=1)
         return output
-    output["loss"] = term if output.get("loss") is None else output["loss"] + term.to(output["loss"].dtype)
+    output["loss"] = term if output.get("loss") is None else _joined(output["loss"], term, tokens)
     return output
 
 
-def require_whole_sequences(module: nn.Module, inputs: dict[str, Any]) -> None:
-    """Raises `CaptureError` in a replica of `nn.DataParallel`, and where a sequence is split over processes."""
-    if getattr(module, "_is_replica", False):
+def _joined(loss: torch.Tensor, term: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+    if loss.numel() != 1:
         raise CaptureError(
-            "the model runs under nn.DataParallel, whose copies lavender cannot follow; start one process per GPU (torchrun, "
-            "accelerate launch), or show the script one GPU only (CUDA_VISIBLE_DEVICES=0)"
+            f"the model's loss is of shape {tuple(loss.shape)}; expected one number, to which lavender can add the alignment. Let "
+            "the model take the mean, or pass no labels and add patch.term to a loss of your own"
         )
-    if "shift_labels" in inputs:
-        raise CaptureError(
-            "the sequence is split over processes (context or sequence parallelism); lavender reads rows of whole sequences: "
-            "switch it off"
-        )
-
-
-def require_image_tokens(model: Any, image_positions: torch.Tensor, input_ids: torch.Tensor | None) -> None:
-    """Raises `CaptureError` if the batch's image positions [B, M] hold other tokens than the model's image tokens."""
-    token = getattr(model.config, "image_token_id", None)
-    if token is None or input_ids is None:
-        return
-    tokens = input_ids.gather(1, image_positions.clamp(0, input_ids.shape[1] - 1))
-    others = tokens[(image_positions >= 0) & (tokens != token)]
-    if len(others):
-        raise CaptureError(
-            f"the batch was made for another model: {len(others)} of its image positions hold other tokens (such as "
-            f"{others[0].item()}) than {type(model).__name__}'s image token {token}. Make it with this model's own "
-            "processor: lavender.Collator(AutoProcessor.from_pretrained(...), model_config=model.config)"
-        )
-
-
-def require_gradient(model: Any, decoder: nn.Module, source: torch.Tensor | HiddenStates) -> None:
-    """Raises `CaptureError` if a training forward's attention, or the aligner, cannot learn."""
-    if not (torch.is_grad_enabled() and model.training):
-        return
-    aligner = [p for p in model.lavender.parameters() if p.is_floating_point()]
-    if aligner and not any(p.requires_grad for p in aligner):
-        raise CaptureError(
-            "every weight of the aligner is frozen; with PEFT, name it: LoraConfig(..., modules_to_save=['lavender'])"
-        )
-    checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in decoder.modules())
-    trainable = any(p.requires_grad for p in decoder.parameters())
-    captured = source if isinstance(source, torch.Tensor) else source.queries
-    if checkpointed and trainable and not captured.requires_grad:
-        raise CaptureError(
-            "the captured attention carries no gradient: the model uses re-entrant gradient checkpointing. Enable it with "
-            "gradient_checkpointing_kwargs={'use_reentrant': False}"
-        )
+    if tokens is not None:
+        loss = loss.where(tokens.to(loss.device) > 0, 0.0)
+    return loss + term.to(loss.device, loss.dtype)

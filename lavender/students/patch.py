@@ -7,17 +7,23 @@ A hook before each decoder layer adds a request to the layer's keyword arguments
 from __future__ import annotations
 
 import inspect
+import logging
+import threading
 import weakref
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MethodType
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import AlignmentConfig, Rows
 from ..errors import CaptureError, ModelError
-from ..handle import Handle
+from ..handle import Handle, PerThread
 from ..images import ImageSource
 from ..maps import LayerMaps, Maps
 from ..types import WordBatch
@@ -25,20 +31,36 @@ from .aligner import Alignment
 from .capture import Forward
 from .discovery import attention_modules, base_model_of, is_cross, layers_around, text_tower
 from .families import known_family
+from .guards import StepWatch, require_gradient, require_whole_sequences, tokens_before_text, watch_term
 from .look import ask
-from .loss import Comparison, add_to_loss, compare, require_gradient, require_image_tokens, require_whole_sequences
+from .loss import Comparison, add_to_loss, compare
 from .registry import REQUEST, Tap, require_supported
 from .resamplers import Resamplers
+
+logger = logging.getLogger("lavender")
+
+ALIGNER_FILE = "aligner.safetensors"
+"""Where `save_pretrained` of a model in training leaves its aligner."""
+
+
+@dataclass(eq=False)
+class _Call:
+    """What `capture` or `align` wants of the forward that it runs, and what it got: maps, or aligned maps."""
+
+    wanted: Literal["maps", "aligned"]
+    rows: Rows | None
+    result: torch.Tensor | None = None
 
 
 class StudentPatch(Handle):
     """A patched vision-language model: what `lavender.patch(model)` returns for transformers models.
 
     Forwards whose batch carries the keys of `lavender.Collator` are captured; every other forward is what it was. Usable as a
-    context manager. One patch serves one thread.
+    context manager. Threads may share a patch: `look`, `capture` and `align` wait for each other; a thread has its own `maps`.
 
     Attributes:
         model: the patched model, below any PEFT wrapper.
+        entry: what `capture`, `align` and `look` call: the PEFT wrapper that was patched, or else the model.
         config: what is captured and, in training, compared.
         processor: the model's processor, if it was given.
         trains: whether the model was prepared for training.
@@ -48,6 +70,8 @@ class StudentPatch(Handle):
         decoder: the text tower.
         progress: how far the training is, 0 to 1, for a lambda that falls; `lavender.LavenderCallback` sets it.
         last: what the latest forward with targets compared; None before the first.
+        term: what that forward added to the loss, with its graph: for a loss of your own, made without the model's. None before the
+            first.
     """
 
     def __init__(self, model: Any, config: AlignmentConfig, train: bool, processor: Any = None) -> None:
@@ -61,6 +85,7 @@ class StudentPatch(Handle):
         self.trains = train
         self.progress: float | None = None
         self.last: Comparison | None = None
+        self.term: torch.Tensor | None = None
         self.decoder = text_tower(model)
         self._attention_name: str = self.decoder.config._attn_implementation
         require_supported(self._attention_name)
@@ -79,21 +104,29 @@ class StudentPatch(Handle):
                 f"{type(model).__name__} reads the picture by cross-attention, and has no need of aggregation='parallel'; choose "
                 "another one"
             )
-        self._active: Forward | None = None
-        # What `capture` or `align` wants of the forward that they run, and what it gave.
-        self._wanted: Literal["maps", "aligned"] | None = None
-        self._result: torch.Tensor | None = None
-        self._rows: Rows | None = None
-        self._checked_batch = False
-        self._maps: Maps | None = None
+        self._forwards: PerThread[Forward | None] = PerThread()
+        self._calls: PerThread[_Call] = PerThread()
+        self._maps = threading.local()
+        self._queue = threading.RLock()
+        self._steps: StepWatch | None = None
+        self._steps_seen = False
+        self._warned = False
+        # What `capture` and `look` call: PEFT's wrapper, if it is known, may put virtual tokens before the text.
+        self.entry = model
         self._handles: list[Any] = []
+        self._adapters: list[Any] = []
         self._attach(train)
 
     def _attach(self, train: bool) -> None:
+        self._hold_tap()
         if train:
             text = self.decoder.config
             alignment = Alignment(self.config, self.num_layers, text.num_attention_heads, text.hidden_size)
-            self.model.add_module("lavender", alignment.to(next(self.decoder.parameters()).device))
+            self.model.add_module("lavender", alignment.to(_device_of(self.decoder)))
+            self._handles.append(self.decoder.register_forward_hook(self._after_decoder))
+            self.model.save_pretrained = MethodType(_save_pretrained, self.model)
+        if hasattr(self.model, "generate"):
+            self.model.generate = MethodType(_generate, self.model)
         self._outer: dict[nn.Module, int] = {}
         for layer in layers_around(self.decoder, self._layers):
             self._outer[layer] = min(self._layers[module] for module in layer.modules() if module in self._layers)
@@ -105,7 +138,6 @@ class StudentPatch(Handle):
             self._handles.extend(self._resamplers.attach())
         self._handles.append(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True))
-        self._hold_tap()
         self.model._lavender_patch = self
 
     def _hold_tap(self) -> None:
@@ -115,11 +147,13 @@ class StudentPatch(Handle):
         self._release_tap = weakref.finalize(self, Tap.release, names)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_release_tap"}
+        state = {key: value for key, value in self.__dict__.items() if key not in ("_release_tap", "_queue", "_maps")}
+        return state | {"term": None, "_steps": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """The patch of a copied model is one more user of the tap."""
         self.__dict__.update(state)
+        self._queue, self._maps = threading.RLock(), threading.local()
         if self._handles:
             self._hold_tap()
 
@@ -136,13 +170,43 @@ class StudentPatch(Handle):
             handle.remove()
         self._handles.clear()
         self._release_tap()
+        for name in ("generate", "save_pretrained"):
+            vars(self.model).pop(name, None)
         if hasattr(self.model, "lavender"):
             del self.model.lavender
             # An adapter that PEFT saves from here on must not name what is gone.
-            for config in getattr(self.model, "peft_config", {}).values():
+            for config in [*getattr(self.model, "peft_config", {}).values(), *self._adapters]:
                 kept = [name for name in getattr(config, "modules_to_save", None) or () if name != "lavender"]
                 config.modules_to_save = kept or None
         del self.model._lavender_patch
+
+    def save_with_adapter(self) -> None:
+        """Makes PEFT train and save the aligner beside an adapter that the model has already.
+
+        Raises `ModelError` where it would not.
+        """
+        adapters = getattr(self.entry, "peft_config", None)
+        if not adapters:
+            return
+        if self.entry is self.model:
+            raise ModelError(
+                "the model holds an adapter already, and the adapter's folder would lack the aligner; pass the PeftModel to "
+                "lavender.patch, or patch before get_peft_model or add_adapter with modules_to_save=['lavender']"
+            )
+        from peft.utils import ModulesToSaveWrapper
+
+        active = self.entry.active_adapters
+        if len(active) != 1 or not hasattr(adapters[active[0]], "modules_to_save"):
+            kinds = ", ".join(f"{name!r} ({adapters[name].peft_type.value})" for name in active) or "none"
+            raise ModelError(
+                f"the active adapters are {kinds}, beside which PEFT saves no aligner; expected one that has modules_to_save, "
+                "such as LoRA. Give one, or an AlignmentConfig without weights: aligner='identity'"
+            )
+        self.model.lavender = ModulesToSaveWrapper(self.model.lavender, active[0])
+        self.model.lavender.set_adapter(active[0])
+        adapter = adapters[active[0]]
+        adapter.modules_to_save = [*(adapter.modules_to_save or ()), "lavender"]
+        self._adapters.append(adapter)
 
     def capture(self, rows: Rows | None = None, **batch: Any) -> torch.Tensor:
         """One forward over a batch of `lavender.Collator`; gradients flow if autograd is on.
@@ -177,20 +241,23 @@ class StudentPatch(Handle):
         inputs, words = WordBatch.split({key: value for key, value in batch.items() if key not in unused})
         if words is None:
             raise CaptureError("the batch carries no lavender keys; make it with lavender.Collator")
-        self._wanted, self._rows = wanted, rows
-        try:
-            self.model(**inputs, **words.to_batch(), use_cache=False)
-            assert self._result is not None
-            return self._result
-        finally:
-            self._wanted, self._rows, self._result = None, None, None
+        call = _Call(wanted, rows)
+        with self._queue:
+            self._calls.put(call)
+            try:
+                self.entry(**inputs, **words.to_batch(), use_cache=False)
+            finally:
+                self._calls.take()
+        assert call.result is not None
+        return call.result
 
     @property
     def maps(self) -> Maps:
-        """Heat maps of the words of the answer that `look` gave last. Raises `CaptureError` before the first."""
-        if self._maps is None:
+        """Heat maps of the words of the answer that `look` gave last in this thread. Raises `CaptureError` before the first."""
+        latest: Maps | None = getattr(self._maps, "latest", None)
+        if latest is None:
             raise CaptureError("nothing was recorded: let the model look at a picture first, patch.look(image, question)")
-        return self._maps
+        return latest
 
     def look(
         self,
@@ -224,83 +291,133 @@ class StudentPatch(Handle):
         """
         if not self.is_patched:
             raise CaptureError("the patch was undone; call lavender.patch(model, processor=processor) again")
-        self._maps = None
-        reply = ask(self.model, self.processor, image, question, answer, prompt, words, options)
-        with torch.no_grad():
-            maps = self.capture(**reply.batch)[0]
+        self._maps.latest = None
+        # Models keep what they know of a prompt's positions from one decoding step to the next.
+        with self._queue:
+            reply = ask(self.entry, self.processor, image, question, answer, prompt, words, options)
+            with torch.no_grad():
+                maps = self.capture(**reply.batch)[0]
         if not maps.any():
             raise CaptureError("no word of the answer sees the picture; does the picture come before the text in the prompt?")
         layers = [LayerMaps(name, values) for name, values in zip(self.layer_names(), maps, strict=True)]
-        self._maps = Maps(reply.text, reply.words, layers)
-        return self._maps
+        self._maps.latest = Maps(reply.text, reply.words, layers)
+        return self.maps
 
     def layer_names(self) -> list[str]:
         """Dotted names of the captured attention modules in the text tower, in order."""
         names = {module: name for name, module in self.decoder.named_modules()}
         return [names[module] for module in self._layers]
 
+    @property
+    def _active(self) -> Forward | None:
+        return self._forwards.get()
+
+    @torch.compiler.disable
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        self._active = None
+        call = self._calls.get()
+        # Every forward is at work from here on, captured or not: no thread's takes another's request.
+        self._forwards.put(None)
+        if self._resamplers is not None:
+            self._resamplers.start(listening=False)
         kwargs, words = WordBatch.split(kwargs)
+        trains = self.trains and module.training and torch.is_grad_enabled() and call is None
+        if trains and (words is None or words.targets is None):
+            self._warn_of_no_targets(words is not None)
         if words is None:
             return args, kwargs
         require_whole_sequences(module, kwargs)
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         inputs = _flat({**dict(zip(names, args, strict=False)), **kwargs})
-        if words.targets is not None and not self._checked_batch:
-            if not self.crosses:
-                require_image_tokens(self.model, words.image_positions, inputs.get("input_ids"))
-            self._checked_batch = True
+        length = _text_length(self.model, inputs)
+        if trains:
+            self.term = None
+            if self._steps is not None:
+                self._steps_seen = self._steps.require_steps()
+                self._steps = None
         resamplers = self._resamplers if words.boxes is not None else None
-        active = Forward(
+        config = self.config if call is None or call.rows is None else replace(self.config, rows=call.rows)
+        reads = config.rows == "reads"
+        forward = Forward(
             words,
             inputs,
-            self.config if self._rows is None else replace(self.config, rows=self._rows),
+            config,
             self._layers,
             crosses=self.crosses,
-            aligns=self.trains and self._wanted != "maps",
-            length=_text_length(self.model, inputs),
+            aligns=self.trains and (call is None or call.wanted != "maps"),
+            length=length,
             resamplers=resamplers,
+            before=tokens_before_text(self.model, words, inputs, length, crosses=self.crosses, reads=reads),
+            device=_device_of(self.model.lavender) if self.trains and _is_spread(self.model) else None,
         )
         if resamplers is not None:
-            resamplers.start()
-        self._active = active
+            resamplers.start(listening=True)
+        self._forwards.put(forward)
         return args, kwargs
 
-    def _before_layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        if self._active is None:
-            return None
-        if self._active.request is None:
-            self._active.record_hidden(self._outer[module], args[0] if args else kwargs["hidden_states"])
-            return None
-        return args, {**kwargs, REQUEST: self._active.request}
+    def _warn_of_no_targets(self, has_words: bool) -> None:
+        """Once, and not where other batches are aligned."""
+        if self._warned or self.last is not None:
+            return
+        self._warned = True
+        missing = WordBatch.KEYS["targets"] if has_words else "lavender's keys"
+        logger.warning(
+            "a batch without %s trains the language model alone: no alignment is added. Make batches with "
+            "lavender.Collator(processor, targets), pass all of a batch to the model, and set remove_unused_columns=False in a "
+            "Trainer's arguments",
+            missing,
+        )
 
+    def _before_layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        forward = self._forwards.get_at_work()
+        if forward is None:
+            return None
+        if forward.request is None:
+            forward.record_hidden(self._outer[module], args[0] if args else kwargs["hidden_states"])
+            return None
+        return args, {**kwargs, REQUEST: forward.request}
+
+    def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> None:
+        forward = self._forwards.get_at_work()
+        if forward is not None and isinstance(output[0], torch.Tensor) and output[0].requires_grad:
+            forward.tower_output = output[0]
+
+    @torch.compiler.disable
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        active, self._active = self._active, None
-        if self._resamplers is not None:
-            self._resamplers.listening = False
-        if active is None or output is None:  # no request, or the forward raised
+        call, forward = self._calls.get(), self._forwards.take()
+        shares = {} if self._resamplers is None else self._resamplers.stop()
+        if forward is None or output is None:  # no request, or the forward raised
             return None
-        if self._wanted == "maps":
-            self._result = active.place(active.attention())
+        forward.shares = shares
+        if call is not None and call.wanted == "maps":
+            call.result = forward.place(forward.attention())
             return None
-        source = active.source()
-        if self._wanted == "aligned":
-            self._result = self.model.lavender(source, active.place)[1]
-        if active.words.targets is None or not self.trains:
+        source = forward.source()
+        if call is not None:
+            call.result = self.model.lavender(source, forward.place)[1]
+        if forward.words.targets is None or not self.trains:
             return None
         require_gradient(self.model, self.decoder, source)
-        self.last, term = compare(self.model, active, source, self.progress, output)
-        return add_to_loss(output, term)
+        self.last, term = compare(self.model, forward, source, self.progress, output)
+        if module.training and term.requires_grad:
+            self.term = term
+            if forward.tower_output is not None:
+                watch_term(term, forward.tower_output, self._after_backward)
+        return add_to_loss(output, term, self.last.tokens)
+
+    def _after_backward(self) -> None:
+        if not self._steps_seen:
+            self._steps = StepWatch(self.model)
 
 
 def patch_student(model: nn.Module, config: AlignmentConfig | None, processor: Any = None) -> StudentPatch:
     """The handle of a transformers model; see `lavender.patch`."""
     base = base_model_of(model)
+    entry = getattr(model, "_orig_mod", model)
     present: StudentPatch | None = getattr(base, "_lavender_patch", None)
     if present is not None:
         if config is None or (present.trains and config == present.config):
             present.processor = processor or present.processor
+            present.entry = entry if entry is not base else present.entry
             return present.borrowed()
         if present.trains:
             raise ModelError(
@@ -310,7 +427,59 @@ def patch_student(model: nn.Module, config: AlignmentConfig | None, processor: A
         present.unpatch()
     if getattr(getattr(base, "config", None), "model_type", None) is None:
         raise ModelError(f"cannot patch a {type(base).__name__}; expected a transformers image-text-to-text model")
-    return StudentPatch(base, config or AlignmentConfig(), train=config is not None, processor=processor)
+    handle = StudentPatch(base, config or AlignmentConfig(), train=config is not None, processor=processor)
+    handle.entry = entry
+    try:
+        if config is not None and any(True for _ in base.lavender.parameters()):
+            handle.save_with_adapter()
+    except ModelError:
+        handle.unpatch()
+        raise
+    return handle
+
+
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """The model's `generate`, which takes batches of `lavender.Collator` as well: their labels and lavender's keys are left out."""
+    inputs, words = WordBatch.split(kwargs)
+    if words is not None:
+        inputs.pop("labels", None)
+    return type(model).generate(model, *args, **inputs)
+
+
+def _save_pretrained(model: Any, save_directory: Any, *args: Any, state_dict: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    """The model's `save_pretrained`, with the aligner in a file of its own: the folder is plain transformers'.
+
+    A Trainer's checkpoint keeps the aligner among the model's weights, and all of them under their own names: the Trainer loads it
+    without renaming (transformers issue 43701).
+    """
+    if Path(save_directory).name.startswith(PREFIX_CHECKPOINT_DIR):
+        kwargs.setdefault("save_original_format", False)
+        return type(model).save_pretrained(model, save_directory, *args, state_dict=state_dict, **kwargs)
+    weights = model.state_dict() if state_dict is None else state_dict
+    aligner = {name.removeprefix("lavender."): value for name, value in weights.items() if name.startswith("lavender.")}
+    ignored = model._keys_to_ignore_on_save
+    model._keys_to_ignore_on_save = {*(ignored or ()), *(f"lavender.{name}" for name in aligner)}
+    try:
+        result = type(model).save_pretrained(model, save_directory, *args, state_dict=state_dict, **kwargs)
+    finally:
+        model._keys_to_ignore_on_save = ignored
+    if aligner and kwargs.get("is_main_process", True):
+        save_file({name: value.contiguous() for name, value in aligner.items()}, Path(save_directory) / ALIGNER_FILE)
+    return result
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: accelerate leaves weights that it offloads on the device `meta`."""
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+def _is_spread(model: Any) -> bool:
+    """Whether `device_map` put the model on several devices."""
+    return len({str(device) for device in getattr(model, "hf_device_map", {}).values()}) > 1
 
 
 def _flat(kwargs: dict[str, Any]) -> dict[str, Any]:

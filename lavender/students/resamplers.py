@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import CaptureError, ModelError
+from ..handle import PerThread
 from ..kernels.checks import as_attended
 from ..kernels.row_maps import row_maps
 from ..types import WordRows
@@ -17,10 +18,9 @@ from .registry import REQUEST, mask_of, require_supported
 
 
 class Resamplers:
-    """The resampler attention of one model: while `listening`, every module's probabilities are kept, without gradient.
+    """The resampler attention of one model: while one listens, every module's probabilities are kept, without gradient.
 
     Attributes:
-        listening: whether forwards are recorded.
         names: attention implementations whose registry entries must be tapped.
     """
 
@@ -28,9 +28,8 @@ class Resamplers:
         if not modules:
             raise ModelError("the family names a resampler, but the model has none of its attention modules")
         self.modules = modules
-        self.listening = False
         self.names = sorted({_implementation(module) for module in modules if is_attention(type(module))})
-        self._shares: dict[int, torch.Tensor] = {}
+        self._shares: PerThread[dict[int, torch.Tensor] | None] = PerThread()
 
     def attach(self) -> list[Any]:
         """Adds the hooks and returns their handles."""
@@ -49,12 +48,15 @@ class Resamplers:
                 )
         return handles
 
-    def start(self) -> None:
-        """Forgets what was recorded and listens."""
-        self._shares.clear()
-        self.listening = True
+    def start(self, listening: bool) -> None:
+        """Begins a forward of this thread, whose recordings are kept if `listening`."""
+        self._shares.put({} if listening else None)
 
-    def compose(self, maps: torch.Tensor) -> torch.Tensor:
+    def stop(self) -> dict[int, torch.Tensor]:
+        """Ends this thread's forward, and returns what was recorded: module number -> probabilities [P, Q, K]."""
+        return self._shares.take() or {}
+
+    def compose(self, maps: torch.Tensor, recorded: dict[int, torch.Tensor]) -> torch.Tensor:
         """Carries attention to image tokens [B, L, C, W, M] on to the patches that they were made from: [B, L, C, W, K].
 
         An image token's share of each patch is the mean over the resampler's heads and layers; its attention is divided by those
@@ -62,16 +64,16 @@ class Resamplers:
 
         Raises `CaptureError` when a module recorded nothing, or there is not one picture per sample.
         """
-        missing = [i for i in range(len(self.modules)) if i not in self._shares]
+        missing = [i for i in range(len(self.modules)) if i not in recorded]
         if missing:
             raise CaptureError(f"{len(missing)} of {len(self.modules)} resampler layers recorded nothing (numbers {missing})")
-        shares = torch.stack([self._shares[i] for i in range(len(self.modules))]).mean(dim=0)
+        shares = torch.stack([recorded[i] for i in range(len(self.modules))]).mean(dim=0)
         if shares.shape[0] != maps.shape[0] or shares.shape[1] != maps.shape[-1]:
             raise CaptureError(
                 f"the resampler made {shares.shape[1]} tokens of each of {shares.shape[0]} pictures; the batch has {maps.shape[0]} "
                 f"samples with {maps.shape[-1]} image tokens. Give one picture per sample"
             )
-        return maps @ shares[:, None, None].to(maps.dtype)
+        return maps @ shares[:, None, None].to(maps)
 
     def record_call(
         self, name: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, arguments: dict[str, Any]
@@ -96,17 +98,19 @@ class Resamplers:
         self._keep(module, shares[:, 0])
 
     def _keep(self, module: nn.Module, shares: torch.Tensor) -> None:
-        self._shares.setdefault(self.modules.index(module), shares)
+        kept = self._shares.get_at_work()
+        if kept is not None:
+            kept.setdefault(self.modules.index(module), shares)
 
     def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        return (args, {**kwargs, REQUEST: self}) if self.listening else None
+        return (args, {**kwargs, REQUEST: self}) if self._shares.get_at_work() is not None else None
 
     def _after_eager_attention(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self.listening:
+        if self._shares.get_at_work() is not None:
             self._keep(module, output[1].detach().float().mean(dim=1))
 
     def _after_torch_attention(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if not self.listening:
+        if self._shares.get_at_work() is None:
             return
         bound = inspect.signature(nn.MultiheadAttention.forward).bind(module, *args, **kwargs).arguments
         bound = {name: value for name, value in bound.items() if name != "self"}

@@ -43,7 +43,7 @@ from ..data.samples import Conversation, Sample
 from ..errors import ConfigError, DataError, ModelError, TargetError
 from ..files import write_atomically
 from ..patching import patch
-from ..students.patch import StudentPatch
+from ..students.patch import ALIGNER_FILE, StudentPatch
 from ..targets.store import TargetStore
 from .callback import LavenderCallback
 from .checkpoints import last_checkpoint as _last_checkpoint
@@ -147,7 +147,7 @@ def load_aligner(patch_handle: StudentPatch, run: str | Path) -> None:
 
     Raises `ModelError` if there is none, if it is damaged or holds NaN, or if it is one of another config.
     """
-    path = Path(run) / "aligner.safetensors"
+    path = Path(run) / ALIGNER_FILE
     if not path.exists():
         raise ModelError(f"there is no aligner at {path}; give the folder of a finished run that had targets")
     try:
@@ -223,7 +223,7 @@ class _Run:
         files = [*places.values()]
         if self.alignment is not None and _has_weights(self.alignment):
             places["aligner"] = self.out
-            files.append(self.out / "aligner.safetensors")
+            files.append(self.out / ALIGNER_FILE)
         for path in files:
             if not path.exists():
                 raise DataError(
@@ -424,7 +424,7 @@ def _write_results(out: Path, trainer: Trainer, processor: Any, frozen: bool) ->
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
-        _move_aligner(folder, out / "aligner.safetensors")
+        _move_aligner(folder, out / ALIGNER_FILE)
         (folder / "training_args.bin").unlink(missing_ok=True)
         if folder.name == "model":
             processor.save_pretrained(folder)
@@ -437,6 +437,8 @@ def _write_results(out: Path, trainer: Trainer, processor: Any, frozen: bool) ->
 
 def _move_aligner(folder: Path, aligner_file: Path) -> None:
     """Moves the aligner from what the Trainer saved to a file of its own: the rest is what plain PEFT or transformers expect."""
+    if (folder / ALIGNER_FILE).exists():  # a patched model's own way to save
+        (folder / ALIGNER_FILE).replace(aligner_file)
     aligner: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         weights = load_file(path)

@@ -132,9 +132,12 @@ class StudentTrainer(Trainer):
         """The Trainer's, with the weights' own names in checkpoints, which it loads without renaming (transformers issue 43701),
         and under ZeRO-3, where nobody knows the names that they were loaded by."""
         model: Any = self.model
+        patched = vars(model).get("save_pretrained")
         if is_deepspeed_zero3_enabled() or Path(output_dir or "").name.startswith(PREFIX_CHECKPOINT_DIR):
             model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
         try:
             super()._save(output_dir, state_dict)
         finally:
             vars(model).pop("save_pretrained", None)
+            if patched is not None:
+                model.save_pretrained = patched

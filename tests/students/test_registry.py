@@ -6,16 +6,21 @@ import re
 
 import pytest
 import torch
-from transformers import MistralConfig
+from transformers import LlamaConfig, MistralConfig
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lavender
+from lavender.batches.collator import Collator
 from lavender.config import AlignmentConfig
 from lavender.errors import CaptureError, ModelError
-from lavender.students.registry import mask_of, require_supported
+from lavender.students.registry import Request, mask_of, require_supported
+from lavender.types import WordBatch, WordRows
 
-from ..conftest import without_lavender
+from ..conftest import changed, without_lavender, words_of_batch
+from .flash import flash_on_cpu
 
 
 def captured(student, batch, config=None):
@@ -61,38 +66,234 @@ def test_flex_attention_is_read_by_its_mask_function(student, batch):
             torch.testing.assert_close(patch.capture(**batch), by_sdpa, rtol=0, atol=2e-6)
 
 
-@pytest.fixture
-def flash():
-    """A stand-in for flash attention, which needs a GPU: the same call and the same mask of two axes, answered by sdpa."""
-    received = []
-
-    def attend(module, query, key, value, attention_mask=None, **kwargs):
-        received.append(attention_mask)
-        mask, causal = mask_of("flash_attention_2", module, query, key, attention_mask, kwargs)
-        share = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
-        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
-        return output.transpose(1, 2), None
-
-    before = ALL_ATTENTION_FUNCTIONS._local_mapping.get("flash_attention_2")
-    ALL_ATTENTION_FUNCTIONS["flash_attention_2"] = attend
-    yield received
-    del ALL_ATTENTION_FUNCTIONS._local_mapping["flash_attention_2"]
-    if before is not None:
-        ALL_ATTENTION_FUNCTIONS["flash_attention_2"] = before
-
-
-def test_flash_attention_is_read_by_what_its_call_receives(student, batch, flash):
+def test_flash_attention_is_read_by_what_its_call_receives(student, batch):
+    """transformers' own flash attention, over its functions on a CPU."""
     by_sdpa = captured(student, batch)
+    received = []
     student.model.language_model.config._attn_implementation = "flash_attention_2"
-    maps = captured(student, batch)
-    assert flash[0].ndim == 2
-    assert not flash[0].all(), "the batch is meant to be padded"
+    for layer in student.model.language_model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: received.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+    with flash_on_cpu():
+        maps = captured(student, batch)
+    assert received[0].ndim == 2
+    assert not received[0].all(), "the batch is meant to be padded"
     torch.testing.assert_close(maps, by_sdpa, rtol=0, atol=2e-6)
 
 
+def packed(batches):
+    """Batches of one sample each as one row, as a collator without padding lays them."""
+    words = [words_of_batch(one) for one in batches]
+    starts = torch.tensor([0, *(one["input_ids"].shape[1] for one in batches)]).cumsum(0).tolist()
+    numbers = torch.tensor([0, *(one.present.shape[1] for one in words)]).cumsum(0).tolist()
+
+    def joined(field, offsets=None):
+        values = [getattr(one, field) for one in words]
+        if offsets is not None:
+            values = [torch.where(one >= 0, one + offset, one) for one, offset in zip(values, offsets, strict=False)]
+        return torch.cat(values, dim=1)
+
+    together = WordBatch(
+        joined("tokens", starts),
+        joined("token_words", numbers),
+        joined("token_weights"),
+        joined("image_positions", starts),
+        joined("present"),
+    )
+    return {
+        "input_ids": torch.cat([one["input_ids"] for one in batches], dim=1),
+        "pixel_values": torch.cat([one["pixel_values"] for one in batches]),
+        "position_ids": torch.cat([torch.arange(one["input_ids"].shape[1]) for one in batches])[None],
+        **together.to_batch(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "has_borders"), [("flash_attention_2", False), ("flash_attention_2", True), ("sdpa", False), ("eager", False)]
+)
+def test_each_of_two_packed_samples_sees_itself_alone(student, processor, samples, name, has_borders):
+    """Padding-free rows: every base attention splits them where positions restart, flash also at borders that it is given."""
+    apart = [Collator(processor)([sample]) for sample in samples[:2]]
+    lengths = [one["input_ids"].shape[1] for one in apart]
+    alone = [captured(student, changed(one, boxes=None))[0] for one in apart]
+    row = packed(apart)
+    if has_borders:
+        borders = torch.tensor([0, *lengths]).cumsum(0).int()
+        row |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": max(lengths), "max_length_k": max(lengths)}
+    with torch.no_grad():
+        expected = torch.cat([student(**without_lavender(one)).logits[0] for one in apart])
+        row["use_cache"] = False  # with a cache, transformers' masks do not look at positions
+        student.model.language_model.config._attn_implementation = name
+        with flash_on_cpu():
+            logits = student(**without_lavender(row)).logits[0]
+            maps = captured(student, {name: value for name, value in row.items() if name != "use_cache"})[0]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
+    words, tokens = alone[0].shape[2:]
+    torch.testing.assert_close(maps[:, :, :words, :tokens], alone[0], rtol=0, atol=2e-6)
+    torch.testing.assert_close(maps[:, :, words:, tokens:], alone[1], rtol=0, atol=2e-6)
+    assert not maps[:, :, words:, :tokens].any()
+    assert not maps[:, :, :words, tokens:].any()
+
+
 class Attention(torch.nn.Module):
+    """What transformers' attention functions ask of the module that calls them."""
+
     is_causal = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = LlamaConfig()
+        self.config._attn_implementation = "flash_attention_2"
+        self.weight = torch.nn.Linear(1, 1, dtype=torch.float64)
+
+
+T, N = 9, 7
+HOLES = torch.tensor([[1, 1, 1, 0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 0, 0]])
+POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2]])
+JUMPS = torch.tensor([[5, 6, 7, 20, 21, 22, 23, 24, 25]])
+BORDERS = torch.tensor([0, 4, 6, 9], dtype=torch.int32)
+OF_TWO_ROWS = torch.tensor([0, 4, 9, 15, 15, 18], dtype=torch.int32)
+
+
+def varlen(rows, keys=None):
+    return {"cu_seq_lens_q": rows, "cu_seq_lens_k": rows if keys is None else keys, "max_length_q": T, "max_length_k": T}
+
+
+CALLS = {
+    "causal": (2, T, None, {}),
+    "every key": (2, T, None, {"is_causal": False}),
+    "holes": (2, T, HOLES, {}),
+    "holes, every key": (2, T, HOLES, {"is_causal": False}),
+    "window": (2, T, None, {"sliding_window": 3}),
+    "wide window": (2, T, None, {"sliding_window": 9}),
+    "window, every key": (2, T, None, {"sliding_window": 3, "is_causal": False}),
+    "window and holes": (2, T, HOLES, {"sliding_window": 2}),
+    "positions": (1, T, None, {"position_ids": POSITIONS}),
+    "positions and window": (1, T, None, {"position_ids": POSITIONS, "sliding_window": 2}),
+    "positions of two rows": (2, T, None, {"position_ids": POSITIONS.expand(2, -1)}),
+    "positions beside a mask": (1, T, HOLES[:1], {"position_ids": POSITIONS}),
+    "positions that jump": (1, T, None, {"position_ids": JUMPS}),
+    "ordinary positions": (1, T, None, {"position_ids": torch.arange(T)[None] + 3}),
+    "borders": (1, T, None, varlen(BORDERS)),
+    "borders and window": (1, T, None, {**varlen(BORDERS), "sliding_window": 2}),
+    "borders beside a mask": (1, T, HOLES[:1], varlen(BORDERS)),
+    "borders before positions": (1, T, None, {**varlen(BORDERS), "position_ids": POSITIONS.flip(1)}),
+    "borders of two rows": (2, T, None, varlen(OF_TWO_ROWS)),
+    "borders, a length missing": (1, T, None, {**varlen(BORDERS), "max_length_q": None}),
+    "fewer keys": (2, N, None, {"is_causal": False}),
+    "fewer keys, causal": (2, N, None, {}),
+    "borders of rows and keys": (1, N, None, varlen(BORDERS, torch.tensor([0, 3, 4, 7], dtype=torch.int32))),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_visible_keys_are_those_that_move_the_output_of_flash_attention(call):
+    """transformers' own function is probed: the value of one key at a time changes; outputs that move see it."""
+    batch, num_keys, mask, arguments = CALLS[call]
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(batch, 2, n, 16, dtype=torch.float64) for n in (T, num_keys, num_keys))
+    module = Attention()
+    moved = torch.zeros(batch, T, num_keys, dtype=torch.bool)
+    with flash_on_cpu():
+        plain = flash_attention_forward(module, query, key, value, mask, **arguments)[0]
+        for n in range(num_keys):
+            other = value.clone()
+            other[:, :, n] += 1
+            output = flash_attention_forward(module, query, key, other, mask, **arguments)[0]
+            moved[:, :, n] = (output - plain).abs().amax((2, 3)) > 1e-9
+    seen, causal = mask_of("flash_attention_2", module, query, key, mask, arguments)
+    if seen is None:
+        seen = torch.ones(T, num_keys, dtype=torch.bool)
+        seen = seen.tril() if causal else seen
+    assert torch.equal(seen.expand(batch, 1, T, num_keys)[:, 0], moved)
+    assert moved.any()
+
+
+@pytest.mark.parametrize("kind", ["places", "scores", "bool scores", "none"])
+def test_the_visible_keys_are_those_that_flex_attention_sees(kind, monkeypatch):
+    """A tensor is added to flex attention's scores, whatever its dtype: one of bool hides nothing."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from transformers.integrations import flex_attention as integration
+
+    # Compiled for a CPU, it aborts with scores.
+    monkeypatch.setattr(
+        integration, "compile_friendly_flex_attention", lambda *args, training, **more: flex_attention(*args, **more)
+    )
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 2, T, 16) for _ in range(3))
+    scores = torch.randn(2, 1, T, T).masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+    mask = {
+        "places": create_block_mask(lambda b, h, q, k: (k <= q) & (k >= b), 2, None, T, T, device="cpu"),
+        "scores": scores,
+        "bool scores": scores > 0,
+        "none": None,
+    }[kind]
+    module = Attention().eval()
+    with torch.no_grad():
+        output = flex_attention_forward(module, query, key, value, mask, scaling=0.25)[0]
+        seen, causal = mask_of("flex_attention", module, query, key, mask, {})
+        expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, seen, scale=0.25).transpose(1, 2)
+    assert not causal
+    rows = output.abs().amax((2, 3)) > 0  # a row that sees nothing is zeros by one and NaN by the other
+    torch.testing.assert_close(output[rows], expected[rows], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mask", "arguments", "message"),
+    [
+        (torch.tensor([[1, 1, 1, 1, 2, 2, 2, 0, 0]]), {}, "expected .* of 0 and 1"),
+        (torch.zeros(1, 1, T, T), {}, r"mask \(1, 1, 9, 9\)"),
+        (None, {"position_ids": torch.arange(3 * T).view(3, 1, T)[:, :, ::2]}, "expected one position"),
+    ],
+)
+def test_calls_of_flash_attention_that_nobody_can_read_are_refused(mask, arguments, message):
+    query = torch.zeros(1, 2, T, 16)
+    with pytest.raises(CaptureError, match=message):
+        mask_of("flash_attention_2", Attention(), query, query, mask, arguments)
+
+
+def test_a_sequence_that_runs_over_two_samples_is_refused():
+    query = torch.zeros(2, 2, T, 16)
+    with pytest.raises(CaptureError, match="from one sample of the batch into the next"):
+        mask_of("flash_attention_2", Attention(), query, query, None, varlen(torch.tensor([0, 5, 12, 18])))
+
+
+def test_an_attention_function_of_somebody_else_is_refused(student):
+    """DeepSpeed's sequence parallelism, for one, puts its own under the name of sdpa: nobody knows what it attends to."""
+    theirs = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = lambda *args, **kwargs: theirs(*args, **kwargs)
+    try:
+        with pytest.raises(ModelError, match=r"registered as 'sdpa' is .*set_attn_implementation\('eager'\)"):
+            lavender.patch(student)
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+    assert not hasattr(student, "_lavender_patch")
+    assert not any(module._forward_pre_hooks for module in student.modules())
+
+
+def test_dropout_in_the_weights_of_eager_attention_is_refused(student, training_batch):
+    """sdpa's maps are those before dropout; eager attention returns what is left of them."""
+    for layer in student.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    with lavender.patch(student.train(), AlignmentConfig()):
+        student(**training_batch)
+    student.set_attn_implementation("eager")
+    with lavender.patch(student, AlignmentConfig()):
+        with pytest.raises(CaptureError, match=r"dropout of 0\.5.*attention_dropout=0"):
+            student(**training_batch)
+        student.eval()(**training_batch)
+
+
+def test_a_request_follows_each_layers_device():
+    """As `device_map` spreads them; beside the CPU a machine without a GPU has the empty device alone, which mixes with none."""
+    rows = WordRows(torch.tensor([[2, 4]]), torch.tensor([[0, 1]]), torch.ones(1, 2), 2)
+    layers = {Attention(): 0, Attention(): 1}
+    request = Request(rows, torch.tensor([[0, 1]]), layers, cross=False, renormalize=False, keep_heads=True, length=T)
+    for layer, device in zip(layers, ("cpu", "meta"), strict=True):
+        request.record_weights(layer, torch.rand(1, 2, T, T, device=device))
+    assert [request.recorded[n].device.type for n in range(2)] == ["cpu", "meta"]
+    assert request.recorded[1].shape == request.recorded[0].shape
 
 
 @pytest.mark.parametrize("window", [None, 3, 5])
