@@ -85,7 +85,7 @@ def compare(
         batch=words,
         input_ids=inputs.get("input_ids") if words.input_ids is None else words.input_ids,
         tokens=None if labels is None else tokens,
-        language=_language_loss(output, labels, tokens),
+        language=None if labels is None else _language_loss(output, tokens),
     )
     term = weight * processes * share * total / all_words
     if inputs.get("fused_lm_head"):
@@ -93,11 +93,9 @@ def compare(
     return comparison, term
 
 
-def _language_loss(output: Any, labels: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor | None:
-    if labels is None:
-        return None
-    loss = output[0] if isinstance(output, tuple) else output.get("loss")
-    # The mean over no label token is 0 / 0, without gradient.
+def _language_loss(output: Any, tokens: torch.Tensor) -> torch.Tensor | None:
+    values = {"loss": output[0]} if isinstance(output, tuple) else output
+    loss = values.get("loss") if isinstance(values, MutableMapping) else None
     return None if loss is None else torch.where(tokens > 0, loss.detach(), 0.0)
 
 

@@ -30,7 +30,7 @@ class FiniteGuard(TrainerCallback):
     scaling (fp16) skips, since the gradient overflowed, changes none, and training goes on; but not after `MAX_SKIPPED` of them.
 
     A Trainer with `last_loss` (a scalar, this process's latest) and `sample_ids` (the samples of each micro-batch of the step) has
-    them looked at and named; `parts` says what a subclass knows beside them.
+    them looked at and named; `note_forward` says what a subclass knows beside them.
     """
 
     def __init__(self, trainer: Trainer) -> None:
