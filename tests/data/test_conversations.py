@@ -13,6 +13,8 @@ import threading
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Sequence, Value, load_dataset
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from lavender.batches.collator import Collator
@@ -188,6 +190,32 @@ def test_images_fill_the_parts_that_have_none_as_with_trl(processor):
     plain = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "The first."}]
     sample = {"images": [RED, GREEN], "messages": plain}
     assert_as_transformers(processor, sample, prepare_multimodal_messages(plain, [RED, GREEN]))
+
+
+SPACES = st.sampled_from(["", " ", "\n", "\n\n", " \n"])
+PARTS = st.one_of(
+    st.tuples(SPACES, st.sampled_from(["red", "the zebra", "", "What?"]), SPACES).map(lambda words: text("".join(words))),
+    st.sampled_from([RED, GREEN]).map(lambda image: {"type": "image", "image": image}),
+    st.just({"type": "image"}),
+)
+
+
+@given(st.lists(st.lists(PARTS, min_size=1, max_size=4), min_size=1, max_size=3), st.data())
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_order_of_texts_and_pictures_is_kept(processor, contents, data):
+    """Of any number of messages, whether parts hold their pictures or take them from the column; and through a table as well."""
+    from trl.data_utils import prepare_multimodal_messages
+
+    messages = [message for content in contents for message in (user(*content), says("A zebra."))]
+    assume(any(part["type"] == "image" for part in contents[0]))
+    empty = sum(part == {"type": "image"} for content in contents for part in content)
+    images = [data.draw(st.sampled_from([RED, BLUE, GREEN])) for _ in range(empty)]
+    sample = {"images": images, "messages": messages}
+    held = prepare_multimodal_messages(copy.deepcopy(messages), images)
+    assert_as_transformers(processor, sample, held)
+    table = [{**message, "content": [{"text": None, "image": None, **part} for part in message["content"]]} for message in messages]
+    first, second = as_conversation(sample), as_conversation({"images": images, "messages": table})
+    assert (first.messages, first.images, first.id) == (second.messages, second.images, second.id)
 
 
 def test_rows_of_a_vision_dataset_with_an_image_column(processor):
