@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..errors import DataError
 
 _THINKING_ENDS = ("</think>", "<channel|>")
 """What closes the thinking in a message of Qwen, DeepSeek, GLM and Nemotron, and of Gemma. Their templates look for it too."""
+_PLACE = re.compile(f"({re.escape(PLACEHOLDER)})")
 _OPEN_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
 
 
@@ -72,20 +73,23 @@ def apply_chat_template(processor: Any, conversation: Conversation) -> ChatText:
                 f"adds it, write {PLACEHOLDER!r} where a picture stands in a conversation"
             )
     try:
-        return _Template(processor, conversation, _parts).chat_text()
+        return _Template(processor, conversation, parts_of, _as_parts).chat_text()
     except _FormError as error:
         if _takes_parts(processor):
             raise
         refusal = error
     if placeholder is None and any(PLACEHOLDER in message.content for message in conversation.messages):
         raise DataError(f"{refusal}. {type(processor).__name__} names no image_token that could stand in a text")
-    return _Template(processor, conversation, lambda message: _text(message, str(placeholder))).chat_text()
+
+    def as_text(parts: Sequence[str]) -> str:
+        return "".join(str(placeholder) if part == PLACEHOLDER else part for part in parts)
+
+    return _Template(processor, conversation, lambda message: _PLACE.split(message.content), as_text).chat_text()
 
 
 def _takes_parts(processor: Any) -> bool:
     """Whether the chat template shows a text that comes as a part."""
-    messages = (Message("user", "Look"),)
-    template = _Template(processor, Conversation("parts", (), messages), _parts)
+    template = _Template(processor, Conversation("parts", (), (Message("user", "Look"),)), parts_of, _as_parts)
     try:
         return template.marks[0] in template.render(template.marked, add_generation_prompt=True)
     except DataError:
@@ -107,30 +111,37 @@ class _Template:
     before it, does not move it.
 
     Attributes:
+        parts: the messages' texts, with `<image>` between them for every picture; `write` makes a content of them.
         marks: by message. Those of answers show where answers end; those of the user show where generation prompts begin.
         marked: the contents with their marks.
         frame: the same, of answers the mark alone and the white space behind it.
     """
 
-    def __init__(self, processor: Any, conversation: Conversation, write: Callable[[Message], Any]) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        conversation: Conversation,
+        split: Callable[[Message], Sequence[str]],
+        write: Callable[[Sequence[str]], Any],
+    ) -> None:
         self.processor = processor
         self.name = f"sample {conversation.id!r}"
         self.messages = conversation.messages
+        self.parts = [split(message) for message in self.messages]
         self.write = write
-        self.contents = [write(message) for message in self.messages]
         self._mark(_marks(self.messages))
 
     def _mark(self, marks: Mapping[int, str]) -> None:
         self.marks = marks
-        self.marked, self.frame = [*self.contents], [*self.contents]
+        self.marked = [self.write(parts) for parts in self.parts]
+        self.frame = [*self.marked]
         for n, mark in marks.items():
-            message = self.messages[n]
-            self.marked[n] = self.frame[n] = self.write(_insert(message, mark))
-            if message.role == "assistant":
-                self.frame[n] = self.write(replace(message, content=mark + message.content[len(message.content.rstrip()) :]))
+            self.marked[n] = self.frame[n] = self.write(_insert(self.parts[n], mark))
+            if self.messages[n].role == "assistant":
+                self.frame[n] = self.write([mark + _spaces_behind(self.messages[n].content)])
 
     def chat_text(self) -> ChatText:
-        text, marked = self.render(self.contents), self.render(self.marked)
+        text, marked = self.render([self.write(parts) for parts in self.parts]), self.render(self.marked)
         if not any(mark in marked for mark in self.marks.values()):
             raise _FormError(f"{self.name}: the chat template leaves out what the messages say; set one that shows it")
         try:
@@ -234,18 +245,15 @@ def _marks(messages: Sequence[Message]) -> Mapping[int, str]:
     }
 
 
-def _insert(message: Message, mark: str) -> Message:
-    """A message with a mark behind its last letter; white space and pictures stay behind that."""
-    if message.parts:
-        last = max((n for n, part in enumerate(message.parts) if part != PLACEHOLDER and part.strip()), default=0)
-        end = len(message.parts[last].rstrip())
-        part = message.parts[last][:end] + mark + message.parts[last][end:]
-        return replace(message, parts=(*message.parts[:last], part, *message.parts[last + 1 :]))
-    content = message.content
-    end = len(content.rstrip())
-    while content.endswith(PLACEHOLDER, 0, end):
-        end = len(content[: end - len(PLACEHOLDER)].rstrip())
-    return replace(message, content=content[:end] + mark + content[end:])
+def _insert(parts: Sequence[str], mark: str) -> list[str]:
+    """A message's parts with a mark behind the last letter of its texts."""
+    last = max(n for n, part in enumerate(parts) if part != PLACEHOLDER and part.strip())
+    return [*parts[:last], parts[last].rstrip() + mark + _spaces_behind(parts[last]), *parts[last + 1 :]]
+
+
+def _spaces_behind(text: str) -> str:
+    """The white space that a text ends with."""
+    return text[len(text.rstrip()) :]
 
 
 def _shared(first: str, *others: str) -> str:
@@ -258,11 +266,5 @@ def _behind(mark: str, text: str) -> str:
     return text.rpartition(mark)[2] if mark else text
 
 
-def _parts(message: Message) -> list[dict[str, str]]:
-    """A message as chat templates take it."""
-    return [{"type": "image"} if part == PLACEHOLDER else {"type": "text", "text": part} for part in parts_of(message)]
-
-
-def _text(message: Message, placeholder: str) -> str:
-    """A message as one text, with a placeholder for every picture."""
-    return ("".join(message.parts) or message.content).replace(PLACEHOLDER, placeholder)
+def _as_parts(parts: Sequence[str]) -> list[dict[str, str]]:
+    return [{"type": "image"} if part == PLACEHOLDER else {"type": "text", "text": part} for part in parts]

@@ -33,7 +33,7 @@ _TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_id
 MOST_SKIPPED = 16
 """So many samples in a row are skipped before one's error is raised: then the fault is not theirs, but of all."""
 _STAND_IN = Conversation(
-    "stand-in", (Image.new("RGB", (64, 64), "gray"),), (Message("user", "<image>Look"), Message("assistant", "Yes"))
+    "lavender's stand-in", (Image.new("RGB", (64, 64), "gray"),), (Message("user", "<image>Look"), Message("assistant", "Yes"))
 )
 
 logger = logging.getLogger("lavender")
@@ -176,13 +176,16 @@ class Collator:
         items: list[_Item] = []
         errors: dict[int, LavenderError] = {}
         for b, sample in enumerate(samples):
+            sample_id = _id_of(sample)
             try:
-                items.append(self._item(as_conversation(sample)))
+                conversation = as_conversation(sample)
+                sample_id = conversation.id
+                items.append(self._item(conversation))
             except LavenderError as error:
                 if self.on_error == "raise":
                     raise
                 errors[b] = error
-                items.append(self._stand_in_for(_id_of(sample), error))
+                items.append(self._stand_in_for(sample_id, error))
         while True:
             try:
                 batch = self._collate(items)
