@@ -380,6 +380,7 @@ def patch_teacher(
     for name, value in (("heads", heads), ("steps", steps)):
         if not isinstance(value, bool):
             raise ConfigError(f"{name} is {value!r}; expected True or False")
+    denoisers_of(pipe)  # so that what is no pipeline is named
     with turn_of(pipe):
         present: TeacherPatch | None = getattr(pipe, "_lavender_patch", None)
         if present is not None and present.pipe is not pipe:  # a copy of a patched pipeline
