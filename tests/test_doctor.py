@@ -269,11 +269,17 @@ def test_what_is_refused_at_once_imports_no_model_library(tmp_path):
 
 
 @pytest.mark.full  # the libraries' own imports take seconds
-def test_a_students_examination_imports_no_diffusers(student_folder):
+@pytest.mark.parametrize(
+    ("examined", "unused"),
+    [
+        ("examine({folder!r})", "diffusers datasets trl lavender.training lavender.teachers"),
+        ("examine_machine()", "transformers diffusers peft datasets triton torch._dynamo lavender.students lavender.teachers"),
+    ],
+)
+def test_an_examination_imports_what_it_needs(examined, unused, student_folder):
     code = (
-        f"import sys; from lavender.doctor import examine; examine({str(student_folder)!r})\n"
-        "loaded = {'diffusers', 'datasets', 'trl', 'lavender.training', 'lavender.teachers'} & set(sys.modules)\n"
-        "assert not loaded, loaded"
+        f"import sys; from lavender.doctor import examine, examine_machine; {examined.format(folder=str(student_folder))}\n"
+        f"loaded = set({unused.split()}) & set(sys.modules); assert not loaded, loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 

@@ -100,6 +100,9 @@ def cuda_reasons(file: str, tensor: torch.Tensor, width: int, heads: int, by_nam
     return reasons or _runner_reasons(file, operator.index(width), str(tensor.device))
 
 
-@torch.compiler.assume_constant_result
 def _runner_reasons(file: str, width: int, device: str) -> list[str]:
     return cuda.runner.why_not(cuda.Program(file, width, width % 8 == 0), torch.device(device))
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes as long as torch itself.
+_runner_reasons._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -237,9 +237,11 @@ class _Run:
         if handle is not None and not self.training.lora_rank:
             # What ZeRO-3 loads in half precision, it trains in half precision: all of it.
             student.lavender.to(student.dtype)
-        trained: nn.Module = student
+        trained: Any = student
         if self.training.lora_rank:
             trained = _with_lora(student, self.training, self.adapter, aligned=handle is not None)
+            if self.adapter is None:  # by which PEFT finds the same base model again
+                trained.peft_config["default"].revision = split_revision(self.model)[1]
         if self.frozen:
             for name, parameter in trained.named_parameters():
                 parameter.requires_grad_("lavender." in name and parameter.requires_grad)

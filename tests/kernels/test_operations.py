@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lavender.kernels import dispatch
 from lavender.kernels.column_maps import column_attention
 from lavender.kernels.map_loss import map_loss
 from lavender.kernels.row_maps import row_maps
@@ -69,3 +70,8 @@ def test_compiled_graphs_do_not_break(tensors, impl):
         results.append([output, columns, loss, *torch.autograd.grad(total, list(tensors.values()))])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_the_mark_of_a_constant_result_is_torchs_own():
+    """It is set without `torch.compiler.assume_constant_result`, whose import takes as long as torch's."""
+    assert vars(dispatch._runner_reasons) == vars(torch.compiler.assume_constant_result(lambda: None))

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from lavender.cli import app
 from lavender.config import TrainingConfig
+from lavender.doctor import examine
 from lavender.errors import ModelError, TargetError
 from lavender.training.train import fine_tune
 
@@ -33,8 +34,10 @@ def test_the_commit_of_student_and_adapter_is_recorded(hub, student_folder, samp
     hub.put("org/adapter", tmp_path / "run/adapter", SECOND, "main")
     train(student_folder, samples[:4], tmp_path / "more", adapter="org/adapter")
     assert [record(tmp_path / "more")[name] for name in names] == [str(student_folder), None, "org/adapter", SECOND]
-    base = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())["base_model_name_or_path"]
-    assert base == "org/student"
+    saved = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert (saved["base_model_name_or_path"], saved["revision"]) == ("org/student", FIRST)  # what AutoPeftModel loads
+    findings = {finding.topic: finding.result for finding in examine("org/adapter")}
+    assert findings["base model"] == f"org/student@{FIRST}, as follows"
     with pytest.raises(ModelError, match="cannot load a LoRA adapter from 'org/adapter@v7'"):
         train(student_folder, samples[:4], tmp_path / "other", adapter="org/adapter@v7")
 
