@@ -155,8 +155,11 @@ def load_aligner(patch_handle: StudentPatch, run: str | Path) -> None:
     except SafetensorError as error:
         raise ModelError(f"{path} is damaged ({error}); train the aligner again") from error
     _require_finite(weights, path)
+    aligner = patch_handle.model.lavender
+    if hasattr(aligner, "modules_to_save"):  # beside an adapter PEFT trains a copy
+        aligner = aligner.modules_to_save[aligner.active_adapters[0]]
     try:
-        patch_handle.model.lavender.load_state_dict(weights)
+        aligner.load_state_dict(weights)
     except RuntimeError as error:
         raise ModelError(f"the aligner of {run} belongs to another AlignmentConfig or model ({_first_line(error)})") from error
 
