@@ -26,7 +26,7 @@ Box = tuple[float, float, float, float]
 
 WHOLE_PICTURE: Box = (0.0, 0.0, 1.0, 1.0)
 
-OUTCOMES = ("matched", "no target", "no word matched", "cut off")
+OUTCOMES = ("matched", "no target", "no word matched", "cut off", "skipped")
 """What becomes of a training sample, by the numbers in `WordBatch.outcomes`."""
 
 

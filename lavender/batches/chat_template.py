@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from ..data.samples import PLACEHOLDER, Conversation, Message
-from ..errors import ConfigError, DataError
+from ..errors import DataError
+
+_THINKING_ENDS = ("</think>", "<channel|>")
+"""What closes the thinking in a message of Qwen, DeepSeek, GLM and Nemotron, and of Gemma. Their templates look for it too."""
+_PLACE = re.compile(f"({re.escape(PLACEHOLDER)})")
+_OPEN_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
 
 
 @dataclass(frozen=True)
@@ -14,15 +22,18 @@ class Turn:
     """One message of the assistant in the text of a conversation.
 
     Attributes:
-        answer: the message.
+        answer: what it says: the message without the thinking before it.
         num_images: the number of pictures before it.
-        start, end: its characters `[start, end)` in the text, with all that the template closes it with.
+        start, end: its characters `[start, end)` in the text: all that follows the generation prompt, with what the template closes
+            it with. Thinking is in there in the form that the template gives it, or is not if the template takes it out.
+        answer_end: where the answer ends in the text, white space behind it not counted.
     """
 
     answer: str
     num_images: int
     start: int
     end: int
+    answer_end: int
 
 
 @dataclass(frozen=True)
@@ -33,15 +44,25 @@ class ChatText:
     turns: tuple[Turn, ...]
 
 
+def without_thinking(message: str) -> str:
+    """What a message says after its thinking (`<think>...</think>`); a message without thinking is the same."""
+    ends = [message.rfind(mark) + len(mark) for mark in _THINKING_ENDS if mark in message]
+    return message[max(ends) :].strip() if ends else message
+
+
 def apply_chat_template(processor: Any, conversation: Conversation) -> ChatText:
     """The text of a conversation of `lavender.data.as_conversation` by the processor's chat template.
 
-    A turn of the assistant begins where the template, asked for an answer, ends, and it ends where the template ends without the
-    messages that follow: no template needs marks for it, but each must render a message the same whatever follows it.
+    The text is what the template makes of the whole conversation. It is made again with a mark behind each message, which shows
+    where messages end, and with marks in place of the answers, which shows what surrounds them. A turn begins where the generation
+    prompt ends: what the prompt says, the assistant does not. Templates may therefore trim messages, take thinking out of earlier
+    ones, and close the last one otherwise than those before.
+
+    A template that takes no parts (`{"type": "text", "text": ...}`) gets texts, with the processor's `image_token` for a picture.
 
     Raises:
-        ConfigError: the template changes what stands before a message.
-        DataError: a text holds the processor's own placeholder, or the template refuses the conversation.
+        DataError: a text holds the processor's own placeholder, the template refuses the conversation, or an answer cannot be found
+            in what it makes of it.
     """
     name = f"sample {conversation.id!r}"
     placeholder = getattr(processor, "image_token", None)
@@ -51,54 +72,215 @@ def apply_chat_template(processor: Any, conversation: Conversation) -> ChatText:
                 f"{name}: message {n} ({message.role}) holds {str(placeholder)!r}, which stands for the picture; the collator "
                 f"adds it, write {PLACEHOLDER!r} where a picture stands in a conversation"
             )
-    messages = [{"role": message.role, "content": _parts(message)} for message in conversation.messages]
-    turns, text, num_images = [], "", 0
-    for n, message in enumerate(conversation.messages):
-        num_images += message.content.count(PLACEHOLDER)
-        if message.role == "assistant":
-            prompt = _extend(processor, text, messages[:n], name, add_generation_prompt=True)
-            text = _extend(processor, prompt, messages[: n + 1], name)
-            turns.append(Turn(message.content, num_images, len(prompt), len(text)))
-    if conversation.messages[-1].role != "assistant":
-        text = _extend(processor, text, messages, name)
-    return ChatText(text, tuple(turns))
+    try:
+        return _Template(processor, conversation, parts_of, _as_parts).chat_text()
+    except _FormError as error:
+        if _takes_parts(processor):
+            raise
+        refusal = error
+    if placeholder is None and any(PLACEHOLDER in message.content for message in conversation.messages):
+        raise DataError(f"{refusal}. {type(processor).__name__} names no image_token that could stand in a text")
+
+    def as_text(parts: Sequence[str]) -> str:
+        return "".join(str(placeholder) if part == PLACEHOLDER else part for part in parts)
+
+    return _Template(processor, conversation, lambda message: _PLACE.split(message.content), as_text).chat_text()
 
 
-def _parts(message: Message) -> list[dict[str, str]]:
-    """A message as chat templates take it. The line breaks beside a picture are the template's affair: LLaVA's files have them."""
-    parts: list[dict[str, str]] = []
+def _takes_parts(processor: Any) -> bool:
+    """Whether the chat template shows a text that comes as a part."""
+    template = _Template(processor, Conversation("parts", (), (Message("user", "Look"),)), parts_of, _as_parts)
+    try:
+        return template.marks[0] in template.render(template.marked, add_generation_prompt=True)
+    except DataError:
+        return False
+
+
+class _FormError(DataError):
+    """The template fails on a conversation, or shows none of its texts: it may not take contents of this form."""
+
+
+class _LostError(DataError):
+    """An answer is not found."""
+
+
+class _Template:
+    """A chat template at work on one conversation, whose contents it gets in one form.
+
+    A mark stands directly behind the last letter of a text. What a template makes of white space around the text, or of thinking
+    before it, does not move it.
+
+    Attributes:
+        parts: the messages' texts, with `<image>` between them for every picture; `write` makes a content of them.
+        marks: by message. Those of answers show where answers end; those of the user show where generation prompts begin.
+        marked: the contents with their marks.
+        frame: the same, of answers the mark alone and the white space behind it.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        conversation: Conversation,
+        split: Callable[[Message], Sequence[str]],
+        write: Callable[[Sequence[str]], Any],
+    ) -> None:
+        self.processor = processor
+        self.name = f"sample {conversation.id!r}"
+        self.messages = conversation.messages
+        self.parts = [split(message) for message in self.messages]
+        self.write = write
+        self._mark(_marks(self.messages))
+
+    def _mark(self, marks: Mapping[int, str]) -> None:
+        self.marks = marks
+        self.marked = [self.write(parts) for parts in self.parts]
+        self.frame = [*self.marked]
+        for n, mark in marks.items():
+            self.marked[n] = self.frame[n] = self.write(_insert(self.parts[n], mark))
+            if self.messages[n].role == "assistant":
+                self.frame[n] = self.write([mark + _spaces_behind(self.messages[n].content)])
+
+    def chat_text(self) -> ChatText:
+        text, marked = self.render([self.write(parts) for parts in self.parts]), self.render(self.marked)
+        if not any(mark in marked for mark in self.marks.values()):
+            raise _FormError(f"{self.name}: the chat template leaves out what the messages say; set one that shows it")
+        try:
+            turns = self._find_turns(text, marked)
+        except _LostError:
+            # What the user says may be left out, or shown twice, or looked at: the answers tell enough.
+            self._mark({n: mark for n, mark in self.marks.items() if self.messages[n].role == "assistant"})
+            turns = self._find_turns(text, self.render(self.marked))
+        return ChatText(text, tuple(turns))
+
+    def _find_turns(self, text: str, marked: str) -> list[Turn]:
+        pieces = self._split(marked)
+        if "".join(pieces.values()) != text:
+            raise self._lost("renders messages otherwise if they are longer")
+        frame = self._split(self.render(self.frame))
+        turns, start, before, num_images = [], 0, "", 0
+        for n, message in enumerate(self.messages):
+            num_images += message.content.count(PLACEHOLDER)
+            if n not in self.marks:
+                continue
+            end = start + len(pieces[n])
+            if message.role == "assistant":
+                prompt = self._prompt_length(n, before, pieces[n], frame[n])
+                closing = self._closing_length(n, before, text[end:])
+                turns.append(Turn(without_thinking(message.content), num_images, start + prompt, end + closing, end))
+            start, before = end, self.marks[n]
+        return turns
+
+    def _prompt_length(self, n: int, before: str, piece: str, frame: str) -> int:
+        """How much of `piece`, what stands between the mark `before` and that of answer `n`, the assistant does not say.
+
+        That is the generation prompt. A template may prompt for more than an answer of the conversation has (`<think>`): then it is
+        what the two share.
+        """
+        prompt = _behind(before, self.render(self.frame[:n], add_generation_prompt=True))
+        if piece.startswith(prompt):
+            return len(prompt)
+        shared = _OPEN_TAG.sub("", _shared(prompt, piece, frame))
+        closing = _shared(prompt, _behind(before, self.render(self.frame[:n])))
+        if len(shared) < len(closing) or (len(shared) == len(closing) and shared != frame):
+            raise self._lost(f"prompts for message {n + 1} by {prompt[:40]!r} and begins it otherwise, by {frame[:40]!r}")
+        return len(shared)
+
+    def _closing_length(self, n: int, before: str, rest: str) -> int:
+        """How much of `rest`, what stands behind the last letter of answer `n`, belongs to its turn: all of it if none follows."""
+        if n == len(self.messages) - 1:
+            return len(rest)
+        return next(len(closing) for closing in self._closings(n, before) if rest.startswith(closing))
+
+    def _closings(self, n: int, before: str) -> Iterator[str]:
+        """What the template may close answer `n` with where more follows: as if none did, else as it closes messages of the user
+        (GPT-OSS), else as if none did but without the end of the text (Phi-3)."""
+        last = _behind(self.marks[n], self.render(self.frame[: n + 1]))
+        yield last
+        spaces = last[: len(last) - len(last.lstrip())]
+        if of_user := _behind(before, self.render(self.frame[:n])).lstrip():
+            yield spaces + of_user
+        yield last.removesuffix(str(getattr(self.processor.tokenizer, "eos_token", None) or ""))
+        yield ""
+
+    def _split(self, text: str) -> dict[int, str]:
+        """What the template makes of the conversation, cut at its marks: per message that has one what ends there, and the rest."""
+        pieces: dict[int, str] = {}
+        for n, mark in self.marks.items():
+            if text.count(mark) != 1:
+                raise self._lost(f"shows message {n + 1} ({self.messages[n].role}) {text.count(mark)} times")
+            pieces[n], _, text = text.partition(mark)
+        return pieces | {-1: text}
+
+    def render(self, contents: Sequence[Any], **options: Any) -> str:
+        from jinja2 import TemplateError
+
+        messages = [{"role": message.role, "content": content} for message, content in zip(self.messages, contents, strict=False)]
+        try:
+            text: str = self.processor.apply_chat_template(messages, tokenize=False, **options)
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            raise _FormError(
+                f"{self.name}: the chat template refuses the conversation ({error}); give the messages as it expects them"
+            ) from error
+        return text
+
+    def _lost(self, reason: str) -> _LostError:
+        return _LostError(
+            f"{self.name}: the answers cannot be found in the conversation, for the chat template {reason}; set "
+            "processor.chat_template to one that shows each answer once, or give samples of one answer"
+        )
+
+
+def _marks(messages: Sequence[Message]) -> Mapping[int, str]:
+    """Per message of the user's or the assistant's that has a text, a mark that stands in none of the messages.
+
+    A mark is of characters that no text has by chance, and of a quote, which is escaped where a template writes a list or a JSON
+    object in place of a text. Its first character is not its last: it overlaps with no other mark, nor with itself.
+    """
+    texts = "".join(message.content for message in messages)
+    salt = next(n for n in range(len(texts) + 2) if f'\ue000"{n}:' not in texts)
+    return {
+        n: f'\ue000"{salt}:{n}\ue001'
+        for n, message in enumerate(messages)
+        if message.role == "assistant" or (message.role == "user" and message.content.replace(PLACEHOLDER, "").strip())
+    }
+
+
+def _insert(parts: Sequence[str], mark: str) -> list[str]:
+    """A message's parts with a mark behind the last letter of its texts."""
+    last = max(n for n, part in enumerate(parts) if part != PLACEHOLDER and part.strip())
+    return [*parts[:last], parts[last].rstrip() + mark + _spaces_behind(parts[last]), *parts[last + 1 :]]
+
+
+def _spaces_behind(text: str) -> str:
+    """The white space that a text ends with."""
+    return text[len(text.rstrip()) :]
+
+
+def _shared(first: str, *others: str) -> str:
+    """What some texts begin with alike."""
+    return "".join(letters[0] for letters in takewhile(lambda letters: len({*letters}) == 1, zip(first, *others, strict=False)))
+
+
+def _behind(mark: str, text: str) -> str:
+    """What stands behind a mark in a text; all of the text if there is none."""
+    return text.rpartition(mark)[2] if mark else text
+
+
+def parts_of(message: Message) -> Sequence[str]:
+    """The texts of a message, with `<image>` between them for every picture. The line breaks beside a picture are the template's
+    affair: LLaVA's files have them."""
+    parts: list[str] = []
     texts = message.content.split(PLACEHOLDER)
     for n, text in enumerate(texts):
         if n:
-            parts.append({"type": "image"})
+            parts.append(PLACEHOLDER)
             text = text.lstrip("\n")
         if n < len(texts) - 1:
             text = text.rstrip("\n")
         if text:
-            parts.append({"type": "text", "text": text})
-    return parts or [{"type": "text", "text": ""}]
+            parts.append(text)
+    return parts or [""]
 
 
-def _extend(processor: Any, before: str, messages: list[dict[str, Any]], name: str, **options: Any) -> str:
-    """The messages' text, which has to begin with `before`, the text of the first of them."""
-    from jinja2 import TemplateError
-
-    try:
-        text: str = processor.apply_chat_template(messages, tokenize=False, **options)
-    except (TemplateError, TypeError) as error:
-        raise DataError(
-            f"{name}: the chat template refuses the conversation ({error}); give the messages as it expects them"
-        ) from error
-    if not text.startswith(before):
-        raise ConfigError(
-            f"{name}: the chat template renders {_end_of(before, text)!r} otherwise when more follows, so that lavender cannot "
-            "find the answers. Some templates take the thinking out of earlier answers, or close the last one alone: set "
-            "processor.chat_template to one that renders a message the same whatever follows, or give samples of one answer"
-        )
-    return text
-
-
-def _end_of(before: str, text: str) -> str:
-    """The first characters of `before` that `text` does not have."""
-    same = next(n for n in range(len(before)) if before[n] != text[n : n + 1])
-    return before[same : same + 40]
+def _as_parts(parts: Sequence[str]) -> list[dict[str, str]]:
+    return [{"type": "image"} if part == PLACEHOLDER else {"type": "text", "text": part} for part in parts]

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ..config import WordsConfig
-from ..data.samples import Conversation, Sample, as_conversation
-from ..errors import ConfigError, DataError, TargetError
+from ..data.samples import Conversation, Message, Sample, as_conversation
+from ..errors import ConfigError, DataError, LavenderError, TargetError
 from ..images import image_sha256, load_image
 from ..students.boxes import boxes_within
 from ..students.families import ProcessedImages, student_family
 from ..students.image_tokens import image_token_of, model_type_of, place_image_tokens, require_pair
 from ..types import OUTCOMES, WHOLE_PICTURE, Span, Word, WordBatch
 from ..words import FUNCTION_WORDS, Caption, collate_rows, locate_tokens, tokens_of, words_of
-from .chat_template import ChatText, Turn, apply_chat_template
+from .chat_template import ChatText, Turn, apply_chat_template, without_thinking
 from .word_selection import WordSelector
 
 if TYPE_CHECKING:
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
 
 _TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
 """What processors return with one entry per token, [B, T] or [B, T, ...]."""
+MOST_SKIPPED = 16
+"""So many samples in a row are skipped before one's error is raised: then the fault is not theirs, but of all."""
+_STAND_IN = Conversation(
+    "lavender's stand-in", (Image.new("RGB", (64, 64), "gray"),), (Message("user", "<image>Look"), Message("assistant", "Yes"))
+)
 
 logger = logging.getLogger("lavender")
 
@@ -46,6 +52,7 @@ class _Item:
         turn: the answer whose words are compared.
         image: index of the picture that they are looked for in; None without one.
         words: the answer's words.
+        skipped: whether it stands for a sample that was skipped.
     """
 
     id: str
@@ -56,6 +63,7 @@ class _Item:
     turn: Turn
     image: int | None
     words: tuple[Word, ...]
+    skipped: bool = False
 
     @property
     def sees_image(self) -> bool:
@@ -92,6 +100,14 @@ class Collator:
         1, no target         the targets have none for this sample, which trains the language model alone
         2, no word matched   the target has none of the answer's words, they were all left out, or there is no picture
         3, cut off           `max_length` cut the answer before its words
+        4, skipped           it raised a `LavenderError`, and a stand-in takes its place: a gray picture and a word, no labels, no
+                             words. So every process of a training has as many samples as before, and the same keys in its batch
+
+    What a message says in its thinking (`<think>...</think>`) is labelled as the chat template renders it, and has no words.
+
+    Attributes:
+        skipped: per id of a skipped sample its error. Each is logged once. A collator in a `DataLoader`'s worker has a `skipped` of
+            its own, which stays there: count the batches' outcomes instead.
 
     Collators and all that they take can be pickled.
     """
@@ -104,6 +120,7 @@ class Collator:
         *,
         model_config: Any = None,
         max_length: int | None = None,
+        on_error: Literal["skip", "raise"] | None = None,
     ) -> None:
         """
         Args:
@@ -112,12 +129,15 @@ class Collator:
             words: which words are aligned.
             model_config: the student's `model.config`; families whose processor does not know the patch size (mllama) need it.
             max_length: samples of more tokens, those of pictures included, are cut at their end; None cuts nothing.
+            on_error: whether a sample that cannot be used is skipped, or its error raised; by default it is skipped with `targets`,
+                where a training must go on, and raised without, where a stand-in's maps would be taken for the sample's.
 
         Raises:
-            ConfigError: the processor has no chat template or no fast tokenizer, or is another model's than `model_config`; or
-                `max_length` is below 1.
+            ConfigError: an argument is of another type; the processor has no chat template or no fast tokenizer, or is another
+                model's than `model_config`; or `max_length` is below 1.
             ModelError: the family, and so the places of its image tokens, is unknown.
         """
+        _require_types(processor, targets, words, model_config, max_length, on_error)
         if not getattr(processor, "chat_template", None):
             raise ConfigError("the processor has no chat template; set processor.chat_template to the model's")
         if not processor.tokenizer.is_fast:
@@ -131,6 +151,9 @@ class Collator:
         self.words_config = words or WordsConfig()
         self.model_config = model_config
         self.max_length = max_length
+        self.on_error = on_error or ("raise" if targets is None else "skip")
+        self.skipped: dict[str, str] = {}
+        self._skipped_in_a_row = 0
         self._selector = WordSelector(self.words_config)
         self._warned: set[int] = set()
         self._family = student_family(model_type_of(processor, model_config))
@@ -142,12 +165,55 @@ class Collator:
 
     @staticmethod
     def words(answer: str) -> tuple[Word, ...]:
-        """The words of an answer that can be aligned, in order: index w of a batch's word axis is the w-th of them."""
-        return tuple(word for word in words_of(answer) if word.text.casefold() not in FUNCTION_WORDS)
+        """The words of an answer that can be aligned, in order: index w of a batch's word axis is the w-th of them.
+
+        Those of thinking are none; the others' places are in the answer without it.
+        """
+        return tuple(word for word in words_of(without_thinking(answer)) if word.text.casefold() not in FUNCTION_WORDS)
 
     def __call__(self, samples: Sequence[Sample | Conversation | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Raises `ConfigError` (of the chat template), `DataError` or `TargetError` naming the sample at fault."""
-        items = [self._item(as_conversation(sample)) for sample in samples]
+        """Raises `DataError` or `TargetError` naming the sample at fault, unless it is skipped; then the last of 16 in a row."""
+        items: list[_Item] = []
+        errors: dict[int, LavenderError] = {}
+        for b, sample in enumerate(samples):
+            sample_id = _id_of(sample)
+            try:
+                conversation = as_conversation(sample)
+                sample_id = conversation.id
+                items.append(self._item(conversation))
+            except LavenderError as error:
+                if self.on_error == "raise":
+                    raise
+                errors[b] = error
+                items.append(self._stand_in_for(sample_id, error))
+        while True:
+            try:
+                batch = self._collate(items)
+                break
+            except LavenderError as error:
+                faults = self._find_faults(items, error)
+            for b, fault in faults.items():
+                items[b] = self._stand_in_for(items[b].id, fault)
+            errors |= faults
+        self._note_skipped(items, errors)
+        return batch
+
+    def require_usable(self, samples: Sequence[Sample | Conversation | Mapping[str, Any]]) -> None:
+        """Raises the error of the last of up to `MOST_SKIPPED` samples from all over `samples` if none of them can be used.
+
+        So that a run whose samples are all at fault ends before it starts.
+        """
+        error: LavenderError | None = None
+        for sample in samples[:: max(1, -(-len(samples) // MOST_SKIPPED))]:
+            try:
+                self._try(self._item(as_conversation(sample)))
+                return
+            except LavenderError as fault:
+                error = fault
+        if error is not None:
+            raise error
+
+    def _collate(self, items: Sequence[_Item]) -> dict[str, torch.Tensor]:
         texts = [item.chat.text for item in items]
         batch = self._process(items, texts)
         encoded = self.processor.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
@@ -168,6 +234,60 @@ class Collator:
             rows.rows, rows.words, rows.weights, image_positions, present, boxes, outcomes, targets, batch["input_ids"]
         )
         return batch | words.to_batch()
+
+    def _find_faults(self, items: Sequence[_Item], error: LavenderError) -> dict[int, LavenderError]:
+        """The items that a batch failed for with `error`, each with its own: those that fail beside the stand-in.
+
+        None may, where they do not go together. Then the last one is it, until the others do.
+        """
+        sound = [b for b, item in enumerate(items) if not item.skipped]
+        if not sound or (self.on_error == "raise" and len(items) == 1):
+            raise error
+        faults: dict[int, LavenderError] = {}
+        for b in sound:
+            try:
+                self._try(items[b])
+            except LavenderError as fault:
+                faults[b] = fault
+        if self.on_error == "raise":
+            raise next(iter(faults.values())) if 0 < len(faults) < len(items) else error
+        return faults or {sound[-1]: error}
+
+    def _try(self, item: _Item) -> None:
+        """Raises the error of a batch of an item and the stand-in, which has a picture; of the item alone where there is none."""
+        try:
+            items = [item, self._stand_in]
+        except LavenderError:
+            items = [item]
+        self._collate(items)
+
+    def _stand_in_for(self, sample_id: str, error: LavenderError) -> _Item:
+        """What takes the place of a sample that has an error, which is raised if nothing can."""
+        try:
+            return replace(self._stand_in, id=sample_id)
+        except LavenderError:
+            raise error from None
+
+    @cached_property
+    def _stand_in(self) -> _Item:
+        """An item that fits into every batch, and teaches nothing. Raises `LavenderError` if there is none."""
+        item = self._item(_STAND_IN)
+        item = replace(item, chat=replace(item.chat, turns=()), target=None, caption=None, words=(), skipped=True)
+        self._collate([item])
+        return item
+
+    def _note_skipped(self, items: Sequence[_Item], errors: Mapping[int, LavenderError]) -> None:
+        """Logs each skipped sample once. Raises the error of the last of `MOST_SKIPPED` in a row."""
+        for b, item in enumerate(items):
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if item.skipped else 0
+            if not item.skipped:
+                continue
+            error = errors[b]
+            if item.id not in self.skipped:
+                self.skipped[item.id] = str(error)
+                logger.warning("skipped: %s", error if repr(item.id) in str(error) else f"sample {item.id!r}: {error}")
+            if self._skipped_in_a_row >= MOST_SKIPPED:
+                raise type(error)(f"{error}. It is the last of {MOST_SKIPPED} samples in a row that had to be skipped") from error
 
     def _item(self, conversation: Conversation) -> _Item:
         name = f"sample {conversation.id!r}"
@@ -277,11 +397,14 @@ class Collator:
     ) -> _Answer:
         """The words of the answer of sample `b`: their tokens, and whether they are selected and see the picture."""
         text, turn = item.chat.text, item.turn
-        if not item.sees_image:
+        if not (item.words and item.sees_image):
             return _Answer([[] for _ in item.words], [False for _ in item.words])
-        begin = text.find(turn.answer, turn.start, turn.end)
-        if begin < 0:
-            raise DataError(f"sample {item.id!r}: the chat template changes the answer {turn.answer!r}; strip its white space")
+        begin = turn.answer_end - len(turn.answer.rstrip())
+        if not text.endswith(turn.answer.strip(), turn.start, turn.answer_end):
+            raise DataError(
+                f"sample {item.id!r}: the chat template changes the answer {turn.answer!r} to "
+                f"{text[turn.start : turn.answer_end]!r}, in which its words cannot be found; give it as the template writes it"
+            )
         near = [i for i, (left, right) in enumerate(offsets) if right > turn.start and left < turn.end]
         near_offsets = [offsets[i] for i in near]
         spans = [(begin + word.start, begin + word.end) for word in item.words]
@@ -338,6 +461,8 @@ class Collator:
 
     def _outcome(self, item: _Item, compared: bool, cut: bool) -> int:
         """The sample's outcome; the first of each kind that is no match is logged with its remedy."""
+        if item.skipped:
+            return OUTCOMES.index("skipped")
         if compared:
             return OUTCOMES.index("matched")
         name = f"sample {item.id!r}"
@@ -369,8 +494,33 @@ class Collator:
         )
 
 
+def _require_types(processor: Any, targets: Any, words: Any, model_config: Any, max_length: Any, on_error: Any) -> None:
+    """Raises `ConfigError` naming the first argument of a collator that is of another type than it takes."""
+    if not hasattr(processor, "tokenizer"):
+        raise ConfigError(
+            f"the processor is a {type(processor).__name__}; expected one of pictures and texts: AutoProcessor.from_pretrained(...)"
+        )
+    if targets is not None and not all(hasattr(targets, name) for name in ("__contains__", "__getitem__", "config", "folder")):
+        raise ConfigError(f"targets is a {type(targets).__name__}; expected a store: lavender.TargetStore(folder)")
+    if words is not None and not isinstance(words, WordsConfig):
+        raise ConfigError(f"words is a {type(words).__name__}; expected a lavender.WordsConfig")
+    if model_config is not None and not isinstance(getattr(model_config, "model_type", None), str):
+        raise ConfigError(f"model_config is a {type(model_config).__name__}; expected the student's model.config")
+    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int)):
+        raise ConfigError(f"max_length is {max_length!r}; expected a whole number of tokens, or None to cut nothing")
+    if on_error not in (None, "skip", "raise"):
+        raise ConfigError(f"on_error is {on_error!r}; expected 'skip', 'raise' or None")
+
+
+def _id_of(sample: Any) -> str:
+    """The id of whatever was given as a sample; its type where it has none."""
+    sample_id = sample.get("id") if isinstance(sample, Mapping) else getattr(sample, "id", None)
+    return f"a {type(sample).__name__} without an id" if sample_id is None else str(sample_id)
+
+
 def _named(items: Sequence[_Item]) -> str:
-    return f"samples {', '.join(repr(item.id) for item in items)}"
+    ids = [repr(item.id) for item in items if not item.skipped] or [repr(item.id) for item in items]
+    return f"sample{'s' * (len(ids) > 1)} {', '.join(ids)}"
 
 
 def _tokens_in(turn: Turn, offsets: Sequence[Span]) -> list[int]:

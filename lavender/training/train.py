@@ -254,7 +254,10 @@ class _Run:
         return trained, student, processor
 
     def collator(self, processor: Any, model_config: Any) -> Collator:
-        return Collator(processor, self.targets, self.words, model_config=model_config, max_length=self.training.max_length)
+        length = self.training.max_length
+        collator = Collator(processor, self.targets, self.words, model_config=model_config, max_length=length, on_error="skip")
+        collator.require_usable(self.samples)
+        return collator
 
     def record(self) -> dict[str, Any]:
         digest = hashlib.sha256()

@@ -147,23 +147,22 @@ def test_a_token_that_opens_the_next_turn_is_no_label(processor):
     assert labelled(processor, batch["labels"][0]) == ["A red zebra.", "A blue zebra, quite blue. "]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        # What was said before the last answer is rendered otherwise, as thinking is taken out of earlier answers.
-        lambda template: template.replace(
-            "part['text']", "('Hm.' if message['role'] == 'assistant' and message != messages[-1] else part['text'])"
-        ),
-        lambda template: template.replace("{{ eos_token }}", "{% if loop.last %}{{ eos_token }}{% endif %}"),
-    ],
-    ids=["thinking", "close"],
-)
-def test_templates_that_change_what_stands_before_are_refused(processor, change):
-    unstable = with_template(processor, change)
+def test_a_template_that_leaves_an_answer_out_is_refused(processor):
+    """What was said before the last answer is replaced."""
+    change = "('Hm.' if message['role'] == 'assistant' and message != messages[-1] else part['text'])"
+    unstable = with_template(processor, lambda template: template.replace("part['text']", change))
     assert unstable.chat_template != processor.chat_template
-    with pytest.raises(ConfigError, match=r"sample 'x': the chat template renders '.*' otherwise when more follows"):
+    with pytest.raises(DataError, match=r"sample 'x': the answers cannot be found .* shows message 2 \(assistant\) 0 times"):
         Collator(unstable)([Conversation("x", (RED, BLUE), TURNS)])
     assert (Collator(unstable)([Sample("y", RED, QUESTION, ANSWER)])["labels"] >= 0).any(), "one answer is found all the same"
+
+
+def test_a_template_may_close_the_last_answer_otherwise(processor):
+    end = processor.tokenizer.eos_token
+    last = with_template(processor, lambda t: t.replace("{{ eos_token }}", "{% if loop.last %}{{ eos_token }}{% endif %}"))
+    batch = Collator(last)([Conversation("x", (RED, BLUE), TURNS[:4]), Conversation("y", (RED, BLUE), TURNS)])
+    assert labelled(processor, batch["labels"][0]) == ["A red zebra.", f"A blue zebra, quite blue.{end}"]
+    assert labelled(processor, batch["labels"][1]) == ["A red zebra.", "A blue zebra, quite blue."]
 
 
 def test_templates_that_refuse_a_conversation_are_told(processor):
@@ -171,8 +170,8 @@ def test_templates_that_refuse_a_conversation_are_told(processor):
     with pytest.raises(DataError, match=r"sample 'x': the chat template refuses the conversation \(one turn\)"):
         Collator(strict)([Conversation("x", (RED, BLUE), TURNS)])
     Collator(strict)([Sample("y", RED, QUESTION, ANSWER)])
-    plain = with_template(processor, lambda _: "{% for message in messages %}{{ message['content'] + '.' }}{% endfor %}")
-    with pytest.raises(DataError, match=r"sample 'y': the chat template refuses the conversation \(can only concatenate list"):
+    plain = with_template(processor, lambda _: "{% for message in messages %}{{ message['content'] + 1 }}{% endfor %}")
+    with pytest.raises(DataError, match=r"sample 'y': the chat template refuses the conversation \(can only concatenate str"):
         Collator(plain)([Sample("y", RED, QUESTION, ANSWER)])
 
 
@@ -290,7 +289,7 @@ def test_the_picture_is_the_targets_or_the_last_before_the_answer(processor, tmp
     assert torch.equal(batch["lavender_columns"][0], image_tokens[:64] - (image_tokens[0] - batch["lavender_columns"][0, 0]))
     assert batch["lavender_outcomes"].tolist() == [0]
     with pytest.raises(TargetError, match=r"sample 'first' in .* were made from another picture than its own"):
-        Collator(processor, store)([Sample("first", BLUE, QUESTION, ANSWER)])
+        Collator(processor, store, on_error="raise")([Sample("first", BLUE, QUESTION, ANSWER)])
 
 
 def test_an_answer_before_the_targets_picture_compares_nothing(processor, tmp_path, caplog):
@@ -426,7 +425,7 @@ def test_a_trainer_takes_conversations_through_workers(student, processor, tmp_p
     before = student.model.language_model.layers[0].self_attn.q_proj.weight.clone()
     with lavender.patch(student, AlignmentConfig(weight=1.0)) as patch:
         Trainer(model=student, args=arguments, train_dataset=samples, data_collator=collator).train()
-        assert patch.last.outcomes.tolist() == [3, 1, 0, 0]
+        assert patch.last.outcomes.tolist() == [3, 1, 0, 0, 0]
         assert patch.last.loss > 0
     assert not torch.equal(student.model.language_model.layers[0].self_attn.q_proj.weight, before)
 

@@ -278,15 +278,20 @@ def test_a_caption_serves_as_answer(tmp_path):
     assert (sample.id, sample.question, sample.answer) == ("a.png", "Describe the picture.", "A cat.")
 
 
-def test_placeholders_and_trimming_templates_are_named(processor, samples):
+def test_placeholders_and_templates_that_change_the_answer_are_named(processor, samples):
     import copy
 
     with pytest.raises(DataError, match="stands for the picture"):
         Collator(processor)([Sample("x", samples[0].image, "What is <image>?", "A cat.")])
     trimming = copy.deepcopy(processor)
     trimming.chat_template = trimming.chat_template.replace("part['text']", "part['text'] | trim")
-    with pytest.raises(DataError, match="strip its white space"):
-        Collator(trimming)([Sample("x", samples[0].image, "What?", " A cat. ")])
+    trimmed, plain = Collator(trimming), Collator(processor)
+    batch = trimmed([Sample("x", samples[0].image, "What?", " A cat. ")])
+    for key, expected in plain([Sample("x", samples[0].image, "What?", "A cat.")]).items():
+        torch.testing.assert_close(batch[key], expected, rtol=0, atol=0, equal_nan=True)
+    trimming.chat_template = trimming.chat_template.replace("| trim", "| upper")
+    with pytest.raises(DataError, match=r"the chat template changes the answer 'A cat.' to 'A CAT.'"):
+        trimmed([Sample("x", samples[0].image, "What?", "A cat.")])
 
 
 def test_targets_of_other_pictures_are_refused(student_folder, scenes, data, tmp_path):
