@@ -46,6 +46,7 @@ class FiniteGuard(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._require_finite_weights(f"before step {state.global_step + 1}", advice="Start from another model or adapter")
         scaler = self.trainer.accelerator.scaler
+        self.skipped = 0
         self.scale = 0.0 if scaler is None else scaler.get_scale()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -57,9 +58,8 @@ class FiniteGuard(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._note_loss()
         # A part may be a mean over processes: the process's own loss, where there is one, says whose samples are at fault.
-        deciding = [[parts["loss"]] if "loss" in parts else list(parts.values()) for parts in self.losses]
-        finite = [not values or bool(torch.stack([v.float() for v in values]).isfinite().all()) for values in deciding]
-        bad = [n for n, is_finite in enumerate(finite) if not is_finite]
+        deciding = [[parts["loss"]] if "loss" in parts else parts.values() for parts in self.losses]
+        bad = [n for n, values in enumerate(deciding) if not all(bool(value.isfinite().all()) for value in values)]
         found = [
             f"{', '.join(f'{name} {value.item():.4g}' for name, value in self.losses[n].items())}{self._samples([n])}" for n in bad
         ]

@@ -147,10 +147,10 @@ def load_aligner(patch_handle: StudentPatch, run: str | Path) -> None:
     except SafetensorError as error:
         raise ModelError(f"{path} is damaged ({error}); train the aligner again") from error
     _require_finite(weights, path)
+    aligner = patch_handle.model.lavender
+    if hasattr(aligner, "modules_to_save"):  # beside an adapter PEFT trains a copy
+        aligner = aligner.modules_to_save[aligner.active_adapters[0]]
     try:
-        aligner = patch_handle.model.lavender
-        # Beside an adapter, PEFT's wrapper holds the one that is trained.
-        aligner = aligner.modules_to_save[aligner.active_adapter] if hasattr(aligner, "modules_to_save") else aligner
         aligner.load_state_dict(weights)
     except RuntimeError as error:
         raise ModelError(f"the aligner of {run} belongs to another AlignmentConfig or model ({_first_line(error)})") from error

@@ -60,6 +60,8 @@ def overwritten(path):
 
 
 DAMAGES = (missing, empty, truncated, zeroed, overwritten)
+# A file of safetensors has no checksum: what overwrote its middle are numbers among the others.
+CASES = [(name, damage) for name in FILES for damage in DAMAGES if damage is not overwritten or not name.endswith(".safetensors")]
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +126,8 @@ def trainer(world):
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "of_an_earlier_version"])
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(("name", "damage"), CASES)
 def test_every_damage_of_every_file_is_found(name, damage, recorded, killed, trainer):
-    if damage is overwritten and name.endswith(".safetensors"):
-        pytest.skip("no checksum: numbers among the others")
     folder = killed / "checkpoints"
     if not recorded:
         (folder / "checkpoint-2/lavender.json").unlink()

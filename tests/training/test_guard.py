@@ -90,7 +90,7 @@ def weights_of(checkpoint):
 def test_the_first_loss_that_is_not_finite_ends_the_run(key, value, parts, poisoned, student_folder, samples, targets, tmp_path):
     fine_tune(student_folder, samples, tmp_path / "sound", TRAINING, targets=targets, progress=False)
     out, poison = tmp_path / "run", poisoned(key, value)
-    for _ in range(2):  # the same command continues from the last sound step, and meets the same samples
+    for _ in range(2 if key == "lavender_targets" else 1):  # the same command continues, and meets the same samples
         with pytest.raises(ModelError, match=f"loss of step 2 is not finite.*{parts}, .*'{samples[2].id}', '{poison}'") as error:
             fine_tune(student_folder, samples, out, TRAINING, targets=targets, progress=False)
         assert str(out / "checkpoints/checkpoint-1") in str(error.value)
@@ -266,7 +266,7 @@ def test_adapters_and_aligners_that_are_not_finite_or_damaged_are_refused_by_nam
         path.unlink()
 
 
-@pytest.mark.parametrize("accepts", [True, False], ids=["counts_tokens", "own_mean"])
+@pytest.mark.parametrize("accepts", [pytest.param(True, marks=pytest.mark.full), False], ids=["counts_tokens", "own_mean"])
 @pytest.mark.parametrize("with_targets", [True, False], ids=["aligned", "plain"])
 def test_a_batch_without_label_tokens_is_a_step_of_zero(
     accepts, with_targets, student_folder, samples, targets, tmp_path, monkeypatch

@@ -42,6 +42,7 @@ RUNS = {
     "checkpointed": {"steps": 4, "gradient_checkpointing": True},
     "half": {"steps": 6},
     "cut": {"steps": 3, "max_length": 96, "arguments": {"train_sampling_strategy": "sequential"}},
+    "skipped": {"steps": 3, "arguments": {"train_sampling_strategy": "sequential"}},
     "poisoned": {"steps": 3, "save_steps": 1, "arguments": {"train_sampling_strategy": "sequential"}},
     "wild": {"steps": 2, "save_steps": 1, "learning_rate": 1e38, "warmup_steps": 0},
     "lost": {"steps": 3, "save_steps": 1, "arguments": {"save_total_limit": 3}},
@@ -52,6 +53,7 @@ ENGINES = {
     "zero3": ("full", "lora", "sparse"),
     "fsdp2": ("full", "lora", "sparse"),
 }
+DATA = {"cut": "long.jsonl", "skipped": "bad.jsonl"}
 HISTORY = ("loss", "language_loss", "alignment_loss", "matched_words")
 
 
@@ -68,12 +70,14 @@ def world(scenes, processor, tmp_path_factory):
     processor.save_pretrained(folder / "student")
     data = write_dataset(scenes[:16], folder / "data")
     ids = [sample.id for sample in read_samples(data)]
-    # Without label tokens, by "max_length": the first step's batch of the second of two processes, and all of the second step.
-    long = [
-        json.loads(line) | ({"question": "what color is it? " * 9} if n >= 4 else {})
-        for n, line in enumerate(data.read_text().splitlines())
-    ]
-    (folder / "data/long.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in long))
+    entries = [*enumerate(json.loads(line) for line in data.read_text().splitlines())]
+    # Without label tokens, by `max_length`: the first step's batch of the second of two processes, and all of the second step.
+    long = [entry | ({"question": "what color is it? " * 9} if n >= 4 else {}) for n, entry in entries]
+    # Skipped: the same batch, and two samples of the second step.
+    bad = [entry | ({"image": "bad.png", "id": f"bad {n}"} if 4 <= n < 10 else {}) for n, entry in entries]
+    (folder / "data/bad.png").write_bytes(b"no picture")
+    for name, lines in (("long", long), ("bad", bad)):
+        (folder / f"data/{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
     write_targets(folder / "targets", scenes[:16], ids)
     write_targets(folder / "few_targets", scenes[:5], ids[:5])
     return folder
@@ -87,10 +91,10 @@ def one(world):
 
 
 @pytest.fixture(scope="module")
-def cut(world):
-    """The folder of one process's run with batches without label tokens."""
-    launch([sys.executable], world, "one", [run("one", "cut")])
-    return world / "one/cut"
+def lacking(world):
+    """The folder of one process's runs with samples that lack label tokens."""
+    launch([sys.executable], world, "one", [run("one", "cut"), run("one", "skipped")])
+    return world / "one"
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +121,7 @@ def launch(command, world, engine, runs):
     for one_run in runs:
         targets = "few_targets" if one_run["name"] == "sparse" else "targets"
         one_run |= {"out": str(world / engine / one_run["name"]), "targets": str(world / targets)}
-        one_run["data"] = str(world / "data" / ("long.jsonl" if one_run["name"] == "cut" else "captions.jsonl"))
+        one_run["data"] = str(world / "data" / DATA.get(one_run["name"], "captions.jsonl"))
     settings = world / f"{engine}.json"
     settings.write_text(json.dumps({"engine": engine, "model": str(world / "student"), "runs": runs}))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
@@ -223,20 +227,23 @@ RANKS_FILE = {
 
 
 @pytest.mark.parametrize("engine", ["ddp", *(pytest.param(name, marks=pytest.mark.full) for name in ("zero2", "zero3", "fsdp2"))])
-def test_what_befalls_one_process_stops_or_skips_all_alike(engine, world, cut):
+def test_what_befalls_one_process_stops_or_skips_all_alike(engine, world, lacking):
     out = world / engine
     sample = read_samples(world / "data/captions.jsonl")[13].id  # in the second step, of the second process
     runs = [
         run(engine, "cut"),
+        run(engine, "skipped"),
         run(engine, "poisoned") | {"poison": sample},
         run(engine, "poisoned-refused") | {"refuse": sample},
         run(engine, "wild"),
     ]
     launch(accelerate(engine), world, engine, runs)
     # Batches without label tokens: of one process, then of all.
-    assert differences(out / "cut", cut).max() < 1e-5
-    assert [entry["loss"] == 0 for entry in history(cut)] == [False, True, False]
-    assert_same_weights(*(load_student(folder / "model")[0].state_dict() for folder in (out / "cut", cut)))
+    assert [entry["loss"] == 0 for entry in history(out / "cut")] == [False, True, False]
+    assert [entry["samples_skipped"] for entry in history(out / "skipped")] == [4, 2, 4]
+    for name in ("cut", "skipped"):
+        assert differences(out / name, lacking / name).max() < 1e-5
+        assert_same_weights(*(load_student(folder / name / "model")[0].state_dict() for folder in (out, lacking)))
     for name, message in (
         ("poisoned", f"the loss of step 2 is not finite \\(process 1: loss nan, .*'{sample}'.*checkpoint-1"),
         ("poisoned-refused", f"DataError: sample '{sample}' is refused$"),
