@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..students.look import ask_by_template
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -33,14 +35,7 @@ def accuracy(hits: Sequence[bool]) -> Accuracy:
 @torch.no_grad()
 def generate(model: Any, processor: Any, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int) -> list[str]:
     """Greedy answers to one question per picture."""
-    texts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
-            add_generation_prompt=True,
-            tokenize=False,
-        )
-        for question in questions
-    ]
+    texts = [ask_by_template(processor, question) for question in questions]
     batch = processor(
         images=list(images), text=texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
     ).to(model.device)

@@ -69,9 +69,30 @@ def process_question(processor: Any, image: Image.Image, question: str | None, p
         return dict(processor(images=[[image]], text=[prompt], return_tensors="pt"))
     if not getattr(processor, "chat_template", None):
         raise ConfigError("the processor has no chat template; give the whole prompt, with the picture's placeholder, as prompt=")
-    content = [{"type": "image"}, {"type": "text", "text": question or DEFAULT_QUESTION}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+    text = ask_by_template(processor, question or DEFAULT_QUESTION)
     return dict(processor(images=[[image]], text=[text], add_special_tokens=False, return_tensors="pt"))
+
+
+def ask_by_template(processor: Any, question: str) -> str:
+    """The prompt that a processor's chat template makes of a picture and a question about it.
+
+    A template that takes texts alone, and so leaves parts out or shows them as a list, gets the picture's placeholder in a text.
+
+    Raises `ConfigError` if the template shows the question in neither form.
+    """
+    forms: list[Any] = [[{"type": "image"}, {"type": "text", "text": question}]]
+    if getattr(processor, "image_token", None) is not None:
+        forms.append(f"{processor.image_token}{question}")
+    for content in forms:
+        messages = [{"role": "user", "content": content}]
+        try:
+            text: str = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except (TypeError, ValueError, LookupError):
+            continue
+        around = text.replace(question.strip(), "")
+        if around != text and "'type'" not in around and '"type"' not in around:
+            return text
+    raise ConfigError("the processor's chat template shows no question of a user's; give the whole prompt as prompt=")
 
 
 def _moved(value: Any, model: Any) -> Any:

@@ -37,7 +37,7 @@ from transformers import (
 
 from ..batches.collator import Collator
 from ..config import AlignmentConfig, TrainingConfig, WordsConfig, to_dict
-from ..data.samples import Conversation, Sample
+from ..data.samples import Conversation, Sample, as_conversation
 from ..errors import ConfigError, DataError, ModelError, TargetError
 from ..files import is_url, write_atomically
 from ..images import Picture
@@ -59,7 +59,7 @@ LOG_EVERY = 10
 
 def fine_tune(
     model: str | Path,
-    samples: Sequence[Sample | Conversation],
+    samples: Sequence[Sample | Conversation | Mapping[str, Any]],
     out: str | Path,
     training: TrainingConfig | None = None,
     *,
@@ -76,7 +76,7 @@ def fine_tune(
 
     Args:
         model: folder or hub id of the student; a hub id maybe as `NAME@REVISION`, a branch, tag or commit.
-        samples: pictures with questions and answers, or conversations.
+        samples: pictures with questions and answers, conversations, or mappings (`lavender.data.as_conversation`).
         out: run folder.
         training: optimizer, LoRA, schedule, precision and engine.
         targets: the teacher's maps by sample id; without them the run is plain fine-tuning. Samples without a target train the
@@ -100,14 +100,15 @@ def fine_tune(
     """
     training = training or TrainingConfig()
     out = Path(out)
-    _require_images(samples)
+    known = [sample if isinstance(sample, Sample | Conversation) else as_conversation(sample) for sample in samples]
+    _require_images(known)
     if adapter is not None and not training.lora_rank:
         raise ConfigError(
             "an adapter was given, and lora_rank is 0; leave lora_rank as it is to train the adapter, or the adapter out"
         )
     if targets is not None:
         alignment, words = alignment or AlignmentConfig(), words or WordsConfig()
-        _require_targets(samples, targets)
+        _require_targets(known, targets)
         if training.aligner_steps and training.freeze_student and not _has_weights(alignment):
             raise ConfigError(
                 "aligner='identity' has no weights that a first stage could train; choose another, or aligner_steps=0"
@@ -118,7 +119,7 @@ def fine_tune(
         alignment = words = None
     # The same commit in every process and stage, whatever becomes of the hub's branch.
     model, adapter = pin_student(model), None if adapter is None else pin_adapter(adapter)
-    run = _Run(model, samples, out, training, targets, alignment, words, adapter, aligner, progress)
+    run = _Run(model, known, out, training, targets, alignment, words, adapter, aligner, progress)
     if training.aligner_steps:
         rate = training.aligner_learning_rate or training.learning_rate
         first = replace(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from lavender.data.samples import Sample
 from lavender.errors import CaptureError, ConfigError, DataError, ModelError
 from lavender.students.families import STUDENTS
 from lavender.students.image_tokens import image_token_of, model_type_of
-from lavender.students.look import append_answer, process_question
+from lavender.students.look import append_answer, ask_by_template, process_question
 from lavender.testing.student import noise_image
 
 from .zoo import built, families, sampled
@@ -134,3 +136,16 @@ def test_a_family_of_ones_own_comes_before_the_processors(tmp_path):
     finally:
         type(config).model_type = named
         del STUDENTS["my_model"]
+
+
+QWEN3 = "<|im_start|>{{ messages[0].role }}\n{{ messages[0].content }}<|im_end|>{% if add_generation_prompt %}A:{% endif %}"
+"""As text-only templates do: the content is written as it is, a list as a list."""
+
+
+def test_a_template_that_takes_texts_alone_gets_a_text(processor):
+    copied = copy.deepcopy(processor)
+    copied.chat_template = QWEN3
+    assert ask_by_template(copied, "What is 'it'?") == "<|im_start|>user\n<image>What is 'it'?<|im_end|>A:"
+    copied.chat_template = "{% for part in messages[0].content %}{% if part.type == 'image' %}<image>{% endif %}{% endfor %}"
+    with pytest.raises(ConfigError, match="shows no question"):
+        ask_by_template(copied, "What is it?")

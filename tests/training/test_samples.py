@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
 import torch
 from PIL import Image
 
+from lavender.config import TrainingConfig
 from lavender.data.samples import Sample, as_conversation
 from lavender.errors import TargetError
 from lavender.images import image_sha256
 from lavender.targets.manifest import StoreConfig
 from lavender.targets.store import Target, TargetStore, TargetWriter
-from lavender.training.train import _paths, _require_targets
+from lavender.training.train import _paths, _require_targets, fine_tune
 from lavender.types import WordMaps
 from lavender.words import words_of
 
@@ -41,3 +43,9 @@ def test_pictures_at_urls_are_no_files_that_are_missing():
     sample = as_conversation({"image": "https://host/a.png", **ASKED})
     assert sample.id == "https://host/a.png"
     assert _paths(sample) == []
+
+
+def test_a_run_takes_mappings(student_folder, tmp_path):
+    sample = {"image": RED.resize((64, 64)), "question": "Describe the picture.", "answer": "A red ring."}
+    fine_tune(student_folder, [sample], tmp_path, TrainingConfig(steps=1, batch_size=1), progress=False)
+    assert json.loads((tmp_path / "history.json").read_text())[0]["step"] == 1
