@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 
 import pytest
@@ -48,4 +47,4 @@ def test_pictures_at_urls_are_no_files_that_are_missing():
 def test_a_run_takes_mappings(student_folder, tmp_path):
     sample = {"image": RED.resize((64, 64)), "question": "Describe the picture.", "answer": "A red ring."}
     fine_tune(student_folder, [sample], tmp_path, TrainingConfig(steps=1, batch_size=1), progress=False)
-    assert json.loads((tmp_path / "history.json").read_text())[0]["step"] == 1
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
