@@ -223,10 +223,11 @@ def _sequences(
     """The number of the sequence that each row [B or 1, T] and key [B or 1, N] belongs to, -1 for none; None for one sequence."""
     batch, length, num_keys = len(query), query.shape[2], key.shape[2]
     if mask is not None:
-        if mask.ndim != 2 or not ((mask == 0) | (mask == 1)).all():
+        if mask.ndim != 2 or mask.shape[1] > num_keys or not ((mask == 0) | (mask == 1)).all():
             raise CaptureError(
-                f"a flash attention got a mask {tuple(mask.shape)} of {mask.dtype}; expected [B, N] of 0 and 1, which tells "
-                "padding apart. Give packed sequences by position_ids that restart, or call model.set_attn_implementation('sdpa')"
+                f"a flash attention got a mask {tuple(mask.shape)} of {mask.dtype} for {num_keys} keys; expected [B, N] of 0 and "
+                "1, which tells padding apart. Give packed sequences by position_ids that restart; with PEFT's prefix tuning, switch "
+                "gradient checkpointing off, which drops the prefix; or call model.set_attn_implementation('sdpa')"
             )
         keys = F.pad(mask.long(), (0, num_keys - mask.shape[1])) - 1
         if length == mask.shape[1]:

@@ -31,11 +31,14 @@ def attention_weights(model: nn.Module, attention_class: str) -> Iterator[list[t
             handle.remove()
 
 
-def word_maps(weights: list[torch.Tensor], words: WordBatch, *, first_row: int = 0, first_key: int = 0) -> torch.Tensor:
-    """Maps [B, L, H, W, M] in float64: the mean over a word's tokens of what the row before each sees of the image tokens.
+def word_maps(
+    weights: list[torch.Tensor], words: WordBatch, config: AlignmentConfig, *, first_row: int = 0, first_key: int = 0
+) -> torch.Tensor:
+    """Maps [B, L, H, W, M] in float64: the mean over a word's tokens of what the row of each sees of the image tokens.
 
     `first_row` and `first_key` are where the text begins in the attention's rows and keys.
     """
+    first_row -= config.rows == "predicts"
     stacked = torch.stack(weights, dim=1).double()
     maps = stacked.new_zeros(*stacked.shape[:3], words.present.shape[1], words.image_positions.shape[1])
     rows = []
@@ -44,7 +47,9 @@ def word_maps(weights: list[torch.Tensor], words: WordBatch, *, first_row: int =
         for token, word, share in zip(tokens.tolist(), of_words.tolist(), shares.tolist(), strict=True):
             if word < 0:
                 continue
-            seen = stacked[b, :, :, first_row + token - 1][..., first_key + words.image_positions[b, placed]]
+            seen = stacked[b, :, :, first_row + token][..., first_key + words.image_positions[b, placed]]
+            if config.renormalize:
+                seen = seen / seen.sum(dim=-1, keepdim=True).clamp_min(1e-30)
             row = torch.zeros_like(maps)
             row[b, :, :, word, placed] = share * seen
             rows.append(row)
@@ -55,11 +60,15 @@ def alignment_loss(
     alignment: Alignment, maps: torch.Tensor, words: WordBatch, config: AlignmentConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The mean over matched words, by an aligner in float64, and the aligned maps [B, W, y, x]."""
-    assert words.boxes is not None and words.targets is not None
+    assert words.boxes is not None
+    assert words.targets is not None
     boxes = words.boxes
     size = tuple(min(side, config.max_grid) for side in grid_of(boxes))
     per_word, aligned = alignment(
-        maps, lambda values: rasterize(values, boxes, size), words.targets.double(), words.present  # type: ignore[arg-type]
+        maps,
+        lambda values: rasterize(values, boxes, size),
+        words.targets.double(),
+        words.present,  # type: ignore[arg-type]
     )
     assert per_word is not None
     return per_word.sum() / words.present.sum().clamp_min(1), aligned

@@ -1,6 +1,6 @@
 """Students as users of transformers and PEFT compose them: equal to the definition, or refused by a `LavenderError`; nothing else.
 
-`LAVENDER_COMPOSITIONS=5000 pytest tests/students/test_compositions.py -m full` runs a longer campaign, of other compositions each time.
+`LAVENDER_COMPOSITIONS=5000 pytest tests/students/test_compositions.py -m full` runs a longer campaign, another one each time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from .compositions import AXES, Composition, check
 from .zoo import _commit
 
-NUM_FAST, NUM_FULL = 100, 600
+NUM_FAST, NUM_FULL = 60, 600
 CAMPAIGN = int(os.environ.get("LAVENDER_COMPOSITIONS", "0"))
 FLEX = "flex_attention"
 """PyTorch compiles it on a CPU, for seconds each, and has no gradient there."""

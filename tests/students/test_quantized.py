@@ -89,7 +89,7 @@ def test_a_quantized_student_trains_by_its_dequantized_weights(tmp_path, kind, n
     words = words_of_batch(batch)
     with attention_weights(plain.train(), attention) as probabilities:
         language_loss = plain(**without_lavender(batch)).loss
-    expected = word_maps(probabilities, words)
+    expected = word_maps(probabilities, words, CONFIG)
     torch.testing.assert_close(maps.double(), expected, rtol=1e-4, atol=1e-5)
     aligner = patch.model.lavender.modules_to_save["default"]
     alignment = copy.deepcopy(aligner).double()
