@@ -226,7 +226,7 @@ def _sequences(
         if mask.ndim != 2 or mask.shape[1] > num_keys or not ((mask == 0) | (mask == 1)).all():
             raise CaptureError(
                 f"a flash attention got a mask {tuple(mask.shape)} of {mask.dtype} for {num_keys} keys; expected [B, N] of 0 and "
-                "1, which tells padding apart. Give packed sequences by position_ids that restart; with PEFT's prefix tuning, switch "
+                "1, which tells padding apart. Give packed sequences by position_ids that restart; with PEFT prefix tuning, switch "
                 "gradient checkpointing off, which drops the prefix; or call model.set_attn_implementation('sdpa')"
             )
         keys = F.pad(mask.long(), (0, num_keys - mask.shape[1])) - 1
