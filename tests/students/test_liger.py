@@ -50,7 +50,7 @@ def liger(monkeypatch):
 @pytest.fixture
 def batch():
     torch.manual_seed(0)
-    inputs = with_targets(built("llava").batch(), 8)
+    inputs = with_targets({name: value[:1] for name, value in built("llava").batch().items()}, 8)
     labels = inputs["input_ids"].clone()
     labels[:, :-4] = -100
     return {**inputs, "labels": labels}
@@ -79,7 +79,7 @@ def test_loss_maps_and_gradients_are_those_without_liger(liger, batch, patched, 
     config = AlignmentConfig(weight=2.0, aggregation=aggregation, parallel_heads=2)
     torch.manual_seed(0)
     lavender.patch(plain, config)
-    batch = {**batch, "num_items_in_batch": torch.tensor(24)}
+    batch = {**batch, "num_items_in_batch": torch.tensor(12)}
     expected, maps, gradients = step(plain, batch)
 
     model = built("llava").copy().model.train()
