@@ -108,7 +108,8 @@ class Forward:
         if missing:
             raise CaptureError(
                 f"{len(missing)} of {num_layers} attention layers recorded nothing (numbers {missing}). Was the attention "
-                "implementation changed after lavender.patch? Then unpatch, set it, patch again. Or does the layer around "
+                "implementation changed after lavender.patch? Then unpatch, set it, patch again. Did the model run compiled before "
+                "lavender.patch? Then call torch.compiler.reset(). Or does the layer around "
                 f"{type(next(iter(self.layers))).__name__} keep its keyword arguments to itself? Then lavender cannot reach it"
             )
         return [recorded[layer] for layer in range(num_layers)]

@@ -140,7 +140,12 @@ def require_gradient(model: Any, decoder: nn.Module, source: torch.Tensor | Hidd
     checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in decoder.modules())
     trainable = any(p.requires_grad for p in decoder.parameters())
     captured = source if isinstance(source, torch.Tensor) else source.queries
-    if checkpointed and trainable and not captured.requires_grad:
+    require_no_reentrant_checkpointing(checkpointed and trainable and not captured.requires_grad)
+
+
+def require_no_reentrant_checkpointing(is_reentrant: bool) -> None:
+    """Raises `CaptureError` if gradient checkpointing is of the kind that runs layers with autograd off."""
+    if is_reentrant:
         raise CaptureError(
             "the captured attention carries no gradient: the model uses re-entrant gradient checkpointing. Enable it with "
             "gradient_checkpointing_kwargs={'use_reentrant': False}"

@@ -31,7 +31,14 @@ from .aligner import Alignment
 from .capture import Forward
 from .discovery import attention_modules, base_model_of, is_cross, layers_around, text_tower
 from .families import known_family
-from .guards import StepWatch, require_gradient, require_whole_sequences, tokens_before_text, watch_term
+from .guards import (
+    StepWatch,
+    require_gradient,
+    require_no_reentrant_checkpointing,
+    require_whole_sequences,
+    tokens_before_text,
+    watch_term,
+)
 from .look import ask
 from .loss import Comparison, add_to_loss, compare
 from .registry import REQUEST, Tap, require_supported
@@ -388,6 +395,8 @@ class StudentPatch(Handle):
         if forward is None or output is None:  # no request, or the forward raised
             return None
         forward.shares = shares
+        if forward.request is not None and (call is not None or forward.words.targets is not None):
+            require_no_reentrant_checkpointing(forward.request.lost_gradient)
         if call is not None and call.wanted == "maps":
             call.result = forward.place(forward.attention())
             return None

@@ -50,6 +50,8 @@ class Request:
         keep_heads: whether heads are kept apart.
         length: T, the length of the text.
         recorded: layer number -> [B, H or 1, W, M], on the layer's device.
+        wants_gradient: whether the forward was started with autograd on.
+        lost_gradient: whether a layer ran with autograd off all the same, as re-entrant gradient checkpointing runs it.
     """
 
     rows: WordRows
@@ -60,6 +62,8 @@ class Request:
     keep_heads: bool
     length: int
     recorded: dict[int, torch.Tensor] = field(default_factory=dict)
+    wants_gradient: bool = field(default_factory=torch.is_grad_enabled)
+    lost_gradient: bool = False
     _places: dict[torch.device, tuple[WordRows, torch.Tensor]] = field(default_factory=dict)
     _masks: list[tuple[tuple[Any, ...], tuple[Any, ...], tuple[torch.Tensor | None, bool]]] = field(default_factory=list)
 
@@ -151,7 +155,9 @@ class Request:
 
     def _keep(self, layer: int, maps: torch.Tensor) -> None:
         # Gradient checkpointing runs the layer again in the backward pass: the same operations, whose result is not needed.
-        self.recorded.setdefault(layer, maps)
+        if layer not in self.recorded:
+            self.recorded[layer] = maps
+            self.lost_gradient |= self.wants_gradient and not torch.is_grad_enabled()
 
 
 def mask_of(
@@ -217,10 +223,11 @@ def _sequences(
     """The number of the sequence that each row [B or 1, T] and key [B or 1, N] belongs to, -1 for none; None for one sequence."""
     batch, length, num_keys = len(query), query.shape[2], key.shape[2]
     if mask is not None:
-        if mask.ndim != 2 or not ((mask == 0) | (mask == 1)).all():
+        if mask.ndim != 2 or mask.shape[1] > num_keys or not ((mask == 0) | (mask == 1)).all():
             raise CaptureError(
-                f"a flash attention got a mask {tuple(mask.shape)} of {mask.dtype}; expected [B, N] of 0 and 1, which tells "
-                "padding apart. Give packed sequences by position_ids that restart, or call model.set_attn_implementation('sdpa')"
+                f"a flash attention got a mask {tuple(mask.shape)} of {mask.dtype} for {num_keys} keys; expected [B, N] of 0 and "
+                "1, which tells padding apart. Give packed sequences by position_ids that restart; with PEFT prefix tuning, switch "
+                "gradient checkpointing off, which drops the prefix; or call model.set_attn_implementation('sdpa')"
             )
         keys = F.pad(mask.long(), (0, num_keys - mask.shape[1])) - 1
         if length == mask.shape[1]:
@@ -245,11 +252,16 @@ def _sequences(
 
 
 def _between(borders: torch.Tensor, batch: int, length: int) -> torch.Tensor:
-    """Sequences [B, length] between the borders [S + 1] in a batch laid end to end; -1 before the first and behind the last."""
+    """Sequences [B, length] between the borders [S + 1] in a batch laid end to end."""
     places = torch.arange(batch * length, device=borders.device)
-    sequences = torch.bucketize(places, borders.long(), right=True) - 1
-    sequences = sequences.where(sequences < len(borders) - 1, -1).view(batch, length)
-    if batch > 1 and (sequences[1:, 0] == sequences[:-1, -1]).logical_and(sequences[1:, 0] >= 0).any():
+    if borders[0] != 0 or borders[-1] != len(places):
+        raise CaptureError(
+            f"the borders of packed sequences (cu_seq_lens) go from {int(borders[0])} to {int(borders[-1])}, and the batch has "
+            f"{len(places)} places: what a flash attention gives the others is undefined. Do virtual tokens (PEFT's prompt tuning) "
+            "or padding come on top of the sequences? Count them, or leave them out"
+        )
+    sequences = (torch.bucketize(places, borders.long(), right=True) - 1).view(batch, length)
+    if batch > 1 and (sequences[1:, 0] == sequences[:-1, -1]).any():
         raise CaptureError("a packed sequence runs from one sample of the batch into the next one; lavender reads samples apart")
     return sequences
 

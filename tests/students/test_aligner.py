@@ -98,6 +98,22 @@ def test_an_aligner_is_its_layers(kind, norm, activation):
     torch.testing.assert_close(module.align(maps), expected)
 
 
+@pytest.mark.parametrize("norm", get_args(Norm))
+def test_a_grid_of_one_place_is_aligned(norm):
+    """That of a tiny picture, or of a batch without any: a norm of one value is zero."""
+    module = alignment(norm=norm).train()
+    maps = attention()[..., :1, :1].requires_grad_()
+    one_word = torch.arange(B * W).view(B, W) == 3
+    for present in (None, one_word, torch.zeros_like(one_word)):
+        aligned = module.align(maps, present)
+        assert aligned.shape == (B, W, 1, 1)
+        assert aligned.isfinite().all()
+        aligned.sum().backward()
+        assert all(p.grad is not None for p in module.parameters())
+    if norm == "instance":
+        torch.testing.assert_close(module.align(maps), module.aligner.blocks[-1].bias.expand(B, W, 1, 1))
+
+
 def test_flow_keeps_a_gradient_where_the_product_is_zero():
     """Eight layers of attention over 1,600 places, in float32: the plain product underflows everywhere."""
     scores = torch.randn(1, 8, 2, 40 * 40, generator=torch.Generator().manual_seed(0)) * 3

@@ -244,6 +244,8 @@ def test_the_visible_keys_are_those_that_flex_attention_sees(kind, monkeypatch):
     [
         (torch.tensor([[1, 1, 1, 1, 2, 2, 2, 0, 0]]), {}, "expected .* of 0 and 1"),
         (torch.zeros(1, 1, T, T), {}, r"mask \(1, 1, 9, 9\)"),
+        (torch.ones(1, T + 3), {}, r"mask \(1, 12\) of torch.float32 for 9 keys; .*prefix"),
+        (None, varlen(torch.tensor([0, 5, T - 3])), r"from 0 to 6, and the batch has 9 places"),
         (None, {"position_ids": torch.arange(3 * T).view(3, 1, T)[:, :, ::2]}, "expected one position"),
     ],
 )
