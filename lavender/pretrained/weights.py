@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def require_finite(model: nn.Module, what: str) -> None:
     """
     persistent = model.state_dict().keys()
     tensors = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n in persistent}}
-    bad = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    bad = non_finite(tensors.items())
     if any(hasattr(tensor, "ds_tensor") for tensor in tensors.values()):
         everywhere: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everywhere, bad)
@@ -92,17 +92,34 @@ def read_shapes(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Of the part of a tensor that this process holds. Quantized weights are integers, with scales of their own kind."""
-    tensor = getattr(tensor, "ds_tensor", tensor)
-    if hasattr(tensor, "to_local"):
-        tensor = tensor.to_local()
-    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel() or is_traceable_wrapper_subclass(tensor):
-        return True
-    if tensor.element_size() == 1:
-        tensor = tensor.half()
-    # NaN is both the least and the greatest; nothing of the tensor's size is allocated.
-    return all(bool(end.isfinite()) for end in tensor.aminmax())
+def non_finite(values: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity, of each the part that this process holds.
+
+    Reads every value once, and waits for the device once. Quantized weights are integers, with scales of their own kind.
+    """
+    parts = [(name, local_part(value)) for name, value in values]
+    checked = [
+        (name, part.half() if part.element_size() == 1 else part)
+        for name, part in parts
+        if part.is_floating_point() and part.numel() and not part.is_meta and not is_traceable_wrapper_subclass(part)
+    ]
+    if not checked:
+        return []
+    # NaN is both the least and the greatest; nothing of a tensor's size is allocated.
+    finite = [torch.stack(part.aminmax()).isfinite().all().to(checked[0][1].device) for _, part in checked]
+    return [name for (name, _), is_finite in zip(checked, torch.stack(finite).tolist(), strict=True) if not is_finite]
+
+
+def local_part(value: Any) -> torch.Tensor:
+    """The part of a weight that this process holds, where FSDP2 or ZeRO-3 splits it."""
+    if hasattr(value, "to_local"):
+        value = value.to_local()
+    elif hasattr(value, "ds_tensor"):  # the last process's is padded with whatever the memory held
+        size = value.ds_tensor.ds_numel
+        begin = size * torch.distributed.get_rank(value.ds_process_group)
+        value = value.ds_tensor.flatten()[: max(0, min(size, value.ds_numel - begin))]
+    part: torch.Tensor = value.detach()
+    return part
 
 
 def some(names: list[str], separator: str = ", ") -> str:

@@ -24,7 +24,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAM
 
 from ..errors import DataError
 from ..files import write_atomically
-from .guard import non_finite
+from ..pretrained.weights import non_finite
 
 logger = logging.getLogger("lavender")
 

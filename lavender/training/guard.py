@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import ModelError
+from ..pretrained.weights import non_finite
 
 MAX_NAMED = 8
 """Samples of a process, or weights, that an error names."""
@@ -116,34 +117,13 @@ def of_all_processes(found: list[Any], args: TrainingArguments) -> list[Any]:
 
 
 def trained_values(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """By name, what training changes of a model: this process's part of it, where an engine splits it."""
+    """By name, what training changes of a model."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            yield name, _local(parameter)
+            yield name, parameter
     for name, buffer in model.named_buffers():
         if "lavender." in name:  # an aligner's running means
-            yield name, _local(buffer)
-
-
-def _local(value: Any) -> torch.Tensor:
-    local: torch.Tensor = value
-    if hasattr(value, "to_local"):  # FSDP2
-        local = value.to_local()
-    elif hasattr(value, "ds_tensor"):  # ZeRO-3, whose last part is padded with whatever the memory held
-        size = value.ds_tensor.ds_numel
-        begin = size * dist.get_rank(value.ds_process_group)
-        local = value.ds_tensor.flatten()[: max(0, min(size, value.ds_numel - begin))]
-    return local.detach()
-
-
-def non_finite(values: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
-    """Names of the tensors that hold NaN or infinity. Reads every value once, and waits for the device once."""
-    checked = [(name, value) for name, value in values if value.numel() and value.is_floating_point() and value.itemsize > 1]
-    if not checked:
-        return []
-    device = checked[0][1].device
-    ranges = [torch.stack(value.aminmax()).isfinite().all().to(device) for _, value in checked]
-    return [name for (name, _), is_finite in zip(checked, torch.stack(ranges).tolist(), strict=True) if not is_finite]
+            yield name, buffer
 
 
 def _listed(names: Sequence[str]) -> str:

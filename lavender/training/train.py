@@ -43,13 +43,14 @@ from ..files import is_url, write_atomically
 from ..images import Picture
 from ..patching import patch
 from ..pretrained.names import split_revision
+from ..pretrained.weights import non_finite
 from ..students.loading import load_student as load_student  # importable from here
 from ..students.loading import pin_adapter, pin_student
 from ..students.patch import ALIGNER_FILE, StudentPatch
 from ..targets.store import TargetStore
 from .callback import LavenderCallback
 from .checkpoints import last_checkpoint as _last_checkpoint
-from .guard import FiniteGuard, non_finite
+from .guard import FiniteGuard
 from .trainer import Batches, StudentTrainer
 
 logger = logging.getLogger("lavender")
