@@ -43,9 +43,9 @@ def patch(
     Args:
         model: a transformers image-text-to-text model (maybe wrapped by PEFT), or a diffusers text-to-image pipeline.
         config: with a config, the model is prepared for training: it gains the aligner as `model.lavender`, and batches of a
-            `lavender.Collator` that has targets add the alignment loss to `outputs.loss`. Patch before `get_peft_model`, and
-            pass it `modules_to_save=["lavender"]`, so that it trains and saves the aligner. Without a config attention can be
-            captured, and nothing is added.
+            `lavender.Collator` that has targets add the alignment loss to `outputs.loss`. PEFT trains and saves the aligner
+            if `get_peft_model` comes later, with `modules_to_save=["lavender"]`, or if the `PeftModel` is patched. Without a
+            config attention can be captured, and nothing is added.
         processor: transformers models only: the model's processor, which `look` needs.
         layers: pipelines only: the attention modules to read, as fragments of their names; empty for all.
         heads: pipelines only: whether maps are kept per head. Memory grows by the number of heads.
