@@ -69,7 +69,13 @@ def test_each_choice_alone(student, axis):
         ({"peft": "prompt", "checkpointing": "reentrant"}, "'use_reentrant': False"),
         ({"peft": "prompt", "attention": "flash_attention_2", "packing": "lengths_alone"}, "virtual tokens"),
         (
-            {"peft": "prefix", "attention": "flash_attention_2", "padding": "right", "checkpointing": "non_reentrant"},
+            {
+                "peft": "prefix",
+                "attention": "flash_attention_2",
+                "padding": "right",
+                "checkpointing": "non_reentrant",
+                "content": "two_pictures",
+            },
             "which drops the prefix",
         ),
         ({"attention": "sdpa", "packing": "cu_seq_lens"}, "with cu_seq_lens_q"),
