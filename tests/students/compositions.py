@@ -95,11 +95,11 @@ class Composition:
 
     @property
     def is_segmented(self) -> bool:
-        """Whether attention keeps the packed sequences apart: each base attention in its own way."""
+        """Whether attention keeps the packed sequences apart: each base attention in its own way. A prompt has no positions."""
         if self.attention == "flash_attention_2":
             with_lengths = self.packing in ("cu_seq_lens", "lengths_alone")
-            return with_lengths or (self.packing == "positions" and self.peft not in PROMPTS)
-        # PEFT drops the positions where it puts virtual tokens before the text; a model that fills a cache does not ask for them.
+            return with_lengths or (self.packing == "positions" and self.peft not in ("prompt", "p_tuning"))
+        # A model that fills a cache, or gets a prefix as one, does not ask for positions.
         reads_positions = self.peft not in PROMPTS and (self.cache == "off" or self.checkpointing != "none")
         return reads_positions and self.packing in ("positions", "cu_seq_lens", "two_rows")
 
