@@ -26,7 +26,7 @@ class Comparison:
         weight: lambda.
         share: this micro-batch's share of its optimizer step, as the Trainer scales losses; 1 where it does not.
         words: the number of matched words, a scalar.
-        outcomes: [4], samples by `lavender.types.OUTCOMES`.
+        outcomes: [5], samples by `lavender.types.OUTCOMES`.
         aligned: [B, W, y, x], the aligned maps of this process's batch, detached.
         batch: this process's batch, with its targets [B, W, y', x'].
         input_ids: int64 [B, T], or None if neither the forward nor the batch has them.

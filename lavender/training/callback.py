@@ -108,7 +108,7 @@ class LavenderCallback(FiniteGuard):
         totals = {name: sum(int(entry.get(_key(name), 0)) for entry in entries) for name in OUTCOMES[1:]}
         if state.is_world_process_zero and any(totals.values()):
             counts = ", ".join(f"{name}: {count}" for name, count in totals.items() if count)
-            logger.warning("samples that were trained on without alignment (counted each time they came up): %s", counts)
+            logger.warning("samples that were not aligned (counted each time they came up): %s", counts)
 
     def _draw(self, comparison: Comparison, args: Any, state: Any) -> None:
         figure = draw(comparison, self.processor)

@@ -38,7 +38,7 @@ from transformers import (
 from ..batches.collator import Collator
 from ..config import AlignmentConfig, TrainingConfig, WordsConfig, to_dict
 from ..data.samples import Conversation, Sample, as_conversation
-from ..errors import ConfigError, DataError, ModelError, TargetError
+from ..errors import ConfigError, DataError, ModelError, TargetError, first_line
 from ..files import is_url, write_atomically
 from ..images import Picture
 from ..patching import patch
@@ -155,7 +155,7 @@ def load_aligner(patch_handle: StudentPatch, run: str | Path) -> None:
     try:
         aligner.load_state_dict(weights)
     except RuntimeError as error:
-        raise ModelError(f"the aligner of {run} belongs to another AlignmentConfig or model ({_first_line(error)})") from error
+        raise ModelError(f"the aligner of {run} belongs to another AlignmentConfig or model ({first_line(error)})") from error
 
 
 def _has_weights(alignment: AlignmentConfig) -> bool:
@@ -203,7 +203,7 @@ class _Run:
                 model=trained, args=arguments, train_dataset=samples, data_collator=collator, aligner_learning_rate=rate
             )
         except ValueError as error:
-            raise ConfigError(f"transformers.Trainer refuses the training's arguments ({_first_line(error)})") from error
+            raise ConfigError(f"transformers.Trainer refuses the training's arguments ({first_line(error)})") from error
         aligned = self.targets is not None
         trainer.add_callback(LavenderCallback(trainer, processor=processor) if aligned else FiniteGuard(trainer))
         _train(trainer, _last_checkpoint(out / "checkpoints", trainer))
@@ -318,7 +318,7 @@ def _with_lora(student: Any, training: TrainingConfig, adapter: str | Path | Non
         try:
             return get_peft_model(student, config)
         except ValueError as error:
-            raise ModelError(f"LoRA cannot be added to the student's {targets} ({_first_line(error)})") from error
+            raise ModelError(f"LoRA cannot be added to the student's {targets} ({first_line(error)})") from error
     try:
         name, revision = split_revision(adapter)
         peft_config = PeftConfig.from_pretrained(name, revision=revision)
@@ -331,7 +331,7 @@ def _with_lora(student: Any, training: TrainingConfig, adapter: str | Path | Non
         _require_finite(loaded, adapter)
         report: Any = set_peft_model_state_dict(trained, aligner | loaded)
     except (KeyError, ValueError, RuntimeError, OSError, EOFError, SafetensorError, UnpicklingError) as error:
-        raise ModelError(f"cannot load a LoRA adapter for this student from {adapter} ({_first_line(error)})") from error
+        raise ModelError(f"cannot load a LoRA adapter for this student from {adapter} ({first_line(error)})") from error
     if lacking:
         raise ModelError(f"the adapter at {adapter} is damaged: it lacks {len(lacking)} weights, such as {lacking[0]}")
     if report.unexpected_keys:
@@ -373,7 +373,7 @@ def _arguments(folder: Path, training: TrainingConfig, progress: bool) -> Traini
     try:
         return TrainingArguments(**preset | dict(training.arguments) | required)
     except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"transformers.TrainingArguments refuses the training's arguments ({_first_line(error)})") from error
+        raise ConfigError(f"transformers.TrainingArguments refuses the training's arguments ({first_line(error)})") from error
 
 
 def _require_targets(samples: Sequence[Sample | Conversation], targets: TargetStore) -> None:
@@ -470,8 +470,3 @@ def _move_aligner(folder: Path, aligner_file: Path) -> None:
 def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     if path.exists():
         write_atomically(path, json.dumps(change(json.loads(path.read_text())), indent=2))
-
-
-def _first_line(error: Exception) -> str:
-    first, *more = str(error).strip().split("\n")
-    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
