@@ -12,8 +12,8 @@ import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -131,9 +131,9 @@ class StudentPatch(Handle):
             alignment = Alignment(self.config, self.num_layers, text.num_attention_heads, text.hidden_size)
             self.model.add_module("lavender", alignment.to(_device_of(self.decoder)))
             self._handles.append(self.decoder.register_forward_hook(self._after_decoder))
-            self.model.save_pretrained = MethodType(_save_pretrained, self.model)
+            self.model.save_pretrained = partial(_save_pretrained, self.model)
         if hasattr(self.model, "generate"):
-            self.model.generate = MethodType(_generate, self.model)
+            self.model.generate = partial(_generate, self.model)
         self._outer: dict[nn.Module, int] = {}
         for layer in layers_around(self.decoder, self._layers):
             self._outer[layer] = min(self._layers[module] for module in layer.modules() if module in self._layers)
