@@ -6,6 +6,8 @@ import threading
 from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from .errors import CaptureError
 
 AnyHandle = TypeVar("AnyHandle", bound="Handle")
@@ -93,10 +95,10 @@ class PerThread(Generic[T]):
         return self._values.get(threading.get_ident())
 
     def get_at_work(self) -> T | None:
-        """The value of the calling thread, which must have one unless no thread has.
+        """The calling thread's value; None if it has none.
 
         torch.compile cannot trace what asks for the thread: where one alone is at work, it is the calling one.
         """
-        if len(self._values) > 1:
+        if not torch.compiler.is_compiling() or len(self._values) > 1:
             return self.get()
         return next(iter(self._values.values()), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -14,6 +15,8 @@ from ..errors import DataError
 _THINKING_ENDS = ("</think>", "<channel|>")
 """What closes the thinking in a message of Qwen, DeepSeek, GLM and Nemotron, and of Gemma. Their templates look for it too."""
 _PLACE = re.compile(f"({re.escape(PLACEHOLDER)})")
+_KEYS_OF_PARTS = ("'type': 'text'", '"type": "text"')
+"""What stands in a text for a part that was not shown, but written as it is."""
 _OPEN_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
 
 
@@ -75,13 +78,17 @@ def apply_chat_template(processor: Any, conversation: Conversation) -> ChatText:
     try:
         return _Template(processor, conversation, parts_of, _as_parts).chat_text()
     except _FormError as error:
-        if _takes_parts(processor):
-            raise
         refusal = error
+    if any(message.role == "system" and PLACEHOLDER not in message.content for message in conversation.messages):
+        # Llama 3.2's takes parts of the user's, and writes the system's content as it is.
+        with suppress(_FormError):
+            return _Template(processor, conversation, parts_of, _as_parts_but_of_system).chat_text()
+    if _takes_parts(processor):
+        raise refusal
     if placeholder is None and any(PLACEHOLDER in message.content for message in conversation.messages):
         raise DataError(f"{refusal}. {type(processor).__name__} names no image_token that could stand in a text")
 
-    def as_text(parts: Sequence[str]) -> str:
+    def as_text(role: str, parts: Sequence[str]) -> str:
         return "".join(str(placeholder) if part == PLACEHOLDER else part for part in parts)
 
     return _Template(processor, conversation, lambda message: _PLACE.split(message.content), as_text).chat_text()
@@ -122,26 +129,32 @@ class _Template:
         processor: Any,
         conversation: Conversation,
         split: Callable[[Message], Sequence[str]],
-        write: Callable[[Sequence[str]], Any],
+        write: Callable[[str, Sequence[str]], Any],
     ) -> None:
         self.processor = processor
         self.name = f"sample {conversation.id!r}"
         self.messages = conversation.messages
         self.parts = [split(message) for message in self.messages]
-        self.write = write
+        self._content = write
         self._mark(_marks(self.messages))
+
+    def write(self, n: int, parts: Sequence[str]) -> Any:
+        """What the template gets as the content of message `n`, if these are its parts."""
+        return self._content(self.messages[n].role, parts)
 
     def _mark(self, marks: Mapping[int, str]) -> None:
         self.marks = marks
-        self.marked = [self.write(parts) for parts in self.parts]
+        self.marked = [self.write(n, parts) for n, parts in enumerate(self.parts)]
         self.frame = [*self.marked]
         for n, mark in marks.items():
-            self.marked[n] = self.frame[n] = self.write(_insert(self.parts[n], mark))
+            self.marked[n] = self.frame[n] = self.write(n, _insert(self.parts[n], mark))
             if self.messages[n].role == "assistant":
-                self.frame[n] = self.write([mark + _spaces_behind(self.messages[n].content)])
+                self.frame[n] = self.write(n, [mark + _spaces_behind(self.messages[n].content)])
 
     def chat_text(self) -> ChatText:
-        text, marked = self.render([self.write(parts) for parts in self.parts]), self.render(self.marked)
+        text, marked = self.render([self.write(n, parts) for n, parts in enumerate(self.parts)]), self.render(self.marked)
+        if any(text.count(key) > sum(message.content.count(key) for message in self.messages) for key in _KEYS_OF_PARTS):
+            raise _FormError(f"{self.name}: the chat template writes the parts of a message as a list; set one that shows them")
         if not any(mark in marked for mark in self.marks.values()):
             raise _FormError(f"{self.name}: the chat template leaves out what the messages say; set one that shows it")
         try:
@@ -266,5 +279,9 @@ def _behind(mark: str, text: str) -> str:
     return text.rpartition(mark)[2] if mark else text
 
 
-def _as_parts(parts: Sequence[str]) -> list[dict[str, str]]:
+def _as_parts_but_of_system(role: str, parts: Sequence[str]) -> Any:
+    return "".join(parts) if role == "system" else _as_parts(role, parts)
+
+
+def _as_parts(role: str, parts: Sequence[str]) -> list[dict[str, str]]:
     return [{"type": "image"} if part == PLACEHOLDER else {"type": "text", "text": part} for part in parts]

@@ -401,7 +401,7 @@ def _text_of(part: Any, name: str) -> str:
     if not isinstance(text, str):
         raise DataError(
             f'{name} has a part {str(part)[:200] if isinstance(part, Mapping) else repr(part)}; expected {{"type": "text", "text": '
-            '...}} or {{"type": "image"}}, with a picture under "image", "url", "path" or "base64" or without one'
+            '...} or {"type": "image"}, with a picture under "image", "url", "path" or "base64" or without one'
         )
     unread = [key for key in held if key not in ("type", "text")]
     if unread:

@@ -125,17 +125,19 @@ def _refuse_text(
 
 def require_gradient(model: Any, decoder: nn.Module, source: torch.Tensor | HiddenStates) -> None:
     """Raises `CaptureError` if a training forward's attention, or the aligner, cannot learn."""
-    if not (torch.is_grad_enabled() and model.training):
+    if not torch.is_grad_enabled():
         return
     aligner = [p for p in model.lavender.parameters() if p.is_floating_point()]
-    if aligner and not any(p.requires_grad for p in aligner):
-        raise CaptureError(
-            "every weight of the aligner is frozen; with PEFT, name it: LoraConfig(..., modules_to_save=['lavender'])"
-        )
-    if aligner and hasattr(model, "peft_config") and not hasattr(model.lavender, "modules_to_save"):
+    if any(p.requires_grad for p in aligner) and hasattr(model, "peft_config") and not hasattr(model.lavender, "modules_to_save"):
         raise CaptureError(
             "the aligner trains beside a PEFT adapter that does not save it; patch the model before get_peft_model with "
             "LoraConfig(..., modules_to_save=['lavender']), or pass the PeftModel to lavender.patch"
+        )
+    if not model.training:
+        return
+    if aligner and not any(p.requires_grad for p in aligner):
+        raise CaptureError(
+            "every weight of the aligner is frozen; with PEFT, name it: LoraConfig(..., modules_to_save=['lavender'])"
         )
     checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in decoder.modules())
     trainable = any(p.requires_grad for p in decoder.parameters())

@@ -73,8 +73,10 @@ def compare(
         dist.all_reduce(sums)
     all_words = sums[1].clamp_min(1)
     # A step that was cut off entirely has no label token.
-    share = 1.0 if labels is None or step_tokens is None else sums[2] / processes / max(step_tokens, 1)
-    weight = _weight(forward.config, progress, trains)
+    share: torch.Tensor | float = 1.0
+    if labels is not None and step_tokens is not None:
+        share = sums[2] / processes / torch.as_tensor(step_tokens, device=sums.device).clamp_min(1)
+    weight = _weight(forward.config, progress, torch.is_grad_enabled())
     comparison = Comparison(
         loss=sums[0] / all_words,
         weight=weight,
@@ -96,7 +98,7 @@ def compare(
 def _language_loss(output: Any, tokens: torch.Tensor) -> torch.Tensor | None:
     values = {"loss": output[0]} if isinstance(output, tuple) else output
     loss = values.get("loss") if isinstance(values, MutableMapping) else None
-    return None if loss is None else torch.where(tokens > 0, loss.detach(), 0.0)
+    return None if loss is None else loss.detach().where(tokens.to(loss.device) > 0, 0.0)
 
 
 def _weight(config: AlignmentConfig, progress: float | None, trains: bool) -> float:
@@ -124,7 +126,7 @@ def add_to_loss(output: Any, term: torch.Tensor, tokens: torch.Tensor | None) ->
     if not isinstance(output, MutableMapping):
         raise CaptureError(f"the model returned a {type(output).__name__}; expected a transformers output, or a tuple")
     if "log_probs" in output:
-        per_row = -term / len(output["log_probs"])
+        per_row = -term.to(output["log_probs"].device) / len(output["log_probs"])
         more = torch.stack([per_row - per_row.detach(), per_row.detach()]).expand(len(output["log_probs"]), 2)
         output["log_probs"] = torch.cat([output["log_probs"], more], dim=1)
         return output

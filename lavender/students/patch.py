@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 import threading
 import weakref
 from collections.abc import Mapping
@@ -171,6 +172,10 @@ class StudentPatch(Handle):
 
     def unpatch(self) -> None:
         """Takes everything away again, the aligner included. A second call does nothing."""
+        with self._queue:  # what other threads look at ends first
+            self._undo()
+
+    def _undo(self) -> None:
         if not self._handles:
             return
         for handle in self._handles:
@@ -203,6 +208,11 @@ class StudentPatch(Handle):
         from peft.utils import ModulesToSaveWrapper
 
         active = self.entry.active_adapters
+        if any("lavender" in (getattr(adapters[name], "modules_to_save", None) or ()) for name in active):
+            raise ModelError(
+                "the adapter names an aligner in its modules_to_save, and was made or loaded before the model had one: its "
+                "weights are not in place; patch the model before get_peft_model or PeftModel.from_pretrained"
+            )
         if len(active) != 1 or not hasattr(adapters[active[0]], "modules_to_save"):
             kinds = ", ".join(f"{name!r} ({adapters[name].peft_type.value})" for name in active) or "none"
             raise ModelError(
@@ -255,7 +265,9 @@ class StudentPatch(Handle):
                 self.entry(**inputs, **words.to_batch(), use_cache=False)
             finally:
                 self._calls.take()
-        assert call.result is not None
+                self._forwards.take()  # where an interrupt kept the hook from it
+        if call.result is None:
+            raise CaptureError("the forward recorded nothing: another forward of the model ran within it, or it was unpatched")
         return call.result
 
     @property
@@ -327,8 +339,8 @@ class StudentPatch(Handle):
         if self._resamplers is not None:
             self._resamplers.start(listening=False)
         kwargs, words = WordBatch.split(kwargs)
-        trains = self.trains and module.training and torch.is_grad_enabled() and call is None
-        if trains and (words is None or words.targets is None):
+        trains = self.trains and torch.is_grad_enabled() and call is None
+        if trains and module.training and (words is None or words.targets is None):
             self._warn_of_no_targets(words is not None)
         if words is None:
             return args, kwargs
@@ -377,6 +389,11 @@ class StudentPatch(Handle):
     def _before_layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         forward = self._forwards.get_at_work()
         if forward is None:
+            if WordBatch.KEYS["tokens"] in kwargs:
+                raise CaptureError(
+                    f"a batch with lavender's keys went around the patched {type(self.model).__name__}, whose loss the alignment "
+                    "is added to; call the model itself, not its forward or a part of it, or leave lavender's keys out"
+                )
             return None
         if forward.request is None:
             forward.record_hidden(self._outer[module], args[0] if args else kwargs["hidden_states"])
@@ -407,10 +424,12 @@ class StudentPatch(Handle):
             return None
         require_gradient(self.model, self.decoder, source)
         self.last, term = compare(self.model, forward, source, self.progress, output)
-        if module.training and term.requires_grad:
+        if torch.is_grad_enabled() and term.requires_grad:
             self.term = term
-            if forward.tower_output is not None:
-                watch_term(term, forward.tower_output, self._after_backward)
+            # Of a frozen text tower no loss carries a gradient but by what comes after it.
+            reached = forward.tower_output if forward.tower_output is not None else getattr(output, "logits", None)
+            if reached is not None and reached.requires_grad:
+                watch_term(term, reached, self._after_backward)
         return add_to_loss(output, term, self.last.tokens)
 
     def _after_backward(self) -> None:
@@ -420,6 +439,11 @@ class StudentPatch(Handle):
 
 def patch_student(model: nn.Module, config: AlignmentConfig | None, processor: Any = None) -> StudentPatch:
     """The handle of a transformers model; see `lavender.patch`."""
+    with Handle._lock:  # of threads that patch one model at once, the others get the first one's handle
+        return _patch_student(model, config, processor)
+
+
+def _patch_student(model: Any, config: AlignmentConfig | None, processor: Any) -> StudentPatch:
     base = base_model_of(model)
     entry = getattr(model, "_orig_mod", model)
     present: StudentPatch | None = getattr(base, "_lavender_patch", None)
@@ -444,6 +468,9 @@ def patch_student(model: nn.Module, config: AlignmentConfig | None, processor: A
     except ModelError:
         handle.unpatch()
         raise
+    folder = Path(str(getattr(base.config, "_name_or_path", "")))
+    if config is not None and (folder / ALIGNER_FILE).is_file():
+        logger.warning("the aligner is a new one; lavender.training.train.load_aligner puts back the one in %s", folder)
     return handle
 
 
@@ -461,11 +488,13 @@ def _save_pretrained(model: Any, save_directory: Any, *args: Any, state_dict: di
     A Trainer's checkpoint keeps the aligner among the model's weights, and all of them under their own names: the Trainer loads it
     without renaming (transformers issue 43701).
     """
-    if Path(save_directory).name.startswith(PREFIX_CHECKPOINT_DIR):
+    if is_checkpoint(save_directory):
         kwargs.setdefault("save_original_format", False)
         return type(model).save_pretrained(model, save_directory, *args, state_dict=state_dict, **kwargs)
     weights = model.state_dict() if state_dict is None else state_dict
     aligner = {name.removeprefix("lavender."): value for name, value in weights.items() if name.startswith("lavender.")}
+    if hasattr(model.lavender, "modules_to_save"):  # beside an adapter, which has it already
+        aligner = {}
     ignored = model._keys_to_ignore_on_save
     model._keys_to_ignore_on_save = {*(ignored or ()), *(f"lavender.{name}" for name in aligner)}
     try:
@@ -475,6 +504,11 @@ def _save_pretrained(model: Any, save_directory: Any, *args: Any, state_dict: di
     if aligner and kwargs.get("is_main_process", True):
         save_file({name: value.contiguous() for name, value in aligner.items()}, Path(save_directory) / ALIGNER_FILE)
     return result
+
+
+def is_checkpoint(folder: Any) -> bool:
+    """Whether a folder is called as a Trainer calls its checkpoints."""
+    return re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(folder).name) is not None
 
 
 def _device_of(module: nn.Module) -> torch.device:

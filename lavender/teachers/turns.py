@@ -73,5 +73,5 @@ _TURNS = Turns()
 def turn_of(pipe: Any) -> AbstractContextManager[None]:
     """The turn to draw with a pipeline: to change it, and its components, which other pipelines may share."""
     # torch.compile wraps a component.
-    parts = (getattr(part, "_orig_mod", part) for part in vars(pipe).values() if hasattr(part, "__dict__"))
+    parts = (getattr(part, "_orig_mod", part) for part in [*vars(pipe).values()] if hasattr(part, "__dict__"))
     return _TURNS.take(pipe, *parts)

@@ -96,10 +96,9 @@ def _finished(folder: Path, removes: bool) -> list[str]:
 def _has_state(checkpoint: Path) -> bool:
     """Whether the Trainer's state, which it writes last, can be read."""
     try:
-        json.loads((checkpoint / STATE).read_text())
+        return isinstance(json.loads((checkpoint / STATE).read_text()), dict)
     except (FileNotFoundError, ValueError):
         return False
-    return True
 
 
 def _set_aside(folder: Path, passed: dict[str, str], chosen: str, trainer: Trainer) -> None:
@@ -125,7 +124,9 @@ def _set_aside(folder: Path, passed: dict[str, str], chosen: str, trainer: Train
 def _record(checkpoint: Path) -> dict[str, Any]:
     """What `write_record` wrote; empty where an earlier version of lavender, or the Trainer alone, wrote the checkpoint."""
     path = checkpoint / RECORD
-    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    record: Any = json.loads(path.read_text()) if path.exists() else {}
+    if not isinstance(record, dict):
+        raise ValueError(f"{RECORD} is no JSON object")
     return record
 
 
@@ -187,5 +188,7 @@ def _faults_of_file(path: Path) -> Iterator[str]:
                 bad_entry = archive.testzip()
             if bad_entry is not None:
                 yield f"is damaged in {bad_entry}"
-    except (SafetensorError, zipfile.BadZipFile, OSError) as error:
+        elif path.suffix == ".json":
+            json.loads(path.read_text())
+    except (SafetensorError, ValueError, zipfile.BadZipFile, OSError) as error:
         yield f"cannot be read ({error})"

@@ -322,12 +322,16 @@ def _with_lora(student: Any, training: TrainingConfig, adapter: str | Path | Non
     try:
         name, revision = split_revision(adapter)
         peft_config = PeftConfig.from_pretrained(name, revision=revision)
-        peft_config.inference_mode, peft_config.modules_to_save = False, beside
+        kept = [module for module in getattr(peft_config, "modules_to_save", None) or () if module != "lavender"]
+        peft_config.inference_mode, peft_config.modules_to_save = False, [*kept, *(beside or ())] or None
         trained = get_peft_model(student, peft_config)
         # PEFT wants the weights of everything that it saves, the aligner's too.
         aligner = {name: value for name, value in get_peft_model_state_dict(trained).items() if "lavender." in name}
         loaded = load_peft_weights(name, device="cpu", revision=revision)
-        lacking = sorted(name for name in get_peft_model_state_dict(trained) if "lora_" in name and name not in loaded)
+        if not aligned:  # one that lies in the adapter of a Trainer of the user's own
+            loaded = {name: value for name, value in loaded.items() if "lavender." not in name}
+        expected = get_peft_model_state_dict(trained)
+        lacking = sorted(name for name in expected if "lavender." not in name and name not in loaded)
         _require_finite(loaded, adapter)
         report: Any = set_peft_model_state_dict(trained, aligner | loaded)
     except (KeyError, ValueError, RuntimeError, OSError, EOFError, SafetensorError, UnpicklingError) as error:
@@ -464,7 +468,12 @@ def _move_aligner(folder: Path, aligner_file: Path) -> None:
         if aligner:
             save_file(aligner, aligner_file)
             save_file({name: value for name, value in weights.items() if "lavender." not in name}, path, metadata={"format": "pt"})
-    _edit(folder / "adapter_config.json", lambda config: config | {"modules_to_save": None})
+    _edit(folder / "adapter_config.json", _without_aligner)
+
+
+def _without_aligner(config: dict[str, Any]) -> dict[str, Any]:
+    kept = [module for module in config.get("modules_to_save") or () if module != "lavender"]
+    return config | {"modules_to_save": kept or None}
 
 
 def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

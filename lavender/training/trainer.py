@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..batches.collator import Collator
 from ..errors import LavenderError
+from ..students.patch import is_checkpoint
 from ..types import WordBatch
 from .checkpoints import write_record
 from .guard import of_all_processes
@@ -133,7 +134,7 @@ class StudentTrainer(Trainer):
         and under ZeRO-3, where nobody knows the names that they were loaded by."""
         model: Any = self.model
         bound = vars(model).get("save_pretrained")
-        if is_deepspeed_zero3_enabled() or Path(output_dir or "").name.startswith(PREFIX_CHECKPOINT_DIR):
+        if is_deepspeed_zero3_enabled() or is_checkpoint(output_dir or ""):
             model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
         try:
             super()._save(output_dir, state_dict)

@@ -334,3 +334,23 @@ def test_a_template_that_takes_parts_gets_no_texts(own_processor):
     assert turns_of(apply_chat_template(processor, Conversation("x", (), talk("What?", "A zebra.")))) == ["A zebra."]
     with pytest.raises(DataError, match=r"'x': the chat template refuses the conversation \('dict object' has no attribute 'text'"):
         apply_chat_template(processor, Conversation("x", (RED,), talk("What?<image>", "A zebra.")))
+
+
+SYSTEM_AS_TEXT = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'system' %}{{ m.content | string | trim }}{% else %}"
+    "{% for part in m.content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}{% endif %}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+"""Llama 3.2's takes parts of the user's, and writes what the system says as it is."""
+
+
+def test_a_system_message_is_never_written_as_a_list(processor):
+    copied = copy.deepcopy(processor)
+    copied.chat_template = SYSTEM_AS_TEXT
+    messages = (Message("system", "Be terse."), Message("user", "<image>What?"), Message("assistant", "A ring."))
+    chat = apply_chat_template(copied, Conversation("x", (), messages))
+    assert chat.text == "<system>Be terse.</><user><image>What?</><assistant>A ring.</>"
+    assert chat.text[chat.turns[0].start : chat.turns[0].end] == "A ring.</>"
+    copied.chat_template = SYSTEM_AS_TEXT.replace("m.content | string | trim", "[{'type': 'text'}]")
+    with pytest.raises(DataError, match="as a list"):
+        apply_chat_template(copied, Conversation("x", (), messages))

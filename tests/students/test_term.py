@@ -276,3 +276,47 @@ def test_a_saved_model_is_plain_and_its_aligner_lies_beside_it(student, processo
     load_aligner(fresh, tmp_path / "saved")
     for name, value in whole.model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("around", ["forward", "part"])
+def test_a_batch_that_goes_around_the_patched_model_is_refused(student, training_batch, around):
+    """Its loss, to which the term is added, would not be there."""
+    batch = {name: value for name, value in training_batch.items() if name != "labels"}
+    with lavender.patch(student, AlignmentConfig()), pytest.raises(CaptureError, match="went around the patched Llava"):
+        student.forward(**batch) if around == "forward" else student.model(**batch)
+
+
+def test_what_is_dropped_in_eval_mode_or_behind_a_frozen_tower_is_noticed(student, training_batch):
+    with lavender.patch(student, AlignmentConfig()):
+        with pytest.raises(CaptureError, match="does not hold the alignment"):
+            cross_entropy(student.eval()(**training_batch), training_batch["labels"]).backward()
+        student.requires_grad_(False)
+        student.lm_head.requires_grad_(True)
+        student.lavender.requires_grad_(True)
+        with pytest.raises(CaptureError, match="does not hold the alignment"):
+            cross_entropy(student.train()(**training_batch), training_batch["labels"]).backward()
+
+
+def test_an_aligner_that_an_adapter_was_saved_with_is_not_replaced(student, training_batch, tmp_path):
+    """Patched after the adapter was loaded, it would be a new one."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    plain = copy.deepcopy(student)
+    wrapped = get_peft_model(student, LoraConfig(target_modules=["q_proj"]))
+    lavender.patch(wrapped, AlignmentConfig())
+    torch.nn.init.normal_(student.lavender.modules_to_save["default"].aligner.blocks[0].weight)
+    wrapped.save_pretrained(tmp_path)
+    late = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path, is_trainable=True)
+    with pytest.raises(ModelError, match=r"patch the model before get_peft_model or PeftModel\.from_pretrained"):
+        lavender.patch(late, AlignmentConfig())
+    lavender.patch(plain, AlignmentConfig())
+    again = PeftModel.from_pretrained(plain, tmp_path, is_trainable=True)
+    assert torch.equal(again.train()(**training_batch).loss, wrapped.train()(**training_batch).loss)
+
+
+@pytest.mark.parametrize("folder", ["checkpoints", "checkpoint-final", "final"])
+def test_only_a_trainers_checkpoints_hold_the_aligner_among_the_weights(student, tmp_path, folder):
+    with lavender.patch(student, AlignmentConfig()) as patch:
+        student.save_pretrained(tmp_path / folder)
+        load_aligner(patch, tmp_path / folder)
+    assert not any(name.startswith("lavender.") for name in load_file(tmp_path / folder / "model.safetensors"))

@@ -116,3 +116,30 @@ def test_a_copy_of_a_patched_model_waits_for_nobody(student, batch):
             maps = pool.submit(torch.no_grad()(lambda: twin._lavender_patch.capture(**batch))).result(timeout=60)
         assert torch.equal(maps, patch.capture(**batch))
         twin._lavender_patch.unpatch()
+
+
+def test_a_part_of_the_model_in_another_thread_is_left_alone(student, processor, samples):
+    """An embedding service calls the text tower's own model, around the patched one, on a text of the same length."""
+    batches = [Collator(processor)([sample]) for sample in samples[:NUM_THREADS]]
+    plain = without_lavender(batches[1])
+    inner = {name: plain[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    with torch.no_grad(), lavender.patch(student) as patch:
+        maps, hidden = patch.capture(**batches[0]), student.model(**inner).last_hidden_state
+
+        @torch.no_grad()
+        def work(n, r):
+            if n == 0:
+                return torch.equal(patch.capture(**batches[0]), maps)
+            return torch.equal(student.model(**inner).last_hidden_state, hidden)
+
+        results = in_threads(work)
+    assert results == [[True] * ROUNDS] * NUM_THREADS
+
+
+def test_threads_that_patch_one_model_share_the_patch(student, batch):
+    with torch.no_grad():
+        with lavender.patch(student) as patch:
+            maps = patch.capture(**batch)
+        results = in_threads(lambda n, r: torch.equal(torch.no_grad()(lavender.patch(student).capture)(**batch), maps))
+    assert results == [[True] * ROUNDS] * NUM_THREADS
+    lavender.patch(student).unpatch()

@@ -16,7 +16,7 @@ from lavender.config import TrainingConfig
 from lavender.data.samples import read_samples
 from lavender.errors import DataError
 from lavender.miniworld import write_dataset
-from lavender.training.checkpoints import last_checkpoint
+from lavender.training.checkpoints import _faults_of_file, _has_state, _record, last_checkpoint
 from lavender.training.train import fine_tune
 
 from .test_train import assert_same_run, write_targets
@@ -264,3 +264,15 @@ def test_a_finished_run_whose_results_are_gone_is_not_loaded_without_them(world,
         (out / "history.json").unlink()
         world.train(out)
         assert_same_run(world.whole, out)
+
+
+@pytest.mark.parametrize("content", ["\0" * 9, "{", ""])
+def test_a_damaged_json_file_is_found(tmp_path, content):
+    """The Trainer would end in a traceback over it."""
+    (tmp_path / "config.json").write_text(content)
+    assert [fault[:14] for fault in _faults_of_file(tmp_path / "config.json")] == ["cannot be read"]
+    (tmp_path / "lavender.json").write_text("[]")
+    with pytest.raises(ValueError, match="no JSON object"):
+        _record(tmp_path)
+    (tmp_path / "trainer_state.json").write_text("null")
+    assert not _has_state(tmp_path)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from lavender.config import TrainingConfig
 from lavender.data.samples import Sample, as_conversation
-from lavender.errors import TargetError
+from lavender.errors import ModelError, TargetError
 from lavender.images import image_sha256
 from lavender.targets.manifest import StoreConfig
 from lavender.targets.store import Target, TargetStore, TargetWriter
-from lavender.training.train import _paths, _require_targets, fine_tune
+from lavender.training.train import _paths, _require_targets, fine_tune, load_student
 from lavender.types import WordMaps
 from lavender.words import words_of
 
@@ -48,3 +51,24 @@ def test_a_run_takes_mappings(student_folder, tmp_path):
     sample = {"image": RED.resize((64, 64)), "question": "Describe the picture.", "answer": "A red ring."}
     fine_tune(student_folder, [sample], tmp_path, TrainingConfig(steps=1, batch_size=1), progress=False)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_modules_that_an_adapter_saves_are_kept_trained_and_saved(student_folder, samples, tmp_path):
+    """Beside LoRA, PEFT saves whole modules that its config names."""
+    student, _ = load_student(student_folder)
+    before = student.lm_head.weight.detach().clone()
+    wrapped = get_peft_model(student, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        wrapped.base_model.model.lm_head.modules_to_save["default"].weight.add_(1.0)
+    wrapped.save_pretrained(tmp_path / "start")
+    training = TrainingConfig(steps=1, batch_size=2, warmup_steps=0)
+    fine_tune(student_folder, samples[:2], tmp_path / "run", training, adapter=tmp_path / "start", progress=False)
+    saved = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    head = next(value for name, value in saved.items() if name.endswith("lm_head.weight"))
+    torch.testing.assert_close(head - before, torch.ones_like(head), rtol=0, atol=0.01)
+    assert not torch.equal(head, before + 1.0)
+    assert json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())["modules_to_save"] == ["lm_head"]
+    path = tmp_path / "start/adapter_model.safetensors"
+    save_file({name: value for name, value in load_file(path).items() if not name.endswith("lm_head.weight")}, path)
+    with pytest.raises(ModelError, match=r"lm_head|damaged"):
+        fine_tune(student_folder, samples[:2], tmp_path / "other", training, adapter=tmp_path / "start", progress=False)
