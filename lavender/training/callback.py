@@ -90,7 +90,7 @@ class LavenderCallback(FiniteGuard):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_end(args, state, control)
-        self.sums.steps += 1
+        self.sums.end_step()
         if state.global_step >= state.max_steps:
             control.should_log = True  # or what came since the last log would be lost
         if state.is_world_process_zero and self.picture_steps and state.global_step % self.picture_steps == 0 and self.last:
@@ -134,7 +134,9 @@ class _Sums:
     def __init__(self) -> None:
         self.count = 0
         self.steps = 0
+        self.labelled: Any = 0
         self.share: Any = 0.0
+        self.share_before: Any = 0.0
         self.matched: Any = 0.0
         self.loss: Any = 0.0
         self.weighted: Any = 0.0
@@ -152,12 +154,17 @@ class _Sums:
         self.outcomes = self.outcomes + comparison.outcomes
         self.weight = comparison.weight
 
+    def end_step(self) -> None:
+        self.steps += 1
+        self.labelled = self.labelled + (self.share > self.share_before)
+        self.share_before = self.share
+
     def parts(self, loss: float) -> dict[str, float]:
         """What a log entry of the whole `loss` gains."""
         counts = {_key(name): int(count) for name, count in zip(OUTCOMES, self.outcomes.tolist(), strict=True)}
         parts = {
-            # The logged loss is the mean over steps, without label tokens too; where micro-batches have no shares, over these.
-            "language_loss": loss - float(self.weighted / max(self.share, self.steps, TINY)),
+            # The logged loss is the mean over steps, those without label tokens too, whose share is zero.
+            "language_loss": loss - float(self.weighted / max(self.share, TINY) * self.labelled / max(self.steps, 1)),
             # Of the micro-batches that have matched words.
             "alignment_loss": float(self.loss / max(self.matched, TINY)),
             "alignment_weight": self.weight,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
@@ -10,7 +12,7 @@ import lavender
 from lavender import AlignmentConfig
 from lavender.batches.collator import Collator
 from lavender.errors import ConfigError, ModelError
-from lavender.training.callback import draw
+from lavender.training.callback import _Sums, draw
 from recipes.student import make_model
 
 from ..conftest import changed, with_targets, without_lavender, words_of_batch
@@ -81,6 +83,17 @@ def test_the_language_loss_is_that_of_the_model(tracked, processor, samples):
         batch = Collator(processor)(samples[start : start + 2])
         losses.append(student(**without_lavender(batch)).loss.item())
     assert trainer.state.log_history[0]["language_loss"] == pytest.approx(sum(losses) / 4, abs=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_steps_without_label_tokens_take_nothing_from_the_language_loss(share):
+    """Of two steps one has none: the logged loss is the mean with its zero. Two processes may halve shares."""
+    sums = _Sums()
+    for part, loss in ((share, 3.0), (0.0, 0.0)):
+        values = {"share": torch.tensor(part), "words": torch.tensor(2.0), "loss": torch.tensor(loss), "weight": 2.0}
+        sums.add(SimpleNamespace(**values, outcomes=torch.zeros(5)))
+        sums.end_step()
+    assert sums.parts((5.0 + 2 * 3.0 + 0.0) / 2)["language_loss"] == pytest.approx(2.5)
 
 
 def test_tensorboard_gets_parts_and_pictures(tracked, tmp_path):
