@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +33,21 @@ class LayerMaps:
         layer: the module's dotted name in its model.
         maps: [..., C, W, y, x], or [..., C, W, F, y, x] of a video with F frames; C is the number of heads, or 1 for their mean.
         step: the denoiser's forward, from 0; None for the mean over all of them, or where there was one.
+        forwards: how many forwards the maps are the mean of; a layer that ran on several grids has maps of each.
     """
 
     layer: str
     maps: torch.Tensor
     step: int | None = None
+    forwards: int = 1
+
+
+def layer_shares(entries: Sequence[LayerMaps]) -> list[float]:
+    """Each entry's share of their mean: that of layers, of which each is the mean over its forwards."""
+    forwards = Counter[str]()
+    for entry in entries:
+        forwards[entry.layer] += entry.forwards
+    return [entry.forwards / forwards[entry.layer] / len(forwards) for entry in entries]
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +204,7 @@ class Maps(Mapping[str, HeatMap]):
         wanted = self._wanted([layers] if isinstance(layers, str | int) else layers, step)
         size = max((entry.maps.shape[-2:] for entry in wanted), key=lambda s: s[0] * s[1])
         total: torch.Tensor | None = None
-        for entry in wanted:
+        for entry, share in zip(wanted, layer_shares(wanted), strict=True):
             maps = entry.maps[:, places].mean(dim=1)
             if head is None:
                 maps = maps.mean(dim=0)
@@ -207,10 +218,10 @@ class Maps(Mapping[str, HeatMap]):
                 raise CaptureError(f"there is no frame {frame}; there are {len(maps) if maps.ndim == 3 else 'none'}")
             if maps.ndim == 3:
                 maps = maps.mean(dim=0) if frame is None else maps[frame]
-            resized = resample(maps[None, None], size)[0, 0]
+            resized = share * resample(maps[None, None], size)[0, 0]
             total = resized if total is None else total + resized
         assert total is not None
-        return HeatMap(" ".join(self.words[i].text for i in places), total / len(wanted))
+        return HeatMap(" ".join(self.words[i].text for i in places), total)
 
     def _places(self, word: str, occurrence: int) -> list[int]:
         parts = [part.text for part in words_of(word)] or [word]
@@ -297,4 +308,4 @@ class Maps(Mapping[str, HeatMap]):
 
 def of_picture(entries: Sequence[LayerMaps], picture: int) -> list[LayerMaps]:
     """One picture of a batch: its entries without the leading batch axis."""
-    return [LayerMaps(entry.layer, entry.maps[picture], entry.step) for entry in entries]
+    return [replace(entry, maps=entry.maps[picture]) for entry in entries]
