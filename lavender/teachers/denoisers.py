@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CaptureError, ModelError
+from ..errors import ModelError
 
 Grid = tuple[int, int, int]
 """Frames, height and width of the grid of image tokens; one frame for pictures."""

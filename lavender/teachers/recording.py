@@ -166,7 +166,7 @@ def remedy_of(module: Any) -> str:
 def _backend_of(module: Any) -> str | None:
     """diffusers' attention backend that a module's next call takes; None where its processor asks for none."""
     processor = getattr(module, "processor", None)
-    if not hasattr(processor, "_attention_backend"):
+    if processor is None or not hasattr(processor, "_attention_backend"):
         return None
     backend = processor._attention_backend
     if backend is None:  # the one of the context manager or the environment
@@ -357,10 +357,9 @@ class DenoiserHooks:
         state = self._threads.state
         state.current = None
         inputs = self._signature.bind(module, *args, **kwargs).arguments
+        wanted = [] if self._opened is None or state.manual is not None else self._opened(inputs)
         if state.manual is not None:
             wanted = [state.manual]
-        else:
-            wanted = [] if self._opened is None else self._opened(inputs)
         if not wanted:
             return
         try:
@@ -436,9 +435,7 @@ class DenoiserHooks:
                 recording.give_up(name, error)
         return output
 
-    def _read(
-        self, name: str, call: _Attention, forward: _Forward, recording: Recording, samples: Samples
-    ) -> torch.Tensor | None:
+    def _read(self, name: str, call: _Attention, forward: _Forward, recording: Recording, samples: Samples) -> torch.Tensor | None:
         cross, places = self.layout.order == "cross", forward.places
         if name in recording.errors:
             return None
