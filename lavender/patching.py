@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, overload
 from torch import nn
 
 from .config import AlignmentConfig
-from .errors import ConfigError
+from .errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -75,6 +75,8 @@ def patch(
             )
         from .students.patch import patch_student
 
+        if any(kind.__module__.startswith("diffusers.") for kind in type(model).__mro__):
+            raise ModelError(f"a {type(model).__name__} is a part of a pipeline, which knows the prompt: patch the pipeline")
         return patch_student(model, config, processor)
     if config is not None or processor is not None:
         raise ConfigError("config and processor are settings of transformers models; a pipeline has layers, heads, steps and words")
