@@ -133,7 +133,7 @@ def test_mllama_without_a_picture_is_told_so():
     batch = {name: value for name, value in student.batch().items() if name not in ("pixel_values", "cross_attention_mask")}
     for name in ("aspect_ratio_ids", "aspect_ratio_mask"):
         batch.pop(name, None)
-    with lavender.patch(student.model) as patch, torch.no_grad(), pytest.raises(CaptureError, match="no picture.*pixel_values"):
+    with lavender.patch(student.model) as patch, torch.no_grad(), pytest.raises(CaptureError, match=r"no picture.*pixel_values"):
         patch.capture(**batch)
 
 
