@@ -313,6 +313,17 @@ class TeacherPatch(Handle):
         if not samples or branch.error is not None:
             return None, []
         if drawing.whole:  # else they are the user's own choice
+            times = step[0]
+            if (
+                isinstance(times, torch.Tensor)
+                and times.ndim
+                and len(times) == len(rows)
+                and (times[samples] != times[samples[0]]).any()
+            ):
+                raise CaptureError(
+                    f"one batch of the denoiser holds the {branch.name} at several timesteps, none of which is the picture's alone; "
+                    "record the forwards that you mean with patch.capture(word_weights)"
+                )
             samples = branch.pictures([row.text for row in rows], latents)
             if branch.is_further_pass(latents[samples], step, self._first_shows):
                 drawing.left_out["further passes of a step"] += branch is drawing.prompts
