@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import TargetError
 from .manifest import StoreConfig, config_of, difference, read_manifest, shards_of, source_of, unlisted_shards
 from .shards import Target, group_problem, opened, require_sha256, rows_of, schema, sha256_of
-from .soundness import range_problems
+from .soundness import store_problems
 from .store import TargetStore, TargetWriter
 
 NAMED = 10
@@ -146,7 +146,7 @@ def _shard_problems(path: Path, samples: int, config: StoreConfig, captions: dic
                     if row.id in captions:
                         problems.append(f"sample {row.id!r} is there twice")
                     captions[row.id] = row.caption
-                    wrong = row.problems or range_problems(row.decoded(path).word_maps, config.normalization)
+                    wrong = row.problems or store_problems(row.decoded(path).word_maps, config.map_size, config.normalization)
                     problems += [f"sample {row.id!r}: {problem}" for problem in wrong]
     except TargetError as error:
         return [*problems, str(error)], False

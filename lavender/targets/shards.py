@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,12 @@ class Target:
 
 
 def to_table(targets: Sequence[Target], storage: Storage) -> pa.Table:
-    """Samples as rows. Raises `DataError` if a word's values are neither finite nor all NaN."""
+    """Samples as rows. Raises `DataError` if one is not what it has to be; see `lavender.targets.soundness`."""
     stored: list[NDArray[Any]] = []
     ranges: list[NDArray[np.float32]] = []
     for target in targets:
         maps = target.word_maps.maps
+        _require_places(target)
         _require_finite(target, maps)
         if storage == "uint8":
             codes, own_ranges = _to_bytes(maps)
@@ -112,6 +114,16 @@ def _lists(lengths: Sequence[int], values: pa.Array) -> pa.ListArray:
     if offsets[-1] > np.iinfo(np.int32).max:
         raise TargetError(f"a shard would hold {offsets[-1]} values, above 2147483647; give the writer a smaller shard_size")
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+
+
+def _require_places(target: Target) -> None:
+    known = target.word_maps
+    shape = known.maps.shape
+    problem = next(chain(word_problems(known.caption, known.words), crop_problems(known.crop)), "")
+    if len(shape) != 3 or shape[0] != len(known.words) or not all(shape[1:]):
+        problem = f"its maps have the shape {list(shape)}; expected [{len(known.words)}, y, x] for its {len(known.words)} words"
+    if problem:
+        raise DataError(f"sample {target.id!r}: {problem}")
 
 
 def _require_finite(target: Target, maps: NDArray[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -46,12 +47,15 @@ def value_problems(words: Sequence[Word], values: NDArray[Any], ranges: NDArray[
             yield f"the map of {word.text!r} has values that are not finite"
 
 
-def range_problems(word_maps: WordMaps, normalization: Normalization) -> Iterator[str]:
-    """Which words' maps have values that their normalization cannot give; see `lavender.kernels.map_loss`."""
+def store_problems(word_maps: WordMaps, map_size: int, normalization: Normalization) -> Iterator[str]:
+    """In what maps are other than their store's config says; see `lavender.kernels.map_loss` for the normalizations."""
+    height, width = word_maps.maps.shape[1:]
+    if (height, width) != (map_size, map_size):
+        yield f"its maps have {height}x{width} places, those of its store {map_size}x{map_size}"
     what = "raw attention" if normalization == "none" else f"normalized by {normalization!r}"
     low, high = 0.0, 1.0
     if normalization == "zscore":  # the farthest that one value can be from the mean of all, in standard deviations
-        high = float(np.sqrt(word_maps.maps[0].size)) if len(word_maps.maps) else 0.0
+        high = math.sqrt(height * width)
         low = -high
     for word, values in zip(word_maps.words, word_maps.maps, strict=True):
         lowest, highest = float(values.min()), float(values.max())  # NaN of a word without a map is beyond nothing
