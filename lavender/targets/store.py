@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -36,8 +37,20 @@ from ..config import fingerprint, require_kind
 from ..errors import TargetError, warn_renamed
 from ..files import write_atomically
 from ..images import ImageSource, file_sha256, image_sha256, load_image
-from .manifest import StoreConfig, config_of, difference, new_manifest, read_manifest, shard_paths, source_of, unlisted_shards
+from .manifest import (
+    StoreConfig,
+    config_of,
+    difference,
+    new_manifest,
+    proven_source_of,
+    read_manifest,
+    shard_paths,
+    source_of,
+    unlisted_shards,
+)
 from .shards import GROUP_SIZE, Target, encoded, group_of, read, schema, sha256_of, targets_of, to_table
+
+logger = logging.getLogger("lavender")
 
 SHARD_SIZE = 256
 """Samples of a shard."""
@@ -160,6 +173,10 @@ class TargetWriter:
                 raise TargetError(
                     f"{self.folder} holds targets of another teacher or config ({how}); "
                     "give --out a new folder, or the settings that the store was begun with"
+                )
+            if "behavior" in proven_source_of(manifest) and "behavior" not in proven_source_of(self._manifest):
+                logger.warning(
+                    "%s was begun before stores kept what their teacher does: it is continued by its weights alone", self.folder
                 )
         elif (self.folder / "manifest.json").exists() and read_manifest(self.folder)["shards"]:
             raise TargetError(f"{self.folder} has lost all its shards; put them back, or give --out a new folder")
