@@ -10,7 +10,7 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler
 
 from ..config import TeacherConfig
 from .bound_denoiser import BoundDenoiser
-from .schedules import EdmLevels, FlowLevels, Levels, ddim_of
+from .schedules import EdmLevels, FlowLevels, Levels, ddim_of, kind_of
 
 Noise = Callable[[], torch.Tensor]
 """Gives standard normal noise like the latents, other noise at every call."""
@@ -38,7 +38,7 @@ def read_maps(denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherCon
 def noisy_at(
     denoiser: BoundDenoiser, latents: torch.Tensor, noise: torch.Tensor, number: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Latents with noise at what the config calls a timestep; what the denoiser is given for them; and the timestep that it takes."""
+    """Latents with noise at what the config calls a timestep; what the denoiser is given for them; and the timestep it takes."""
     levels = _levels(denoiser)
     if levels is None:
         timestep = torch.tensor(number, device=latents.device)
@@ -145,7 +145,7 @@ def _levels(denoiser: BoundDenoiser) -> Levels | None:
     """The noise levels of a model that has sigmas; None of one that has timesteps alone."""
     if denoiser.flow_matching:
         return FlowLevels(denoiser.scheduler)
-    return EdmLevels(denoiser.scheduler) if hasattr(denoiser.scheduler, "precondition_outputs") else None
+    return EdmLevels(denoiser.scheduler) if kind_of(denoiser.scheduler, "pipeline") == "edm" else None
 
 
 def _invert(denoiser: BoundDenoiser, latents: torch.Tensor, num_steps: int) -> tuple[list[torch.Tensor], int]:

@@ -57,16 +57,25 @@ _DDPM = frozenset(
 """Schedulers of diffusers that differ in their steps alone: at a timestep, all give the denoiser what `alphas_cumprod` says."""
 _EDM = frozenset({"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"})
 _FLOW = frozenset({"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"})
+_FLOW_SOLVERS = frozenset(
+    {"DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"}
+)
+"""Those of `_DDPM` that are of `_FLOW` with `use_flow_sigmas`."""
+_GIVES = {"scale_model_input", "precondition_inputs", "precondition_noise", "precondition_outputs"}
+"""What schedulers decide by what the denoiser is given."""
 _LEAST_SIGNAL = 1e-6
 """Of `alphas_cumprod`: schedules that end in pure noise have 0 there, or 2 ** -24 to divide by it; Stable Diffusion has 5e-3."""
 
 
 def kind_of(scheduler: Any, name: str) -> Kind:
     """How a pipeline's scheduler gives noise levels to the denoiser; `name` is the pipeline's. Raises `ModelError`."""
-    names = {base.__name__ for base in type(scheduler).__mro__ if base.__module__.startswith("diffusers.")}
-    flow = bool(scheduler.config.get("use_flow_sigmas"))
+    bases = type(scheduler).__mro__
+    names = {base.__name__ for base in bases if base.__module__.startswith("diffusers.")}
+    # A class of one's own may take other steps, if the denoiser is given the same.
+    if any(vars(base).keys() & _GIVES for base in bases if not base.__module__.startswith("diffusers.")):
+        names = set()
     kind: Kind
-    if names & _FLOW or (names & _DDPM and flow):
+    if names & _FLOW or (names & _FLOW_SOLVERS and scheduler.config.get("use_flow_sigmas")):
         kind = "flow"
     elif names & _EDM:
         kind = "edm"
@@ -100,6 +109,11 @@ def _unlike(scheduler: Any, kind: Kind) -> list[tuple[str, Any, str]]:
                 "interpolation_type",
                 config.get("interpolation_type", "linear") != "linear",
                 "by which timesteps have other noise levels",
+            ),
+            (
+                "use_flow_sigmas",
+                bool(config.get("use_flow_sigmas")) and kind != "flow",
+                "which is not carried through in that class",
             ),
             ("invert_sigmas", bool(config.get("invert_sigmas")), "by which pictures have the noise level 1"),
             ("scale_factors", bool(config.get("scale_factors")), "by which noisy latents are smaller than pictures"),
