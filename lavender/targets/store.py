@@ -34,7 +34,7 @@ from PIL import Image
 
 from ..config import fingerprint, require_kind
 from ..errors import TargetError, warn_renamed
-from ..files import write_atomically
+from ..files import write_atomically, write_within
 from ..images import ImageSource, file_sha256, image_sha256, load_image
 from .manifest import StoreConfig, config_of, difference, new_manifest, read_manifest, shard_paths, source_of, unlisted_shards
 from .shards import GROUP_SIZE, Target, encoded, group_of, read, schema, sha256_of, targets_of, to_table
@@ -88,7 +88,8 @@ class _Lock:
             ) from None
         with suppress(OSError):
             since = time.strftime("%Y-%m-%d %H:%M:%S")
-            self._holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
+            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+            write_within(folder, self._holder.name, json.dumps(holder))
 
     def _named(self) -> str:
         try:
@@ -102,8 +103,10 @@ class _Lock:
 
     def release(self) -> None:
         if self._lock.is_locked:
-            self._holder.unlink(missing_ok=True)
-            self._lock.release()
+            try:
+                self._holder.unlink(missing_ok=True)
+            finally:
+                self._lock.release()
 
 
 class _Waiting(NamedTuple):
