@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast, get_args
 
 from ..config import Captions
 from ..errors import ConfigError, DataError
-from ..files import filesystem_of, is_folder, is_url
+from ..files import filesystem_of, is_folder, is_url, open_regular
 from ..images import StoredImage
 from .folders import LONGEST_TEXT, METADATA, ask_server, open_folder
 from .pairs import BadPair, Listed, Pair, Pairs
@@ -159,8 +159,12 @@ def _list_matching(pattern: str) -> list[str]:
 
 def _open(file: str) -> BinaryIO:
     if not is_url(file):
-        return open(file, "rb")
+        return open_regular(file)
+    from fsspec.implementations.local import LocalFileSystem
+
     system, path = filesystem_of(file)
+    if isinstance(system, LocalFileSystem):
+        return open_regular(path)
     return ask_server(file, lambda: cast(BinaryIO, system.open(path, "rb")))
 
 
@@ -189,6 +193,8 @@ class _Parquet(Pairs):
             caption = columns.among(names, file).caption
             one_each &= captions == "first" or not isinstance(schema.field(caption).type, pa.ListType | pa.LargeListType)
             count += rows
+        if not count:
+            raise DataError(f"{', '.join(files[:3])} has no rows; expected one for each picture")
         return cls(files, columns, images, captions, count if one_each else None)
 
     def _entries(self) -> Iterator[Pair | BadPair]:
