@@ -29,7 +29,7 @@ from .conversations import (
 )
 from .folders import open_folder
 from .pairs import BadPair, Pair
-from .tables import Columns
+from .tables import TABLE_ENDINGS, Columns, folder_of, read_table
 
 __all__ = [
     "PLACEHOLDER",
@@ -53,7 +53,7 @@ def read_pairs(
     Args:
         data: JSON lines, or a JSON list, of `{"image": path, "caption": text}` with an optional `"id"` (the image path is the id by
             default), where `"text"` serves as caption and `"file_name"` as image; or Karpathy's JSON of Flickr30k or COCO; or a
-            folder of pictures, see `lavender.open_pairs`. What a file is shows in its content.
+            CSV file or a folder of pictures, see `lavender.open_pairs`. What a file is shows in its content.
         split: of Karpathy's file and of a folder with splits, the pictures of this split; None takes all.
         images: the folder that image paths in a file are relative to, and that none may lead out of; by default the one that
             the file is in. Files and folders may be URLs that fsspec knows.
@@ -68,6 +68,9 @@ def read_pairs(
     path = str(data) if is_url(data) else Path(data)
     if is_folder(path):
         pairs = [_whole(path, entry) for entry in open_folder(path, split, Columns(), images, captions)]
+    elif str(path).endswith(TABLE_ENDINGS):
+        entries_of_table = read_table(str(path), images or folder_of(str(path)), Columns(), captions)
+        pairs = [_whole(path, entry) for entry in entries_of_table]
     else:
         folder, entries = _folder_of(path, images), _json(path)
         if isinstance(entries, dict):

@@ -23,7 +23,18 @@ from ..images import StoredImage
 from .folders import LONGEST_TEXT, METADATA, ask_server, open_folder
 from .pairs import BadPair, Listed, Pair, Pairs
 from .samples import read_pairs
-from .tables import CAPTION_COLUMNS, CSV_ENDINGS, Columns, captions_of, kind_of, pairs_of, pairs_of_row, path_of, read_table
+from .tables import (
+    CAPTION_COLUMNS,
+    TABLE_ENDINGS,
+    Columns,
+    captions_of,
+    folder_of,
+    kind_of,
+    pairs_of,
+    pairs_of_row,
+    path_of,
+    read_table,
+)
 
 ENDINGS = ("jpg", "jpeg", "png", "webp")
 """What the names of pictures in a tar end with."""
@@ -32,7 +43,7 @@ ROWS_AT_ONCE = 64
 
 _HUB_ID = re.compile(r"(?:hf://datasets/)?(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^/]+))?/?")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_FILE_ENDINGS = (".json", ".jsonl", *CSV_ENDINGS, ".txt", ".parquet", ".tar", *_COMPRESSED)
+_FILE_ENDINGS = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".tar", *_COMPRESSED)
 """What shows that a missing `a/b` was meant as a file, not as a data set of the hub."""
 _SAMPLE_FILE = re.compile(r"(?:\./)*(?P<key>(?:.*/)?[^./][^./]*)\.(?P<ending>[^/]+)", re.DOTALL)
 """`key.ending`, split at the first dot of the file's name, as WebDataset does."""
@@ -91,8 +102,8 @@ def open_pairs(
     files = _files(location)
     if files and files[0].endswith(".parquet"):
         return _Parquet.opened(files, columns, images, captions)
-    if files and files[0].endswith(CSV_ENDINGS):
-        tables = [read_table(file, images or _folder_of(file), columns, captions) for file in files]
+    if files and files[0].endswith(TABLE_ENDINGS):
+        tables = [read_table(file, images or folder_of(file), columns, captions) for file in files]
         return Listed(tuple(entry for entries in tables for entry in entries))
     if files:
         return _Shards.opened(files, columns, captions)
@@ -111,7 +122,7 @@ def _files(data: str) -> tuple[str, ...]:
         paths = ask_server(data, lambda: _list_matching(data)) if is_url(data) else glob.glob(data, recursive=True)
     if paths != [data]:  # a folder's metadata belongs to its pictures
         paths = [path for path in paths if os.path.basename(path) not in METADATA]
-    tables = CSV_ENDINGS if is_pattern or paths == [data] else ()
+    tables = TABLE_ENDINGS if is_pattern or paths == [data] else ()
     wanted = (".parquet", ".tar", *_COMPRESSED, *tables)
     kinds = {kind: tuple(sorted(file for file in paths if file.endswith(kind))) for kind in wanted}
     files = next(filter(None, kinds.values()), ())
@@ -123,10 +134,6 @@ def _files(data: str) -> tuple[str, ...]:
     if files and files[0].endswith(_COMPRESSED):
         raise DataError(f"{files[0]} is compressed, so that no picture in it can be read by itself; unpack it to a plain .tar")
     return files
-
-
-def _folder_of(file: str) -> str:
-    return file.rpartition("/")[0] if is_url(file) else os.path.dirname(file) or "."
 
 
 def _list_files(path: str) -> list[str] | None:
@@ -209,7 +216,7 @@ class _Parquet(Pairs):
     def _entries_of(self, file: str) -> Iterator[Pair | BadPair]:
         import pyarrow.parquet as pq
 
-        folder = _folder_of(file)
+        folder = folder_of(file)
         row = 0
         with _open(file) as raw:
             table = pq.ParquetFile(raw)

@@ -24,7 +24,8 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "picture")
 PATH_COLUMNS = ("file_name", "image_file_name", "filename", "image_path")
 """Where no column of `IMAGE_COLUMNS` is: a table that has its pictures in one often has their names beside them."""
 CAPTION_COLUMNS = ("caption", "text", "captions", "sentence")
-CSV_ENDINGS = (".csv", ".tsv")
+TABLE_ENDINGS = (".csv", ".tsv", "metadata.jsonl")
+"""Of files that are read as a whole, row by row; other JSON lines are those of `lavender.data.read_pairs`."""
 _DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|"}
 """What stands between the columns; spreadsheets write semicolons where the comma is decimal."""
 
@@ -132,6 +133,11 @@ def pairs_of(sample_id: str, image: ImageSource, texts: Sequence[tuple[str, Any]
             yield Pair(sample_id + number, image, text)
         else:
             yield BadPair(sample_id + number, f"no caption; expected a text, found {kind_of(text)}")
+
+
+def folder_of(file: str) -> str:
+    """The folder that a file is in, or its URL."""
+    return file.rpartition("/")[0] if is_url(file) else os.path.dirname(file) or "."
 
 
 def read_table(file: str, root: str | Path, columns: Columns, captions: str, below: str | None = None) -> list[Pair | BadPair]:
