@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from .students.patch import StudentPatch
     from .teachers.patch import TeacherPatch
+    from .teachers.presets import Preset
 
 
 @overload
@@ -27,6 +28,7 @@ def patch(
     heads: bool = False,
     steps: bool = False,
     words: str | int | Sequence[str | int] = (),
+    preset: Preset | None = None,
 ) -> TeacherPatch: ...
 def patch(
     model: Any,
@@ -37,6 +39,7 @@ def patch(
     heads: bool = False,
     steps: bool = False,
     words: str | int | Sequence[str | int] = (),
+    preset: Preset | None = None,
 ) -> Any:
     """Makes a model's attention readable, word by word, without changing what the model computes.
 
@@ -52,6 +55,8 @@ def patch(
         steps: pipelines only: whether maps are kept per denoising step. Memory grows by the number of steps.
         words: pipelines only: what to map beside the words between spaces: parts of a Chinese or Thai run, which has no spaces;
             and tokens that are no words, by their string ("<|startoftext|>", "<*>") or by the number of their text column.
+        preset: pipelines only: "daam" or "amd" for the maps of these two tools, numbers and all; `maps` is then a `DaamMaps` or
+            `AmdMaps` of `lavender.teachers.presets`, which say how they are made. It chooses which heads and steps are kept.
 
     Returns:
         A handle. A pipeline's `maps` has the heat maps of the words of the prompt that was drawn last; a language model's, those
@@ -69,9 +74,9 @@ def patch(
     if config is not None and not isinstance(config, AlignmentConfig):
         raise ConfigError(f"config is a {type(config).__name__}; expected an AlignmentConfig (processor= takes the processor)")
     if isinstance(model, nn.Module):
-        if layers or heads or steps or words:
+        if layers or heads or steps or words or preset:
             raise ConfigError(
-                "layers, heads, steps and words are settings of pipelines; AlignmentConfig(layers=...) is the models'"
+                "layers, heads, steps, words and preset are settings of pipelines; AlignmentConfig(layers=...) is the models'"
             )
         from .students.patch import patch_student
 
@@ -82,4 +87,4 @@ def patch(
         raise ConfigError("config and processor are settings of transformers models; a pipeline has layers, heads, steps and words")
     from .teachers.patch import patch_teacher
 
-    return patch_teacher(model, layers, heads, steps, words)
+    return patch_teacher(model, layers, heads, steps, words, preset)
