@@ -27,7 +27,8 @@ def patch(
     layers: str | Sequence[str] = (),
     heads: bool = False,
     steps: bool = False,
-    words: str | int | Sequence[str | int] = (),
+    words: str | Sequence[str] = (),
+    tokens: str | int | Sequence[str | int] = (),
     preset: Preset | None = None,
 ) -> TeacherPatch: ...
 def patch(
@@ -38,7 +39,8 @@ def patch(
     layers: str | Sequence[str] = (),
     heads: bool = False,
     steps: bool = False,
-    words: str | int | Sequence[str | int] = (),
+    words: str | Sequence[str] = (),
+    tokens: str | int | Sequence[str | int] = (),
     preset: Preset | None = None,
 ) -> Any:
     """Makes a model's attention readable, word by word, without changing what the model computes.
@@ -53,8 +55,9 @@ def patch(
         layers: pipelines only: the attention modules to read, as fragments of their names; empty for all.
         heads: pipelines only: whether maps are kept per head. Memory grows by the number of heads.
         steps: pipelines only: whether maps are kept per denoising step. Memory grows by the number of steps.
-        words: pipelines only: what to map beside the words between spaces: parts of a Chinese or Thai run, which has no spaces;
-            and tokens that are no words, by their string ("<|startoftext|>", "<*>") or by the number of their text column.
+        words: pipelines only: words to map beside those between spaces: parts of a Chinese or Thai run, which has no spaces.
+        tokens: pipelines only: tokens to map that are no words: by their string ("<|startoftext|>", "<*>"), or by the number of
+            their text column.
         preset: pipelines only: "daam" or "amd" for the maps of these two tools, numbers and all; `maps` is then a `DaamMaps` or
             `AmdMaps` of `lavender.teachers.presets`, which say how they are made. It chooses which heads and steps are kept.
 
@@ -74,9 +77,9 @@ def patch(
     if config is not None and not isinstance(config, AlignmentConfig):
         raise ConfigError(f"config is a {type(config).__name__}; expected an AlignmentConfig (processor= takes the processor)")
     if isinstance(model, nn.Module):
-        if layers or heads or steps or words or preset:
+        if layers or heads or steps or words or tokens or preset:
             raise ConfigError(
-                "layers, heads, steps, words and preset are settings of pipelines; AlignmentConfig(layers=...) is the models'"
+                "layers, heads, steps, words, tokens and preset are settings of pipelines; AlignmentConfig(layers=...) is the models'"
             )
         from .students.patch import patch_student
 
@@ -84,7 +87,9 @@ def patch(
             raise ModelError(f"a {type(model).__name__} is a part of a pipeline, which knows the prompt: patch the pipeline")
         return patch_student(model, config, processor)
     if config is not None or processor is not None:
-        raise ConfigError("config and processor are settings of transformers models; a pipeline has layers, heads, steps and words")
+        raise ConfigError(
+            "config and processor are settings of transformers models; a pipeline has layers, heads, steps, words and tokens"
+        )
     from .teachers.patch import patch_teacher
 
-    return patch_teacher(model, layers, heads, steps, words, preset)
+    return patch_teacher(model, layers, heads, steps, words, tokens, preset)

@@ -80,9 +80,9 @@ class Branch:
         ]
         if not first or not all(again):
             raise CaptureError(
-                f"the denoiser got {len(carriers)} samples of {len(carried)} with the {self.name}, not all on the same latents, for "
-                f"{count} pictures; lavender reads pictures that are drawn whole, and together: draw one at a time, without views or "
-                "frames of their own, or record the forwards that you mean with patch.capture(word_weights)"
+                f"the denoiser got {len(carriers)} samples of {len(carried)} with the {self.name}, not all on the same latents, "
+                f"for {count} pictures; lavender reads pictures that are drawn whole, and together: draw one at a time, without "
+                "views or frames of their own, or record the forwards that you mean with patch.capture(word_weights)"
             )
         return first
 

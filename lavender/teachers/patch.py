@@ -14,7 +14,6 @@ import torch
 from ..errors import CaptureError, ConfigError, LavenderError, ModelError, first_line
 from ..handle import Handle
 from ..maps import Coverage, Maps, of_picture
-from ..words import words_of
 from .denoisers import unwrapped
 from .drawing import Branch, Drawing, Row, branch_of
 from .encoding import TextReader, Texts, TokenName
@@ -64,13 +63,13 @@ class TeacherPatch(Handle):
         layers: tuple[str, ...] = (),
         heads: bool = False,
         steps: bool = False,
-        words: tuple[TokenName, ...] = (),
+        words: tuple[str, ...] = (),
+        tokens: tuple[TokenName, ...] = (),
         preset: Preset | None = None,
     ) -> None:
         self.pipe = pipe
-        self.settings = (layers, heads, steps, words, preset)
-        self._words = tuple(word for word in words if isinstance(word, str) and _is_word(word))
-        self._tokens = tuple(word for word in words if word not in self._words)
+        self.settings = (layers, heads, steps, words, tokens, preset)
+        self._words, self._tokens = words, tokens
         self._heads, self._steps, self._preset = heads, steps or preset == "amd", preset
         self._state = _State()
         # The latest drawing while one thread alone has drawn, and which.
@@ -370,11 +369,6 @@ class TeacherPatch(Handle):
         warnings.warn(f"lavender cannot read this picture's maps, or not all: {first_line(error)}", stacklevel=2)
 
 
-def _is_word(name: str) -> bool:
-    """Whether a name is a word's, and not a token's."""
-    return [word.text for word in words_of(name)] == [name]
-
-
 def _embeddings_in(output: Any) -> Iterator[torch.Tensor]:
     """The embeddings [N, C] in what `encode_prompt` returned: of tensors [B, N, C], or of lists of them."""
     if isinstance(output, torch.Tensor):
@@ -404,11 +398,13 @@ def patch_teacher(
     layers: str | Sequence[str] = (),
     heads: bool = False,
     steps: bool = False,
-    words: TokenName | Sequence[TokenName] = (),
+    words: str | Sequence[str] = (),
+    tokens: TokenName | Sequence[TokenName] = (),
     preset: Preset | None = None,
 ) -> TeacherPatch:
     """The handle of a diffusers pipeline; see `lavender.patch`."""
-    layers, words = _names("layers", layers, (str,)), _names("words", words, (str, int))
+    layers, words = _names("layers", layers, (str,)), _names("words", words, (str,))
+    tokens = _names("tokens", tokens, (str, int))
     for name, value in (("heads", heads), ("steps", steps)):
         if not isinstance(value, bool):
             raise ConfigError(f"{name} is {value!r}; expected True or False")
@@ -416,20 +412,20 @@ def patch_teacher(
     with turn_of(pipe):
         present: TeacherPatch | None = getattr(pipe, "_lavender_patch", None)
         if present is not None:
-            if present.settings == (layers, heads, steps, words, preset):
+            if present.settings == (layers, heads, steps, words, tokens, preset):
                 return present.borrowed()
             if present.is_used_elsewhere:
                 raise CaptureError(
                     "another thread uses this pipeline's patch, with other settings; give the same, or wait until it has finished"
                 )
             present.unpatch()
-        return TeacherPatch(pipe, layers, heads, steps, words, preset)
+        return TeacherPatch(pipe, layers, heads, steps, words, tokens, preset)
 
 
 def _names(name: str, value: Any, kinds: tuple[type, ...]) -> tuple[Any, ...]:
     names = (value,) if isinstance(value, kinds) else value
     if not isinstance(names, Sequence) or not all(isinstance(each, kinds) and not isinstance(each, bool) for each in names):
         raise ConfigError(
-            f"{name} is {value!r}; expected a text or a list of texts" + (", or of columns' numbers" if int in kinds else "")
+            f"{name} is {value!r}; expected a text or a list of texts" + (", or numbers of columns" if int in kinds else "")
         )
     return tuple(names)

@@ -406,16 +406,16 @@ def test_tokens_that_are_no_words_are_read_by_string_or_column():
     pipe = PIPELINES[SD]()
     log = log_of(pipe, layers_of(pipe))
     plainly(pipe, SD, log, lambda: draw(pipe, SD))
-    with lavender.patch(pipe, words=("<|startoftext|>", 7, "<*>")) as lens:
+    with lavender.patch(pipe, tokens=("<|startoftext|>", 7, "<*>")) as lens:
         draw(pipe, SD)
         agree(lens.maps, log.maps(1, [0]), "<|startoftext|>")
         agree(lens.maps, log.maps(1, [7]), 7)
         agree(lens.maps, log.maps(1, [2]))
         with pytest.raises(CaptureError, match="no text column"):
             lens.maps["<*>"]
-        with pytest.raises(KeyError, match=r"words=\(3,\)"):
+        with pytest.raises(KeyError, match=r"tokens=\(3,\)"):
             lens.maps[3]
-        with pytest.raises(KeyError, match="words=\\('<\\|endoftext\\|>',\\)"):
+        with pytest.raises(KeyError, match="tokens=\\('<\\|endoftext\\|>',\\)"):
             lens.maps["<|endoftext|>"]
         draw(pipe, SD, prompt=CAPTIONS)
         assert lens.maps_of(2)["<|startoftext|>"].values.min() > 0
