@@ -79,7 +79,8 @@ def patch(
     if isinstance(model, nn.Module):
         if layers or heads or steps or words or tokens or preset:
             raise ConfigError(
-                "layers, heads, steps, words, tokens and preset are settings of pipelines; AlignmentConfig(layers=...) is the models'"
+                "layers, heads, steps, words, tokens and preset are settings of pipelines; AlignmentConfig(layers=...) is the "
+                "models'"
             )
         from .students.patch import patch_student
 

@@ -69,7 +69,11 @@ class DaamMaps(Maps):
             num_maps += len(maps)
             total = maps.sum(dim=0) if total is None else total + maps.sum(dim=0)
         if total is None:
-            raise CaptureError(f"DAAM leaves out all of these layers: {', '.join(dict.fromkeys(e.layer for e in entries))}")
+            grids = sorted({entry.maps.shape[-1] for entry in entries if _is_daams(entry.layer)})
+            raise CaptureError(
+                f"DAAM leaves out all of these layers: it reads down and up blocks, and of its side of {self._side} grids of "
+                f"about 1/{', 1/'.join(map(str, self.FACTORS[1:]))}; here are {', '.join(map(str, grids)) or 'none'}"
+            )
         return total.mean(dim=0) / num_maps
 
 

@@ -154,7 +154,7 @@ def _of_daam(pipe: Any) -> dict[str, np.ndarray]:
         draw(pipe)
     whole, of_head = tracer.compute_global_heat_map(PROMPT), tracer.compute_global_heat_map(PROMPT, head_idx=1)
     maps = {word: whole.compute_word_heat_map(word).value for word in WORDS}
-    maps |= {"cat, head 1": of_head.compute_word_heat_map("cat").value, "red, second": whole.heat_maps[9]}
+    maps |= {"cat, head 1": of_head.compute_word_heat_map("cat").value, "red, second": whole.heat_maps[11]}
     return {f"daam/{name}": value.detach().numpy()[::STRIDE, ::STRIDE] for name, value in maps.items()}
 
 
