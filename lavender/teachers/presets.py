@@ -17,6 +17,13 @@ Preset = Literal["daam", "amd"]
 """A tool whose maps `lavender.patch` gives: `DaamMaps` and `AmdMaps` say how it computes them."""
 
 
+_COMPARED: dict[str, tuple[str, ...]] = {
+    "daam": ("UNet2DConditionModel",),
+    "amd": ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"),
+}
+"""Denoisers whose maps were compared with the tools' own."""
+
+
 class DaamMaps(Maps):
     """Heat maps as DAAM makes them (Tang et al. 2022; the package daam, 0.2), of a U-Net with classifier-free guidance.
 
@@ -81,13 +88,17 @@ class AmdMaps(Maps):
     """Heat maps as Attention-Map-Diffusers makes them (the package attention-map-diffusers, 1.0): its aggregate of "image->text".
 
     The mean over heads is resampled to the finest grid by bilinear interpolation, without a filter against aliasing; then comes the
-    mean over layers. Without `step`, it is that of the last forward; `step="all"` is the tool's `timesteps="all"`. The tool has a
-    map for each token; a word's is the mean over its tokens.
+    mean over layers, without Flux's single ones. Without `step`, it is that of the last forward; `step="all"` is the tool's
+    `timesteps="all"`. The tool has a map for each token; a word's is the mean over its tokens.
     """
 
     def _wanted(self, layers: Sequence[str | int], step: int | Literal["all"] | None) -> list[LayerMaps]:
         last = max(entry.step or 0 for entry in self.entries)
-        return super()._wanted(layers, last if step is None else step)
+        entries = super()._wanted(layers, last if step is None else step)
+        read = [entry for entry in entries if not entry.layer.startswith("single_")]
+        if not read:
+            raise CaptureError("Attention-Map-Diffusers leaves out all of these layers; choose others than single ones")
+        return read
 
     def _mean(self, entries: Sequence[LayerMaps], places: Sequence[int], head: int | None, frame: int | None) -> torch.Tensor:
         size = max((entry.maps.shape[-2:] for entry in entries), key=lambda s: s[0] * s[1])
@@ -106,8 +117,12 @@ def require_preset(preset: Any, heads: bool, steps: bool, denoiser: torch.nn.Mod
         raise ConfigError(f"preset is {preset!r}; choose {' or '.join(get_args(Preset))}, or leave it out")
     if heads or steps:
         raise ConfigError(f"preset={preset!r} chooses which heads and steps are kept; leave heads and steps out")
-    if preset == "daam" and not hasattr(denoiser, "up_blocks"):
-        raise ModelError(f"preset='daam' reads the blocks of U-Nets, and {type(denoiser).__name__} has none; choose preset='amd'")
+    known = _COMPARED[preset]
+    if not any(kind.__name__ in known for kind in type(denoiser).__mro__):
+        raise ModelError(
+            f"preset={preset!r} is known to give the tool's maps of {', '.join(known)}, not of {type(denoiser).__name__}; leave "
+            "it out"
+        )
 
 
 def daam_side(pipe: Any, denoiser: torch.nn.Module) -> int:

@@ -78,6 +78,21 @@ def test_only_files_that_changed_are_read_again(begun, reads):
         begun()
 
 
+def test_a_run_that_was_cut_off_has_noted_what_it_stored(whole, reads, tmp_path):
+    def cut_off(pairs):
+        for position, pair in enumerate(pairs):
+            if position == 3:
+                raise KeyboardInterrupt
+            yield pair
+
+    pairs = list(open_pairs(whole / "data/captions.jsonl"))
+    with pytest.raises(KeyboardInterrupt):
+        extract(TEACHER, cut_off(pairs), tmp_path / "t", NOISE, WORK, progress=False)
+    reads.clear()
+    assert extract(TEACHER, pairs, tmp_path / "t", NOISE, WORK, progress=False).present == 2
+    assert reads == {str(pair.image): 1 for pair in pairs[2:]}
+
+
 def test_what_size_and_time_hide_is_found_by_rehash(begun, reads, scenes):
     picture = begun.folder / "data/images/00001.png"
     scenes[1].image.save(picture, "BMP")  # the same pixels, in a format whose size does not depend on them

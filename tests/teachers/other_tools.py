@@ -9,6 +9,7 @@ They are installed apart, and none of their code is here:
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ import numpy as np
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from .pipeline_zoo import clip_tokenizer
+from .pipeline_zoo import CAPTIONS, PIPELINES, clip_tokenizer
+from .zoo import HEIGHT_PIXELS, WIDTH_PIXELS
 
 RECORDED = Path(__file__).parent / "recorded/other_tools.npz"
 PROMPT = "a red cat in two hats over the red chair"
@@ -28,6 +30,10 @@ WORDS = ("cat", "hats", "red", "red cat", "chair")
 SIDES = {"sd": 192, "sdxl": 512}
 """Of the pictures, in pixels."""
 STEPS = 3
+ZOOS = ("StableDiffusion3Pipeline", "StableDiffusion3Pipeline/3.5", "FluxPipeline")
+"""Pipelines of the zoo, which DAAM does not read."""
+COLUMNS = 17
+"""Of AMD's maps those of the first text columns are recorded."""
 STRIDE = 3
 """Of DAAM's maps every third row and column is recorded."""
 _WIDTH = 32
@@ -158,7 +164,7 @@ def _of_daam(pipe: Any) -> dict[str, np.ndarray]:
     return {f"daam/{name}": value.detach().numpy()[::STRIDE, ::STRIDE] for name, value in maps.items()}
 
 
-def _of_amd(pipe: Any) -> dict[str, np.ndarray]:
+def _of_amd(pipe: Any, draw: Callable[[Any], np.ndarray] = draw) -> dict[str, np.ndarray]:
     """The aggregates that it draws its pictures from, [tokens, y, x]."""
     from attention_map_diffusers import AttentionCapture
     from attention_map_diffusers.visualization import _aggregate_compatible
@@ -169,9 +175,18 @@ def _of_amd(pipe: Any) -> dict[str, np.ndarray]:
             draw(pipe)
         record, data, _ = _aggregate_compatible(capture.compute().records, None, 1)
         grid = (record.q_shape.height, record.q_shape.width)
-        tokens = len(pipe.tokenizer(PROMPT).input_ids)
+        tokens = min(len(data[0].T), COLUMNS)
         found[f"amd/{timesteps}"] = data[0].T[:tokens].reshape(tokens, *grid).detach().numpy()
     return found
+
+
+def draw_zoos(pipe: Any) -> np.ndarray:
+    """Its latents, with the guidance that it has by itself."""
+    generator = torch.Generator().manual_seed(1)
+    size = {"height": HEIGHT_PIXELS, "width": WIDTH_PIXELS}
+    drawn = pipe(CAPTIONS[0], num_inference_steps=STEPS, generator=generator, output_type="latent", **size)
+    latents: np.ndarray = drawn.images.numpy()
+    return latents
 
 
 def main() -> None:
@@ -179,6 +194,10 @@ def main() -> None:
     recorded: dict[str, Any] = {"versions": f"daam {version('daam')}, amd {version('attention-map-diffusers')}"}
     for name in BUILDERS:
         found = {**_of_daam(build(name)), **_of_amd(build(name)), "image": draw(build(name))[::8, ::8]}
+        recorded |= {f"{name}/{key}": value.astype(np.float32) for key, value in found.items()}
+    for name in ZOOS:
+        pipe = PIPELINES[name]()
+        found = {**_of_amd(pipe, draw_zoos), "image": draw_zoos(pipe)}
         recorded |= {f"{name}/{key}": value.astype(np.float32) for key, value in found.items()}
     np.savez_compressed(RECORDED, **recorded)
 

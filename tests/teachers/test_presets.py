@@ -10,7 +10,7 @@ import lavender
 from lavender.errors import CaptureError, ConfigError, ModelError
 from lavender.teachers.presets import AmdMaps, DaamMaps
 
-from .other_tools import PROMPT, RECORDED, SIDES, STRIDE, WORDS, build, draw
+from .other_tools import COLUMNS, PROMPT, RECORDED, SIDES, STRIDE, WORDS, ZOOS, build, draw, draw_zoos
 from .pipeline_zoo import PIPELINES
 
 TOLERANCE = 3e-5
@@ -71,6 +71,16 @@ def test_amd(drawn, recorded, timesteps):
         assert np.abs(maps[None]["cat"].to_numpy() - theirs[3]).max() > 100 * TOLERANCE * theirs[3].max()
 
 
+@pytest.mark.parametrize("name", ZOOS)
+def test_amd_of_transformers(name, recorded):
+    pipe = PIPELINES[name]()
+    with lavender.patch(pipe, preset="amd", tokens=tuple(range(COLUMNS))) as lens:
+        np.testing.assert_allclose(draw_zoos(pipe), recorded[f"{name}/image"], atol=1e-4, err_msg="record the tools anew")
+    for timesteps, step in (("last", None), ("all", "all")):
+        for column, theirs in enumerate(recorded[f"{name}/amd/{timesteps}"]):
+            require_equal(lens.maps.heat_map(column, step=step).to_numpy(), theirs)
+
+
 def test_the_maps_say_whose_they_are(drawn):
     _, pipe, maps = drawn
     assert [type(maps[preset]) for preset in ("daam", "amd")] == [DaamMaps, AmdMaps]
@@ -116,7 +126,11 @@ def test_what_a_tool_does_not_read_is_refused(drawn):
         with pytest.raises(CaptureError, match="DAAM has maps of square pictures alone"):
             lens.maps["cat"]
     flux = PIPELINES["FluxPipeline"]()
-    with pytest.raises(ModelError, match="preset='daam' reads the blocks of U-Nets, and FluxTransformer2DModel has none"):
+    with pytest.raises(ModelError, match=r"preset='daam' .* of UNet2DConditionModel, not of FluxTransformer2DModel; leave it out"):
         lavender.patch(flux, preset="daam")
+    with lavender.patch(flux, preset="amd") as lens:
+        draw_zoos(flux)
+        with pytest.raises(CaptureError, match="leaves out all of these layers"):
+            lens.maps.heat_map("cat", layers="single")
     with pytest.raises(ConfigError, match="preset"):
         lavender.patch(torch.nn.Linear(1, 1), preset="daam")
