@@ -30,7 +30,6 @@ _SPLITS = {
 """What `datasets` takes for the name of a split in the name of a folder."""
 _SPLIT_IN_NAME = re.compile(rf"(?:^|[-._ 0-9])({'|'.join(_SPLITS)})(?:[-._ 0-9]|$)")
 
-
 _Answer = TypeVar("_Answer")
 
 
@@ -122,15 +121,19 @@ def _of_metadata(
     kinds = sorted({posixpath.basename(file) for file in files})
     if len(kinds) > 1:
         raise DataError(f"{folder} has captions in {' and in '.join(kinds)}; give one of these files itself, or take one away")
-    chosen: list[Pair | BadPair] = []
+    splits = [_split_of(file) for file in files]
+    if any(splits):  # what others hold, which may have no captions, is not looked at
+        wanted = _wanted(folder, set(splits), split)
+        files = [file for file, own in zip(files, splits, strict=True) if wanted is None or own == wanted]
     entries: list[Pair | BadPair] = []
     for file in files:
         below = posixpath.dirname(file)
         entries += read_table(posixpath.join(folder, file), images or folder, columns, captions, below)
-    splits = [_split_of(entry.id) for entry in entries]
-    wanted = _wanted(folder, set(splits), split)
-    chosen = [entry for entry, own in zip(entries, splits, strict=True) if wanted is None or own == wanted]
-    return Listed(tuple(chosen))
+    if not any(splits):
+        splits = [_split_of(entry.id) for entry in entries]
+        wanted = _wanted(folder, set(splits), split)
+        entries = [entry for entry, own in zip(entries, splits, strict=True) if wanted is None or own == wanted]
+    return Listed(tuple(entries))
 
 
 def _split_of(path: str) -> str | None:

@@ -60,6 +60,21 @@ def test_an_image_folder_is_what_datasets_reads(tmp_path, monkeypatch, layout, k
         open_pairs(folder, split="lost")
 
 
+def test_a_split_without_captions_costs_the_others_nothing(tmp_path):
+    files = {"train/a.png": "red", "train/metadata.csv": "file_name,text\na.png,A cat.\n", "test/b.png": "red"}
+    folder = put(tmp_path / "data", {**files, "test/metadata.csv": "file_name\nb.png\n"})
+    assert found(folder) == {"train/a.png": "A cat."}
+    with pytest.raises(ConfigError, match=r"test/metadata\.csv has no column of captions"):
+        open_pairs(folder, split="test")
+
+
+def test_splits_of_one_metadata_file_are_those_of_its_pictures(tmp_path):
+    rows = [(f"{split}/a.png", split) for split in ("train", "test")]
+    folder = put(tmp_path / "data", {"metadata.csv": METADATA["csv"](rows), "train/a.png": "red", "test/a.png": "red"})
+    assert found(folder) == {"train/a.png": "train"}
+    assert found(folder, split="test") == {"test/a.png": "test"}
+
+
 def test_bad_rows_of_metadata_cost_themselves_alone(tmp_path):
     lines = [
         {"file_name": "a.png", "caption": "A cat."}, {"file_name": "gone.png", "caption": "A dog."}, {"file_name": "b.png"}, [1],
