@@ -206,7 +206,7 @@ class TeacherPatch(Handle):
         self._latest, self._author = (drawing, self._state.thread) if is_alone else (None, _SEVERAL)
 
     @contextmanager
-    def _running(self, arguments: dict[str, Any]) -> Iterator[Drawing]:
+    def running(self, arguments: dict[str, Any]) -> Iterator[Drawing]:
         """The pipeline's own call, from its arguments to its end. Raises `CaptureError` where nothing could be read of it."""
         for hooks in self._hooks:
             hooks.require_readable()
@@ -236,13 +236,13 @@ class TeacherPatch(Handle):
             branch.texts, branch.words = fresh.texts, fresh.words
             drawing.rows += known
 
-    def _begun(self, arguments: dict[str, Any]) -> AbstractContextManager[Any]:
+    def begun(self) -> AbstractContextManager[Any]:
         """Around `encode_prompt`: inside the pipeline's call, what that reads is read already."""
         drawing = self._drawing
         is_inside = drawing is not None and drawing.whole and not drawing.is_closed
         return nullcontext() if is_inside else self._reader.reading()
 
-    def _finished(self, arguments: dict[str, Any], texts: Texts | None, output: Any) -> None:
+    def finished(self, arguments: dict[str, Any], texts: Texts | None, output: Any) -> None:
         """`encode_prompt` ran: by a user it says what is drawn next; inside the pipeline's call its first run has the prompt."""
         drawing = self._drawing
         if texts is None:
@@ -289,14 +289,18 @@ class TeacherPatch(Handle):
                 f"{type(self.denoiser).__name__} got {type(embeddings).__name__} as text and {type(latents).__name__} as latents; "
                 "lavender reads one text [N, C] for each sample of a batch"
             )
+        scheduler = getattr(self.pipe, "scheduler", None)
+        step = (inputs.get("timestep"), getattr(scheduler, "_step_index", None), getattr(scheduler, "counter", None))
+        if drawing.whole:
+            drawing.begin_step(step)
         rows = drawing.rows_of(embeddings)
         if all(row.text is None for row in rows):
-            drawing.left_out["without a text of this call"] += 1
+            drawing.left_out["without the prompt"] += 1
             return []
         wanted: list[Wanted] = []
         for branch in drawing.branches:
             try:
-                recording, samples = self._of_branch(drawing, branch, rows, latents, inputs)
+                recording, samples = self._of_branch(drawing, branch, rows, latents, step)
             except Exception as error:  # see `_open`
                 if not drawing.whole:
                     raise
@@ -308,16 +312,15 @@ class TeacherPatch(Handle):
         return wanted
 
     def _of_branch(
-        self, drawing: Drawing, branch: Branch, rows: Sequence[Row], latents: torch.Tensor, inputs: Mapping[str, Any]
+        self, drawing: Drawing, branch: Branch, rows: Sequence[Row], latents: torch.Tensor, step: tuple[Any, ...]
     ) -> tuple[Recording | None, list[int]]:
         """Where a forward is recorded for a branch, if it is, and its samples."""
         samples = [sample for sample, row in enumerate(rows) if row.text in branch.texts]
         if not samples or branch.error is not None:
             return None, []
         if drawing.whole:  # else they are the user's own choice
+            _require_one_time(step[0], samples, len(rows))
             samples = branch.pictures([row.text for row in rows], latents)
-            scheduler = getattr(self.pipe, "scheduler", None)
-            step = (inputs.get("timestep"), getattr(scheduler, "_step_index", None), getattr(scheduler, "counter", None))
             if branch.is_further_pass(latents[samples], step, self._first_shows):
                 drawing.left_out["further passes of a step"] += branch is drawing.prompts
                 return None, []
@@ -367,6 +370,16 @@ class TeacherPatch(Handle):
 
     def _say(self, error: Exception) -> None:
         warnings.warn(f"lavender cannot read this picture's maps, or not all: {first_line(error)}", stacklevel=2)
+
+
+def _require_one_time(timestep: Any, samples: Sequence[int], size: int) -> None:
+    """Raises `CaptureError` where some samples of a batch are at several timesteps, as in sampling that is parallel in time."""
+    are_apart = isinstance(timestep, torch.Tensor) and timestep.ndim > 0 and len(timestep) == size
+    if are_apart and (timestep[list(samples)] != timestep[samples[0]]).any():
+        raise CaptureError(
+            "one batch of the denoiser holds a picture at several timesteps; record the forwards that you mean with "
+            "patch.capture(word_weights)"
+        )
 
 
 def _embeddings_in(output: Any) -> Iterator[torch.Tensor]:

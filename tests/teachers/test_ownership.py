@@ -197,7 +197,7 @@ def test_an_embedding_that_is_changed_in_place_is_another_text():
             draw(pipe, SD, **options)
             assert {entry.step for entry in lens.maps.entries} == {0}
             assert torch.equal(lens.maps["cat"].values, first)
-            assert lens.maps.coverage.left_out == {"without a text of this call": 1}
+            assert lens.maps.coverage.left_out == {"without the prompt": 1}
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
@@ -508,4 +508,18 @@ def test_an_error_of_our_own_keeps_the_picture(monkeypatch):
         with pytest.warns(UserWarning, match="no memory left"):
             assert (draw(pipe, SD) == plain).all()
         with pytest.raises(CaptureError, match="no memory left"):
+            lens.maps  # noqa: B018
+
+
+def test_a_batch_of_several_timesteps_is_refused_and_the_picture_is_kept():
+    plain_pipe = PIPELINES[SD]()
+    parts = {name: part for name, part in plain_pipe.components.items() if name != "image_encoder"}
+    pipe = diffusers.StableDiffusionParadigmsPipeline(**parts, requires_safety_checker=False)
+    pipe.scheduler = diffusers.DDIMParallelScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    plain = draw(pipe, SD, parallel=2)
+    with lavender.patch(pipe) as lens:
+        with pytest.warns(UserWarning, match="several timesteps"):
+            assert (draw(pipe, SD, parallel=2) == plain).all()
+        with pytest.raises(CaptureError, match="several timesteps"):
             lens.maps  # noqa: B018
