@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -206,20 +206,20 @@ class Maps(Mapping[str, HeatMap]):
         self,
         word: str | int,
         *,
-        occurrence: int = 0,
+        occurrence: int | None = None,
         layers: str | int | Sequence[str | int] = (),
         head: int | None = None,
-        step: int | None = None,
+        step: int | Literal["all"] | None = None,
         frame: int | None = None,
     ) -> HeatMap:
         """One word's heat map, the mean over everything that is not chosen, each layer resampled to the finest one's grid.
 
         Args:
             word: a word of the text, or several in a row: the mean over their maps; or one of `tokens`.
-            occurrence: which of a repeated word's occurrences, from 0.
+            occurrence: which of a repeated word's occurrences, from 0, which is the one by default.
             layers: numbers into `layers`, names, or parts of names; all if empty.
             head: an attention head; heads must have been kept.
-            step: a forward of the denoiser, from 0; steps must have been kept.
+            step: a forward of the denoiser, from 0, where steps were kept; or "all".
             frame: a frame of a video's latent.
 
         Raises:
@@ -229,34 +229,31 @@ class Maps(Mapping[str, HeatMap]):
         """
         places = self._places(word, occurrence)
         wanted = self._wanted([layers] if isinstance(layers, str | int) else layers, step)
-        size = max((entry.maps.shape[-2:] for entry in wanted), key=lambda s: s[0] * s[1])
+        values = self._mean(wanted, places, head, frame)
+        return HeatMap(self._title(word, places), values)
+
+    def _mean(self, entries: Sequence[LayerMaps], places: Sequence[int], head: int | None, frame: int | None) -> torch.Tensor:
+        """The map [y, x] of some words, from some of the entries."""
+        size = max((entry.maps.shape[-2:] for entry in entries), key=lambda s: s[0] * s[1])
         total: torch.Tensor | None = None
-        for entry, share in zip(wanted, layer_shares(wanted), strict=True):
-            maps = entry.maps[:, places].mean(dim=1)
-            if head is None:
-                maps = maps.mean(dim=0)
-            elif entry.maps.shape[0] == 1:
-                raise CaptureError("heads were not kept apart; ask for them with lavender.patch(..., heads=True)")
-            elif not 0 <= head < entry.maps.shape[0]:
-                raise CaptureError(f"there is no head {head}; {entry.layer} has heads 0 to {entry.maps.shape[0] - 1}")
-            else:
-                maps = maps[head]
-            if frame is not None and not (maps.ndim == 3 and 0 <= frame < len(maps)):
-                raise CaptureError(f"there is no frame {frame}; there are {len(maps) if maps.ndim == 3 else 'none'}")
-            if maps.ndim == 3:
-                maps = maps.mean(dim=0) if frame is None else maps[frame]
+        for entry, share in zip(entries, layer_shares(entries), strict=True):
+            maps = of_frame(of_head(entry, entry.maps[:, places].mean(dim=1), head).mean(dim=0), frame)
             resized = share * resample(maps[None, None], size)[0, 0]
             total = resized if total is None else total + resized
         assert total is not None
-        return HeatMap(str(word) if word in self.tokens else " ".join(self.words[i].text for i in places), total)
+        return total
 
-    def _places(self, word: str | int, occurrence: int) -> list[int]:
+    def _title(self, word: str | int, places: Sequence[int]) -> str:
+        return str(word) if word in self.tokens else " ".join(self.words[i].text for i in places)
+
+    def _places(self, word: str | int, occurrence: int | None) -> list[int]:
         if word in self.tokens:
             if word in self.missing:
                 raise CaptureError(f"{word!r} has no map: no text column of {self.text!r} comes from such a token")
             return [self.tokens.index(word) - len(self.tokens)]  # behind the words
         if not isinstance(word, str):
             raise KeyError(f"column {word} was not asked for; a pipeline reads it with lavender.patch(..., tokens=({word},))")
+        occurrence = occurrence or 0
         parts = [part.text for part in words_of(word)] or [word]
         starts = self._starts(parts) or self._starts([part.casefold() for part in parts], fold=True)
         if not starts:  # part of a run that has no spaces, or another composition of the letters
@@ -286,7 +283,7 @@ class Maps(Mapping[str, HeatMap]):
         in_order = [all(a.end <= b.start for a, b in pairwise(run)) for run in runs]
         return [i for i, ordered in enumerate(in_order) if ordered and texts[i : i + len(parts)] == list(parts)]
 
-    def _wanted(self, layers: Sequence[str | int], step: int | None) -> list[LayerMaps]:
+    def _wanted(self, layers: Sequence[str | int], step: int | Literal["all"] | None) -> list[LayerMaps]:
         names = self.layers
         numbers = [c for c in layers if isinstance(c, int)]
         beyond = [number for number in numbers if not 0 <= number < len(names)]
@@ -296,7 +293,7 @@ class Maps(Mapping[str, HeatMap]):
             named = chosen_names(names, [c for c in layers if isinstance(c, str)])
             names = tuple(name for i, name in enumerate(names) if i in numbers or name in named)
         entries = [entry for entry in self.entries if entry.layer in names]
-        if step is None:
+        if step is None or step == "all":
             return entries
         steps = sorted({entry.step for entry in entries if entry.step is not None})
         if not steps:
@@ -341,6 +338,26 @@ class Maps(Mapping[str, HeatMap]):
 
     def __repr__(self) -> str:
         return f"Maps({self.text!r}, {len(self.layers)} layers)"
+
+
+def of_head(entry: LayerMaps, maps: torch.Tensor, head: int | None) -> torch.Tensor:
+    """Of an entry's maps [C, ...] one head's, [1, ...], or all. Raises `CaptureError` if it was not kept."""
+    if head is None:
+        return maps
+    if len(maps) == 1:
+        raise CaptureError("heads were not kept apart; ask for them with lavender.patch(..., heads=True)")
+    if not 0 <= head < len(maps):
+        raise CaptureError(f"there is no head {head}; {entry.layer} has heads 0 to {len(maps) - 1}")
+    return maps[head : head + 1]
+
+
+def of_frame(maps: torch.Tensor, frame: int | None) -> torch.Tensor:
+    """Of maps [y, x], or [F, y, x] of a video, one frame's or the mean of all, [y, x]. Raises `CaptureError` if there is none."""
+    if frame is not None and not (maps.ndim == 3 and 0 <= frame < len(maps)):
+        raise CaptureError(f"there is no frame {frame}; there are {len(maps) if maps.ndim == 3 else 'none'}")
+    if maps.ndim == 2:
+        return maps
+    return maps.mean(dim=0) if frame is None else maps[frame]
 
 
 def of_picture(entries: Sequence[LayerMaps], picture: int) -> list[LayerMaps]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from .students.patch import StudentPatch
     from .teachers.patch import TeacherPatch
+    from .teachers.presets import Preset
 
 
 @overload
@@ -28,6 +29,7 @@ def patch(
     steps: bool = False,
     words: str | Sequence[str] = (),
     tokens: str | int | Sequence[str | int] = (),
+    preset: Preset | None = None,
 ) -> TeacherPatch: ...
 def patch(
     model: Any,
@@ -39,6 +41,7 @@ def patch(
     steps: bool = False,
     words: str | Sequence[str] = (),
     tokens: str | int | Sequence[str | int] = (),
+    preset: Preset | None = None,
 ) -> Any:
     """Makes a model's attention readable, word by word, without changing what the model computes.
 
@@ -55,6 +58,8 @@ def patch(
         words: pipelines only: words to map beside those between spaces: parts of a Chinese or Thai run, which has no spaces.
         tokens: pipelines only: tokens to map that are no words: by their string ("<|startoftext|>", "<*>"), or by the number of
             their text column.
+        preset: pipelines only: "daam" or "amd" for the maps of these two tools, numbers and all; `maps` is then a `DaamMaps` or
+            `AmdMaps` of `lavender.teachers.presets`, which say how they are made. It chooses which heads and steps are kept.
 
     Returns:
         A handle. A pipeline's `maps` has the heat maps of the words of the prompt that was drawn last; a language model's, those
@@ -72,9 +77,10 @@ def patch(
     if config is not None and not isinstance(config, AlignmentConfig):
         raise ConfigError(f"config is a {type(config).__name__}; expected an AlignmentConfig (processor= takes the processor)")
     if isinstance(model, nn.Module):
-        if layers or heads or steps or words or tokens:
+        if layers or heads or steps or words or tokens or preset:
             raise ConfigError(
-                "layers, heads, steps, words and tokens are settings of pipelines; AlignmentConfig(layers=...) is the models'"
+                "layers, heads, steps, words, tokens and preset are settings of pipelines; AlignmentConfig(layers=...) is the "
+                "models'"
             )
         from .students.patch import patch_student
 
@@ -87,4 +93,4 @@ def patch(
         )
     from .teachers.patch import patch_teacher
 
-    return patch_teacher(model, layers, heads, steps, words, tokens)
+    return patch_teacher(model, layers, heads, steps, words, tokens, preset)

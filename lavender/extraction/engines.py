@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from ..config import ExtractionConfig, TeacherConfig
-from ..data.samples import Pair
+from ..data.pairs import Pair
 from ..errors import ConfigError, DataError, LavenderError, ModelError
 from ..images import Picture
 from ..targets.manifest import different_teacher

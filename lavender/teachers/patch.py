@@ -17,6 +17,7 @@ from ..maps import Coverage, Maps, of_picture
 from .denoisers import unwrapped
 from .drawing import Branch, Drawing, Row, branch_of
 from .encoding import TextReader, Texts, TokenName
+from .presets import AmdMaps, DaamMaps, Preset, by_token, daam_side, require_preset
 from .recording import DenoiserHooks, Recording, Wanted
 from .turns import turn_of
 from .watching import watched_class
@@ -64,11 +65,12 @@ class TeacherPatch(Handle):
         steps: bool = False,
         words: tuple[str, ...] = (),
         tokens: tuple[TokenName, ...] = (),
+        preset: Preset | None = None,
     ) -> None:
         self.pipe = pipe
-        self.settings = (layers, heads, steps, words, tokens)
+        self.settings = (layers, heads, steps, words, tokens, preset)
         self._words, self._tokens = words, tokens
-        self._heads, self._steps = heads, steps
+        self._heads, self._steps, self._preset = heads, steps or preset == "amd", preset
         self._state = _State()
         # The latest drawing while one thread alone has drawn, and which.
         self._latest: Drawing | None = None
@@ -167,7 +169,7 @@ class TeacherPatch(Handle):
         if len(missing_layers) == len(modules):
             branch.recording.require_layers(self.denoiser, modules)
         number = branch.owners[picture]
-        return Maps(
+        found = (
             branch.texts[number],
             branch.words[number],
             of_picture(branch.recording.entries, picture),
@@ -175,6 +177,10 @@ class TeacherPatch(Handle):
             self._tokens,
             Coverage(branch.recording.num_forwards, dict(drawing.left_out), tuple(missing_layers)),
         )
+        if self._preset == "daam":
+            assert branch.recording.token_shares is not None
+            return DaamMaps(*found, shares=branch.recording.token_shares[picture], side=daam_side(self.pipe, self.denoiser))
+        return AmdMaps(*found) if self._preset == "amd" else Maps(*found)
 
     def clear(self) -> None:
         """Forgets what was recorded of the prompt, graphs included: a loop that takes a gradient at every step begins each so."""
@@ -343,6 +349,9 @@ class TeacherPatch(Handle):
         for into, own in zip(padded, weights, strict=True):
             into[: len(own) - num_tokens] = own[: len(own) - num_tokens]
             into[num_words:] = own[len(own) - num_tokens :]
+        if self._preset == "daam":
+            tokens, shares = by_token(padded)
+            return Recording(tokens, heads=True, steps=False, lenient=drawing.whole, token_shares=shares)
         return Recording(padded, heads=self._heads, steps=self._steps, lenient=drawing.whole)
 
     @property
@@ -404,6 +413,7 @@ def patch_teacher(
     steps: bool = False,
     words: str | Sequence[str] = (),
     tokens: TokenName | Sequence[TokenName] = (),
+    preset: Preset | None = None,
 ) -> TeacherPatch:
     """The handle of a diffusers pipeline; see `lavender.patch`."""
     layers, words = _names("layers", layers, (str,)), _names("words", words, (str,))
@@ -411,18 +421,18 @@ def patch_teacher(
     for name, value in (("heads", heads), ("steps", steps)):
         if not isinstance(value, bool):
             raise ConfigError(f"{name} is {value!r}; expected True or False")
-    denoisers_of(pipe)  # so that what is no pipeline is named
+    require_preset(preset, heads, steps, denoisers_of(pipe)[0])  # what is no pipeline is named, too
     with turn_of(pipe):
         present: TeacherPatch | None = getattr(pipe, "_lavender_patch", None)
         if present is not None:
-            if present.settings == (layers, heads, steps, words, tokens):
+            if present.settings == (layers, heads, steps, words, tokens, preset):
                 return present.borrowed()
             if present.is_used_elsewhere:
                 raise CaptureError(
                     "another thread uses this pipeline's patch, with other settings; give the same, or wait until it has finished"
                 )
             present.unpatch()
-        return TeacherPatch(pipe, layers, heads, steps, words, tokens)
+        return TeacherPatch(pipe, layers, heads, steps, words, tokens, preset)
 
 
 def _names(name: str, value: Any, kinds: tuple[type, ...]) -> tuple[Any, ...]:

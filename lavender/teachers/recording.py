@@ -48,6 +48,7 @@ class Recording:
         num_forwards: how many there were.
         grids: the longer sides that were met.
         errors: why layers could not be read, where that is kept.
+        token_shares: [B, W, K], where K single tokens are recorded in place of words: each one's share of each word.
     """
 
     word_weights: torch.Tensor
@@ -59,6 +60,7 @@ class Recording:
     num_forwards: int = 0
     grids: set[int] = field(default_factory=set)
     errors: dict[str, Exception] = field(default_factory=dict)
+    token_shares: torch.Tensor | None = None
     _passed: set[str] = field(default_factory=set)
     _sums: dict[tuple[str, int | None, torch.Size], tuple[torch.Tensor, int]] = field(default_factory=dict)
 
