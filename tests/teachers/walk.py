@@ -4,9 +4,11 @@ computation of words' columns and of the attention to them.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,6 +17,7 @@ from unittest import mock
 
 import diffusers
 import numpy as np
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -50,9 +53,18 @@ USUAL: dict[str, Any] = {
 """Arguments of a pipeline's call, where it takes them."""
 
 
+def pipeline_class(name: str) -> type:
+    """The class that a name of the walk begins with."""
+    name = name.partition("/")[0]
+    if name.startswith("Kolors"):  # shown by diffusers only where sentencepiece is installed
+        folder, file = ("pag", "pag_kolors") if "PAG" in name else ("kolors", "kolors_img2img" if "Img2Img" in name else "kolors")
+        return getattr(importlib.import_module(f"diffusers.pipelines.{folder}.pipeline_{file}"), name)
+    return getattr(diffusers, name)
+
+
 def built(name: str) -> Any:
     """A pipeline of the walk."""
-    cls, walked = getattr(diffusers, name.partition("/")[0]), WALK[name]
+    cls, walked = pipeline_class(name), WALK[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
@@ -69,12 +81,13 @@ def drawn(pipe: Any, walked: Walked, prompt: str = PROMPT, **more: Any) -> list[
     """What a pipeline draws."""
     known = inspect.signature(type(pipe).__call__).parameters
     options = {key: value for key, value in {**USUAL, **walked.options}.items() if key in known and value is not None}
-    if "generator" in known:
+    if "generator" in known or walked.call is not None:
         options["generator"] = torch.Generator().manual_seed(0)
     if "num_inference_steps" in known and "strength" not in known:
         options["num_inference_steps"] = 2
     torch.manual_seed(1)
-    output = pipe(**{**options, "prompt": prompt, **more})
+    options |= {"prompt": prompt, **more}
+    output = pipe(**options) if walked.call is None else walked.call(pipe, options)
     return [torch.as_tensor(np.asarray(each)) for each in _arrays(output[0])]
 
 
@@ -106,8 +119,10 @@ class Forward:
     calls: list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor | None, float | None]] = field(default_factory=list)
 
 
-def denoiser_of(pipe: Any) -> nn.Module:
-    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+def denoisers_of(pipe: Any) -> list[nn.Module]:
+    """What draws: Wan 2.2 has two."""
+    parts = (getattr(pipe, name, None) for name in ("unet", "transformer", "transformer_2"))
+    return [part for part in parts if part is not None]
 
 
 class _Enough(Exception):
@@ -124,13 +139,13 @@ def _leave(running: list[str]) -> Callable[..., None]:
 @contextmanager
 def forwards_of(pipe: Any, whole: bool) -> Iterator[list[Forward]]:
     """The denoiser's calls: all with their attention, or those of the first timestep without it."""
-    denoiser, seen, running = denoiser_of(pipe), [], []
-    signature = inspect.signature(type(denoiser).forward)
+    seen, running = [], []
+    signature = inspect.signature(type(denoisers_of(pipe)[0]).forward)
     original = F.scaled_dot_product_attention
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = signature.bind(module, *args, **kwargs).arguments
-        timestep = float(torch.as_tensor(inputs["timestep"]).flatten()[0])
+        timestep = float(torch.as_tensor(inputs["timestep"]).max())  # a given frame's places may have one of their own
         if not whole and seen and timestep != seen[0].timestep:
             raise _Enough
         text_mask = inputs.get("encoder_attention_mask")
@@ -141,8 +156,8 @@ def forwards_of(pipe: Any, whole: bool) -> Iterator[list[Forward]]:
             seen[-1].calls.append((running[-1], query.detach(), key.detach(), attn_mask, kwargs.get("scale")))
         return original(query, key, value, attn_mask, *args, **kwargs)
 
-    handles = [denoiser.register_forward_pre_hook(before, with_kwargs=True)]
-    for name, module in denoiser.named_modules() if whole else ():
+    handles = [denoiser.register_forward_pre_hook(before, with_kwargs=True) for denoiser in denoisers_of(pipe)]
+    for name, module in (each for denoiser in denoisers_of(pipe) if whole for each in denoiser.named_modules()):
         handles.append(module.register_forward_pre_hook(lambda _m, _a, name=name: running.append(name)))
         handles.append(module.register_forward_hook(_leave(running), always_call=True))
     try:
@@ -158,7 +173,7 @@ def apart(pipe: Any) -> Iterator[None]:
     """The pipeline's text encoders without attention, so that a column of their output depends on its own token alone."""
     changed: list[tuple[nn.Parameter, torch.Tensor]] = []
     for part in pipe.components.values():
-        for name, module in part.named_modules() if isinstance(part, nn.Module) and part is not denoiser_of(pipe) else ():
+        for name, module in part.named_modules() if isinstance(part, nn.Module) and part not in denoisers_of(pipe) else ():
             if name.split(".")[-1] in ("out_proj", "o_proj", "o"):
                 for parameter in module.parameters():
                     changed.append((parameter, parameter.data))
@@ -246,7 +261,7 @@ def _attention(
         own = attention_mask[min(sample, len(attention_mask) - 1)] if attention_mask.ndim == 4 else attention_mask
         scores = scores.masked_fill(~own, -math.inf) if own.dtype == torch.bool else scores + own.double()
     attention = scores.softmax(-1)
-    denoiser = denoiser_of(pipe)
+    denoiser = denoisers_of(pipe)[0]
     layout, tokens = _layout(type(denoiser).__name__)
     if layout == "cross":
         return attention
@@ -258,55 +273,71 @@ def _attention(
     return attention[:, lead + length : lead + length + tokens, lead : lead + length]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
     """What became of a class.
 
     Attributes:
-        refused: what the error says, or None where its maps were read.
-        when: "patch" or "maps", where it was refused.
+        denoiser: its class.
+        when: where it was refused: by "patch", by the pipeline's "call" before the denoiser ran, or by "maps"; None where maps were
+            read.
+        error: what was said.
     """
 
-    refused: str | None = None
+    denoiser: str
     when: str | None = None
+    error: str = ""
 
 
+@cache
 def walk(name: str) -> Outcome:
     """Draws a class's picture with and without the patch and compares everything; fails by an AssertionError."""
     pipe, walked = built(name), WALK[name]
-    before = type(pipe)
+    before, denoiser = type(pipe), type(denoisers_of(pipe)[0]).__name__
     with forwards_of(pipe, whole=True) as forwards:
         plain = drawn(pipe, walked)
     assert plain
     assert all(torch.isfinite(each).all() for each in plain)
-    try:
-        lens = lavender.patch(pipe)
-    except LavenderError as error:
+
+    def refused(when: str, error: LavenderError) -> Outcome:
         assert type(pipe) is before
         _require_equal(plain, drawn(pipe, walked))
-        return Outcome(str(error), "patch")
-    with lens:
-        _require_equal(plain, drawn(pipe, walked))
+        return Outcome(denoiser, when, str(error))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that maps cannot be read is also said while a picture is drawn
         try:
-            maps = lens.maps
+            lens = lavender.patch(pipe)
         except LavenderError as error:
-            return Outcome(str(error), "maps")
+            return refused("patch", error)
+        with lens:
+            try:
+                with forwards_of(pipe, whole=True) as begun:
+                    patched = drawn(pipe, walked)
+            except LavenderError as error:
+                assert not begun
+                lens.unpatch()
+                return refused("call", error)
+            _require_equal(plain, patched)
+            try:
+                maps = lens.maps
+            except LavenderError as error:
+                lens.unpatch()
+                return refused("maps", error)
     assert type(pipe) is before
     _require_equal(plain, drawn(pipe, walked))
     assert list(maps) == list(dict.fromkeys(word.text for word in words_of(PROMPT)))
-    place = place_of(pipe, walked)
-    expected = explicit_maps(pipe, forwards, place, lens.layers)
+    expected = explicit_maps(pipe, forwards, place_of(pipe, walked), lens.layers)
     assert {entry.layer for entry in maps.entries} == set(lens.layers)
-    numbers = {word.text: n for n, word in enumerate(maps.words)}
+    numbers, size = {word.text: n for n, word in enumerate(maps.words)}, {**USUAL, **walked.options}
     for entry in maps.entries:
-        size = {**USUAL, **walked.options}
         assert entry.maps.shape[-2] * size["width"] == entry.maps.shape[-1] * size["height"]
         for word in EXCHANGED:
             own = entry.maps.mean(0)[numbers[word]].double().flatten()
             torch.testing.assert_close(
                 own, expected[entry.layer][word], rtol=1e-5, atol=1e-7, msg=lambda m, e=entry, w=word: f"{e.layer}, {w}: {m}"
             )
-    return Outcome()
+    return Outcome(denoiser)
 
 
 def _require_equal(expected: list[torch.Tensor], found: list[torch.Tensor]) -> None:
@@ -314,6 +345,55 @@ def _require_equal(expected: list[torch.Tensor], found: list[torch.Tensor]) -> N
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-def summary(outcomes: Mapping[str, Outcome]) -> str:
-    """The table of the documentation."""
-    return "\n".join(f"{name}: {outcome}" for name, outcome in outcomes.items())
+# The classes whose denoiser is not read
+
+
+def unread() -> dict[str, Outcome]:
+    """Of the classes that take a prompt and are not in the walk: what `lavender.patch` says of one that has its denoiser alone."""
+    walked = {name.partition("/")[0] for name in WALK}
+    outcomes = {}
+    for name in sorted(dir(diffusers)):
+        cls = getattr(diffusers, name) if "Pipeline" in name and name not in walked else None
+        if not isinstance(cls, type) or not issubclass(cls, diffusers.DiffusionPipeline) or not callable(cls):
+            continue
+        if "prompt" not in inspect.signature(getattr(cls, "__call__", lambda: None)).parameters:
+            continue
+        pipe = _bare(cls)
+        if pipe is None:
+            continue
+        with pytest.raises(LavenderError) as caught:
+            lavender.patch(pipe)
+        assert type(pipe) is cls
+        parts = [type(part).__name__ for part in pipe.components.values() if isinstance(part, nn.Module)]
+        outcomes[name] = Outcome(parts[0] if parts else "", "patch", str(caught.value))
+    return outcomes
+
+
+def _bare(cls: type) -> Any:
+    """A pipeline of its denoiser, without memory, and of nothing else; None where it cannot be made so."""
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    parts: dict[str, Any] = {p.name: None for p in parameters if p.default is p.empty}
+    for p in parameters:
+        if p.name in ("unet", "transformer", "prior", "decoder", "prior_prior"):
+            kinds = [p.annotation, *getattr(p.annotation, "__args__", ())]
+            kinds = [getattr(diffusers, kind, None) if isinstance(kind, str) else kind for kind in kinds]
+            kind = next((k for k in reversed(kinds) if isinstance(k, type) and issubclass(k, nn.Module)), None)
+            if kind is None:
+                return None
+            try:
+                with torch.device("meta"):
+                    parts[p.name] = kind(**_SIZES.get(kind.__name__, {}))
+            except (TypeError, ValueError, AssertionError):  # a class without sizes of its own
+                return None
+    try:
+        return cls(**parts)
+    except (TypeError, AttributeError, ImportError, NameError):  # it asks something of another part
+        return None
+
+
+_SIZES: dict[str, dict[str, Any]] = {
+    "HunyuanDiT2DModel": {"in_channels": 4, "patch_size": 2, "sample_size": 8},
+    "LuminaNextDiT2DModel": {"num_kv_heads": 32},
+    "HiDreamImageTransformer2DModel": {"caption_channels": [32, 32], "in_channels": 16, "patch_size": 2},
+}
+"""What classes of denoisers cannot be made without."""

@@ -20,7 +20,7 @@ from torch import nn
 from recipes.teacher import make_scheduler
 
 from .pipeline_zoo import autoencoder, clip_encoder, clip_tokenizer, t5_encoder
-from .tokenizers import QWEN_CHAT, byte_level, mistral_processor, spaced, t5
+from .tokenizers import QWEN_CHAT, byte_level, chat_glm, mistral_processor, spaced, t5
 from .zoo import DENOISERS, LATENTS, POOLED, WIDTH
 
 Parts = Mapping[str, Callable[[], Any]]
@@ -56,15 +56,17 @@ class Walked:
         parts: builders of its components; those that its `__init__` does not take are left.
         options: arguments of its call, in place of the usual ones; None leaves an argument out.
         prepare: what is done to the pipeline when it is built.
+        call: how it is called, with a generator and a prompt, where it takes more than one call.
     """
 
     parts: Parts
     options: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[[Any], None] | None = None
+    call: Callable[[Any, dict[str, Any]], Any] | None = None
 
     def and_(self, parts: Parts | None = None, **options: Any) -> Walked:
         """The same with other parts and options."""
-        return Walked({**self.parts, **(parts or {})}, {**self.options, **options}, self.prepare)
+        return replace(self, parts={**self.parts, **(parts or {})}, options={**self.options, **options})
 
 
 def denoiser(key: str, **config: Any) -> nn.Module:
@@ -255,6 +257,87 @@ WALK |= {
     "StableDiffusionPAGPipeline/unguided": Walked(_SD).and_(guidance_scale=1.0),
     "StableDiffusionPanoramaPipeline/wide": Walked(_SD).and_(height=256, width=320),
 }
+
+
+def _unclip_image_encoder() -> nn.Module:
+    return small(
+        "CLIPVisionModelWithProjection", "CLIPVisionConfig",
+        hidden_size=16, intermediate_size=16, projection_dim=POOLED, num_hidden_layers=1, num_attention_heads=2,
+        image_size=32, patch_size=16,
+    )  # fmt: skip
+
+
+def _k_unet() -> nn.Module:
+    """The U-Net of the upscaler of latents."""
+    return diffusers.UNet2DConditionModel(
+        act_fn="gelu", attention_head_dim=8, norm_num_groups=None, block_out_channels=[64, 64], time_cond_proj_dim=160,
+        conv_in_kernel=1, conv_out_kernel=1, cross_attention_dim=WIDTH, in_channels=2 * LATENTS, out_channels=LATENTS + 1,
+        down_block_types=("KDownBlock2D", "KCrossAttnDownBlock2D"), up_block_types=("KCrossAttnUpBlock2D", "KUpBlock2D"),
+        mid_block_type=None, resnet_time_scale_shift="scale_shift", time_embedding_type="fourier", timestep_post_act="gelu",
+    ).eval()  # fmt: skip
+
+
+def _edited(pipe: Any, options: dict[str, Any]) -> Any:
+    """A call of LEdits++: its prompts say what is changed in a picture."""
+    pipe.invert(image=picture(1, 64, 64), num_inversion_steps=4, skip=0.25, height=64, width=64, generator=options["generator"])
+    return pipe(editing_prompt=[options["prompt"]], use_intersect_mask=False, generator=options["generator"], output_type="pt", return_dict=False)
+
+
+_DPM = {"scheduler": lambda: diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=2)}
+_EMBEDDINGS = torch.zeros(1, 16, WIDTH)
+
+WALK |= {
+    "StableUnCLIPImg2ImgPipeline": Walked(_SD).and_(
+        {
+            "unet": partial(
+                denoiser, "UNet2DConditionModel", class_embed_type="projection", projection_class_embeddings_input_dim=2 * POOLED
+            ),
+            "image_encoder": _unclip_image_encoder,
+            "feature_extractor": lambda: transformers.CLIPImageProcessor(crop_size=32, size=32),
+            "image_normalizer": lambda: _image_normalizer(),
+            "image_noising_scheduler": lambda: diffusers.DDPMScheduler(),
+        }
+    ),
+    "StableDiffusionLatentUpscalePipeline": Walked(_SD).and_(
+        {"unet": _k_unet, "scheduler": lambda: diffusers.EulerDiscreteScheduler(prediction_type="sample")},
+        image=picture(1, 64, 64),
+        height=64,
+        width=64,
+    ),
+    "StableDiffusionPix2PixZeroPipeline": Walked(_SD).and_(source_embeds=_EMBEDDINGS, target_embeds=_EMBEDDINGS + 0.1),
+    "LEditsPPPipelineStableDiffusion": replace(Walked(_SD).and_(_DPM), call=_edited),
+    "LEditsPPPipelineStableDiffusionXL": replace(Walked(_XL).and_(_DPM), call=_edited),
+}
+
+
+def _image_normalizer() -> nn.Module:
+    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+
+    return StableUnCLIPImageNormalizer(embedding_dim=POOLED)
+
+
+def _chat_glm_encoder() -> nn.Module:
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
+
+    sizes = {"padded_vocab_size": 400, "hidden_size": WIDTH, "ffn_hidden_size": 48, "kv_channels": 8, "num_attention_heads": 4}
+    config = ChatGLMConfig(num_layers=2, original_rope=True, seq_length=256, multi_query_attention=True, multi_query_group_num=2, **sizes)
+    model = ChatGLMModel(config)
+    for parameter in model.parameters():  # which it leaves as the memory was
+        parameter.data.normal_(0, 0.2)
+    return model.eval()
+
+
+_KOLORS = Walked(_XL).and_(
+    {
+        "unet": partial(
+            denoiser, "UNet2DConditionModel/kolors", projection_class_embeddings_input_dim=WIDTH + 6 * 8
+        ),
+        "tokenizer": chat_glm,
+        "text_encoder": _chat_glm_encoder,
+    },
+    max_sequence_length=24,
+)
+WALK |= {"KolorsPipeline": _KOLORS, "KolorsImg2ImgPipeline": _KOLORS, "KolorsPAGPipeline": _KOLORS}
 
 # Stable Diffusion 3
 
@@ -565,3 +648,64 @@ WALK |= {
         max_sequence_length=40,
     ),
 }
+
+
+def _ltx_autoencoder() -> nn.Module:
+    return diffusers.AutoencoderKLLTXVideo(
+        latent_channels=LATENTS, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1), decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False), decoder_spatio_temporal_scaling=(True, True, False, False),
+        decoder_inject_noise=(False,) * 5, upsample_residual=(False,) * 4, upsample_factor=(1,) * 4,
+        timestep_conditioning=False, patch_size=1, patch_size_t=1, encoder_causal=True, decoder_causal=False,
+    ).eval()  # fmt: skip
+
+
+def _hunyuan_autoencoder() -> nn.Module:
+    return diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=LATENTS, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4, up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+    ).eval()  # fmt: skip
+
+
+def _seeing_wan() -> nn.Module:
+    return denoiser("WanTransformer3DModel", in_channels=2 * LATENTS + 4, out_channels=LATENTS, image_dim=16, added_kv_proj_dim=32)
+
+
+_LTX = WALK["LTXPipeline"].and_({"vae": _ltx_autoencoder}, height=64, width=96, num_frames=5, image=picture(1, 64, 96))
+WALK |= {
+    "LTXImageToVideoPipeline": _LTX,
+    "LTXConditionPipeline": _LTX,
+    "WanImageToVideoPipeline": _WAN.and_(
+        {
+            "vae": _wan_autoencoder,
+            "transformer": partial(denoiser, "WanTransformer3DModel", in_channels=2 * LATENTS + 4, out_channels=LATENTS),
+        },
+        image=picture(1, 64, 96),
+    ),
+    "WanImageToVideoPipeline/with an image encoder": _WAN.and_(
+        {
+            "vae": _wan_autoencoder,
+            "transformer": _seeing_wan,
+            "image_encoder": lambda: small(
+                "CLIPVisionModel", "CLIPVisionConfig", hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+                num_attention_heads=2, image_size=32, patch_size=16,
+            ),  # fmt: skip
+            "image_processor": lambda: transformers.CLIPImageProcessor(crop_size=32, size=32),
+        },
+        image=picture(1, 64, 96),
+    ),
+    "LucyEditPipeline": _WAN.and_(
+        {"vae": _wan_autoencoder, "transformer": partial(denoiser, "WanTransformer3DModel", in_channels=2 * LATENTS, out_channels=LATENTS)},
+        video=[picture(n, 64, 96) for n in range(5)],
+    ),
+    "HunyuanSkyreelsImageToVideoPipeline": WALK["HunyuanVideoPipeline"].and_(
+        {"vae": _hunyuan_autoencoder,
+         "transformer": partial(denoiser, "HunyuanVideoTransformer3DModel", in_channels=2 * LATENTS, out_channels=LATENTS)},
+        image=picture(1, 64, 96),
+    ),
+}
+for _name in ("LucyEditPipeline", "WanImageToVideoPipeline", "WanImageToVideoPipeline/with an image encoder"):
+    WALK[_name] = replace(WALK[_name], prepare=_without_ftfy)
+WALK["LTXConditionPipeline"] = _LTX.and_(
+    image=None, video=[picture(n, 64, 96) for n in range(5)], num_frames=9
+)
