@@ -26,7 +26,7 @@ def patch(
     layers: str | Sequence[str] = (),
     heads: bool = False,
     steps: bool = False,
-    words: str | Sequence[str] = (),
+    words: str | int | Sequence[str | int] = (),
 ) -> TeacherPatch: ...
 def patch(
     model: Any,
@@ -36,7 +36,7 @@ def patch(
     layers: str | Sequence[str] = (),
     heads: bool = False,
     steps: bool = False,
-    words: str | Sequence[str] = (),
+    words: str | int | Sequence[str | int] = (),
 ) -> Any:
     """Makes a model's attention readable, word by word, without changing what the model computes.
 
@@ -50,7 +50,8 @@ def patch(
         layers: pipelines only: the attention modules to read, as fragments of their names; empty for all.
         heads: pipelines only: whether maps are kept per head. Memory grows by the number of heads.
         steps: pipelines only: whether maps are kept per denoising step. Memory grows by the number of steps.
-        words: pipelines only: words to map beside those between spaces: parts of a Chinese or Thai run, which has no spaces.
+        words: pipelines only: what to map beside the words between spaces: parts of a Chinese or Thai run, which has no spaces;
+            and tokens that are no words, by their string ("<|startoftext|>", "<*>") or by the number of their text column.
 
     Returns:
         A handle. A pipeline's `maps` has the heat maps of the words of the prompt that was drawn last; a language model's, those
