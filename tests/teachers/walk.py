@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 import lavender
 from lavender.errors import LavenderError
+from lavender.maps import Maps
 from lavender.words import words_of
 
 from .walked_pipelines import HEIGHT, PROMPT, WALK, WIDTH_PIXELS, Walked, mask, picture
@@ -228,8 +229,15 @@ def explicit_maps(pipe: Any, forwards: list[Forward], place: Place, layers: tupl
         samples = [b for b, own in enumerate(forward.text) if own.shape == prompt.shape and torch.equal(own, prompt)]
         if samples and not (belonging and belonging[-1][0].timestep == forward.timestep):
             belonging.append((forward, samples[0]))
+    return mean_maps(pipe, belonging, place, layers)
+
+
+def mean_maps(
+    pipe: Any, forwards: list[tuple[Forward, int]], place: Place, layers: tuple[str, ...]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """{layer: {word: [places]}}, the mean over heads and over these forwards, each of one of its samples, float64."""
     sums: dict[str, dict[str, list[torch.Tensor]]] = {}
-    for forward, sample in belonging:
+    for forward, sample in forwards:
         read = set()
         for layer, query, key, attention_mask, scale in forward.calls:
             if layer not in layers or layer in read:
@@ -301,7 +309,7 @@ def walk(name: str) -> Outcome:
 
     def refused(when: str, error: LavenderError) -> Outcome:
         assert type(pipe) is before
-        _require_equal(plain, drawn(pipe, walked))
+        require_equal(plain, drawn(pipe, walked))
         return Outcome(denoiser, when, str(error))
 
     with warnings.catch_warnings():
@@ -318,29 +326,36 @@ def walk(name: str) -> Outcome:
                 assert not begun
                 lens.unpatch()
                 return refused("call", error)
-            _require_equal(plain, patched)
+            require_equal(plain, patched)
             try:
                 maps = lens.maps
             except LavenderError as error:
                 lens.unpatch()
                 return refused("maps", error)
     assert type(pipe) is before
-    _require_equal(plain, drawn(pipe, walked))
+    require_equal(plain, drawn(pipe, walked))
     assert list(maps) == list(dict.fromkeys(word.text for word in words_of(PROMPT)))
     expected = explicit_maps(pipe, forwards, place_of(pipe, walked), lens.layers)
     assert {entry.layer for entry in maps.entries} == set(lens.layers)
-    numbers, size = {word.text: n for n, word in enumerate(maps.words)}, {**USUAL, **walked.options}
+    size = {**USUAL, **walked.options}
+    assert all(e.maps.shape[-2] * size["width"] == e.maps.shape[-1] * size["height"] for e in maps.entries)
+    require_maps(maps, expected)
+    return Outcome(denoiser)
+
+
+def require_maps(maps: Maps, expected: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Maps are those that were expected, of the words that were exchanged."""
+    numbers = {word.text: n for n, word in enumerate(maps.words)}
     for entry in maps.entries:
-        assert entry.maps.shape[-2] * size["width"] == entry.maps.shape[-1] * size["height"]
         for word in EXCHANGED:
             own = entry.maps.mean(0)[numbers[word]].double().flatten()
             torch.testing.assert_close(
                 own, expected[entry.layer][word], rtol=1e-5, atol=1e-7, msg=lambda m, e=entry, w=word: f"{e.layer}, {w}: {m}"
             )
-    return Outcome(denoiser)
 
 
-def _require_equal(expected: list[torch.Tensor], found: list[torch.Tensor]) -> None:
+def require_equal(expected: list[torch.Tensor], found: list[torch.Tensor]) -> None:
+    """Pictures are equal bit for bit."""
     assert len(expected) == len(found)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
