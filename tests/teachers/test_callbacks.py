@@ -161,7 +161,7 @@ def _the_denoiser_is_called_in_another_thread(run: Run, given: Given) -> None:
 
 @action
 def _guidance_ends(run: Run, given: Given) -> None:
-    if run.name != "FluxPipeline" and len(run.seen[-1].text) > 1:  # once
+    if "prompt_embeds" in given and len(given["prompt_embeds"]) > 1:  # once, and not of Flux
         run.pipe._guidance_scale = 0.0
         for name in ("prompt_embeds", "pooled_prompt_embeds", "add_text_embeds", "add_time_ids"):
             if name in given:
@@ -283,7 +283,7 @@ def draw(run: Run, plan: list[tuple[int, str]], kind: str) -> list[torch.Tensor]
     handle = run.denoiser.register_forward_pre_hook(note, with_kwargs=True)
     pipe._interrupt = False
     try:
-        with forwards_of(pipe, whole=True) as run.seen, warnings.catch_warnings():
+        with forwards_of(pipe, attention=run.lens is None) as run.seen, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return drawn(pipe, WALK[run.name], num_inference_steps=STEPS, **options)
     except Stopped:
@@ -330,14 +330,15 @@ def check(name: str, plan: list[tuple[int, str]], kind: str) -> None:
         found = draw(run, plan, kind)
         assert (found is None) == (expected is None)
         require_equal(expected or [], found or [])
+        assert (len(run.seen), run.foreign) == (len(plain.seen), plain.foreign)
         run.read.append((len(run.seen) if run.kept is None else run.kept, _maps(run.lens)))
     if run.kept is not None:
         lavender.patch(run.pipe).unpatch()
     for until, maps in run.read:
-        if maps is not None and until is not None:
-            own = belonging(run, min(until, len(run.seen) if run.kept is None else run.kept))
+        if maps is not None:
+            own = belonging(plain, min(until, len(run.seen) if run.kept is None else run.kept))
             assert maps.text == PROMPT
-            require_maps(maps, mean_maps(run.pipe, own, place(name), run.lens.layers))
+            require_maps(maps, mean_maps(plain.pipe, own, place(name), run.lens.layers))
 
 
 def _maps(lens: Any) -> Maps | None:

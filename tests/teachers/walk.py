@@ -7,11 +7,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -138,8 +140,10 @@ def _leave(running: list[str]) -> Callable[..., None]:
 
 
 @contextmanager
-def forwards_of(pipe: Any, whole: bool) -> Iterator[list[Forward]]:
-    """The denoiser's calls: all with their attention, or those of the first timestep without it."""
+def forwards_of(pipe: Any, whole: bool = True, attention: bool = True) -> Iterator[list[Forward]]:
+    """The denoiser's calls, or those of the first timestep alone, with their attention or without: that of a pipeline that is not
+    patched.
+    """
     seen, running = [], []
     signature = inspect.signature(type(denoisers_of(pipe)[0]).forward)
     original = F.scaled_dot_product_attention
@@ -158,11 +162,11 @@ def forwards_of(pipe: Any, whole: bool) -> Iterator[list[Forward]]:
         return original(query, key, value, attn_mask, *args, **kwargs)
 
     handles = [denoiser.register_forward_pre_hook(before, with_kwargs=True) for denoiser in denoisers_of(pipe)]
-    for name, module in (each for denoiser in denoisers_of(pipe) if whole for each in denoiser.named_modules()):
+    for name, module in (each for denoiser in denoisers_of(pipe) if attention for each in denoiser.named_modules()):
         handles.append(module.register_forward_pre_hook(lambda _m, _a, name=name: running.append(name)))
         handles.append(module.register_forward_hook(_leave(running), always_call=True))
     try:
-        with mock.patch.object(F, "scaled_dot_product_attention", attend):
+        with mock.patch.object(F, "scaled_dot_product_attention", attend) if attention else nullcontext():
             yield seen
     finally:
         for handle in handles:
@@ -199,7 +203,7 @@ def place_of(pipe: Any, walked: Walked) -> Place:
     """Finds the prompt by exchanging its words, one after the other, and looking which columns of the embeddings move."""
 
     def texts(prompt: str) -> list[torch.Tensor]:
-        with forwards_of(pipe, whole=False) as seen:
+        with forwards_of(pipe, whole=False, attention=False) as seen:
             try:
                 drawn(pipe, walked, prompt)
             except _Enough:
@@ -302,7 +306,7 @@ def walk(name: str) -> Outcome:
     """Draws a class's picture with and without the patch and compares everything; fails by an AssertionError."""
     pipe, walked = built(name), WALK[name]
     before, denoiser = type(pipe), type(denoisers_of(pipe)[0]).__name__
-    with forwards_of(pipe, whole=True) as forwards:
+    with forwards_of(pipe) as forwards:
         plain = drawn(pipe, walked)
     assert plain
     assert all(torch.isfinite(each).all() for each in plain)
@@ -320,7 +324,7 @@ def walk(name: str) -> Outcome:
             return refused("patch", error)
         with lens:
             try:
-                with forwards_of(pipe, whole=True) as begun:
+                with forwards_of(pipe, attention=False) as begun:
                     patched = drawn(pipe, walked)
             except LavenderError as error:
                 assert not begun
@@ -412,3 +416,42 @@ _SIZES: dict[str, dict[str, Any]] = {
     "HiDreamImageTransformer2DModel": {"caption_channels": [32, 32], "in_channels": 16, "patch_size": 2},
 }
 """What classes of denoisers cannot be made without."""
+
+
+# The table of the documentation
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "pipelines.md"
+_START, _END = "<!-- table -->\n", "<!-- end of the table -->\n"
+_WHERE = {"patch": "`patch`", "call": "the call, before its first step", "maps": "`lens.maps`"}
+
+
+def table() -> str:
+    """What the walk gives, in Markdown."""
+    lines = ["| pipeline | denoiser | its maps |", "|---|---|---|"]
+    for name in sorted(WALK):
+        outcome = walk(name)
+        lines.append(f"| {name.replace('/', ', ')} | {outcome.denoiser} | {_described(outcome)} |")
+    apart: dict[tuple[str, str], list[str]] = {}
+    for name, outcome in unread().items():
+        apart.setdefault((outcome.denoiser or "none of them", _described(outcome)), []).append(name)
+    lines += ["", "| denoiser | pipelines | their maps |", "|---|---|---|"]
+    lines += [f"| {kind} | {', '.join(names)} | {described} |" for (kind, described), names in sorted(apart.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _described(outcome: Outcome) -> str:
+    if outcome.when is None:
+        return "read"
+    reason = re.split(r"; |\. (?=[A-Z])|\n", outcome.error)[0]
+    reason = re.sub(r"\b(an?|this|a) [A-Z]\w+Pipeline\b", "this pipeline", reason)
+    return f"refused by {_WHERE[outcome.when]}: {reason}".replace("|", "\\|")
+
+
+def committed_table() -> str:
+    """What the documentation has."""
+    return DOCUMENT.read_text().partition(_START)[2].partition(_END)[0]
+
+
+if __name__ == "__main__":
+    before, _, rest = DOCUMENT.read_text().partition(_START)
+    DOCUMENT.write_text(before + _START + table() + _END + rest.partition(_END)[2])

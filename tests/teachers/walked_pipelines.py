@@ -280,7 +280,13 @@ def _k_unet() -> nn.Module:
 def _edited(pipe: Any, options: dict[str, Any]) -> Any:
     """A call of LEdits++: its prompts say what is changed in a picture."""
     pipe.invert(image=picture(1, 64, 64), num_inversion_steps=4, skip=0.25, height=64, width=64, generator=options["generator"])
-    return pipe(editing_prompt=[options["prompt"]], use_intersect_mask=False, generator=options["generator"], output_type="pt", return_dict=False)
+    return pipe(
+        editing_prompt=[options["prompt"]],
+        use_intersect_mask=False,
+        generator=options["generator"],
+        output_type="pt",
+        return_dict=False,
+    )
 
 
 _DPM = {"scheduler": lambda: diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=2)}
@@ -320,7 +326,9 @@ def _chat_glm_encoder() -> nn.Module:
     from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 
     sizes = {"padded_vocab_size": 400, "hidden_size": WIDTH, "ffn_hidden_size": 48, "kv_channels": 8, "num_attention_heads": 4}
-    config = ChatGLMConfig(num_layers=2, original_rope=True, seq_length=256, multi_query_attention=True, multi_query_group_num=2, **sizes)
+    config = ChatGLMConfig(
+        num_layers=2, original_rope=True, seq_length=256, multi_query_attention=True, multi_query_group_num=2, **sizes
+    )
     model = ChatGLMModel(config)
     for parameter in model.parameters():  # which it leaves as the memory was
         parameter.data.normal_(0, 0.2)
@@ -329,9 +337,7 @@ def _chat_glm_encoder() -> nn.Module:
 
 _KOLORS = Walked(_XL).and_(
     {
-        "unet": partial(
-            denoiser, "UNet2DConditionModel/kolors", projection_class_embeddings_input_dim=WIDTH + 6 * 8
-        ),
+        "unet": partial(denoiser, "UNet2DConditionModel/kolors", projection_class_embeddings_input_dim=WIDTH + 6 * 8),
         "tokenizer": chat_glm,
         "text_encoder": _chat_glm_encoder,
     },
@@ -352,7 +358,9 @@ _SD3: Parts = {
     "text_encoder_3": lambda: t5_encoder(t5()),
     "scheduler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     "pag_applied_layers": lambda: ["blocks.1"],
-    "controlnet": lambda: diffusers.SD3ControlNetModel.from_transformer(denoiser("SD3Transformer2DModel"), num_layers=1, num_extra_conditioning_channels=0),
+    "controlnet": lambda: diffusers.SD3ControlNetModel.from_transformer(
+        denoiser("SD3Transformer2DModel"), num_layers=1, num_extra_conditioning_channels=0
+    ),
 }
 WALK |= {
     name: Walked(_SD3)
@@ -369,7 +377,10 @@ WALK["StableDiffusion3Pipeline/skipped layers"] = Walked(_SD3).and_(
 )
 # It takes pictures of 16 channels alone.
 WALK["StableDiffusion3InpaintPipeline"] = Walked(_SD3).and_(
-    {"vae": partial(autoencoder, latents=16), "transformer": partial(denoiser, "SD3Transformer2DModel", in_channels=16, out_channels=16)}
+    {
+        "vae": partial(autoencoder, latents=16),
+        "transformer": partial(denoiser, "SD3Transformer2DModel", in_channels=16, out_channels=16),
+    }
 )
 WALK["StableDiffusion3ControlNetInpaintingPipeline"] = Walked(_SD3).and_(
     {
@@ -414,8 +425,7 @@ WALK |= {
 for _name in ("FluxKontextPipeline", "FluxKontextInpaintPipeline"):
     WALK[_name] = Walked(_FLUX).and_(max_area=HEIGHT * WIDTH_PIXELS, _auto_resize=False)
 WALK |= {
-    name: Walked(_FLUX_CONTROL)
-    for name in ("FluxControlPipeline", "FluxControlImg2ImgPipeline", "FluxControlInpaintPipeline")
+    name: Walked(_FLUX_CONTROL) for name in ("FluxControlPipeline", "FluxControlImg2ImgPipeline", "FluxControlInpaintPipeline")
 }
 WALK["FluxControlInpaintPipeline"] = Walked(_FLUX).and_(
     {"transformer": partial(denoiser, "FluxTransformer2DModel", in_channels=8 * LATENTS, out_channels=4 * LATENTS)}
@@ -439,7 +449,6 @@ def _chroma_for_inpainting() -> nn.Module:
     model: Any = denoiser("ChromaTransformer2DModel")
     model.register_to_config(guidance_embeds=False)
     return model
-
 
 
 _KLEIN: Parts = {
@@ -633,9 +642,7 @@ WALK |= {
     "WanVideoToVideoPipeline": replace(
         _WAN.and_({"vae": _wan_autoencoder}, video=[picture(n, 64, 96) for n in range(5)]), prepare=_without_ftfy
     ),
-    "LTXPipeline": _WAN.and_(
-        {"transformer": partial(denoiser, "LTXVideoTransformer3DModel")}, height=128, width=192, num_frames=9
-    ),
+    "LTXPipeline": _WAN.and_({"transformer": partial(denoiser, "LTXVideoTransformer3DModel")}, height=128, width=192, num_frames=9),
     "HunyuanVideoPipeline": _WAN.and_(
         {
             "transformer": partial(denoiser, "HunyuanVideoTransformer3DModel"),
@@ -687,25 +694,34 @@ WALK |= {
             "vae": _wan_autoencoder,
             "transformer": _seeing_wan,
             "image_encoder": lambda: small(
-                "CLIPVisionModel", "CLIPVisionConfig", hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-                num_attention_heads=2, image_size=32, patch_size=16,
+                "CLIPVisionModel",
+                "CLIPVisionConfig",
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                image_size=32,
+                patch_size=16,
             ),  # fmt: skip
             "image_processor": lambda: transformers.CLIPImageProcessor(crop_size=32, size=32),
         },
         image=picture(1, 64, 96),
     ),
     "LucyEditPipeline": _WAN.and_(
-        {"vae": _wan_autoencoder, "transformer": partial(denoiser, "WanTransformer3DModel", in_channels=2 * LATENTS, out_channels=LATENTS)},
+        {
+            "vae": _wan_autoencoder,
+            "transformer": partial(denoiser, "WanTransformer3DModel", in_channels=2 * LATENTS, out_channels=LATENTS),
+        },
         video=[picture(n, 64, 96) for n in range(5)],
     ),
     "HunyuanSkyreelsImageToVideoPipeline": WALK["HunyuanVideoPipeline"].and_(
-        {"vae": _hunyuan_autoencoder,
-         "transformer": partial(denoiser, "HunyuanVideoTransformer3DModel", in_channels=2 * LATENTS, out_channels=LATENTS)},
+        {
+            "vae": _hunyuan_autoencoder,
+            "transformer": partial(denoiser, "HunyuanVideoTransformer3DModel", in_channels=2 * LATENTS, out_channels=LATENTS),
+        },
         image=picture(1, 64, 96),
     ),
 }
 for _name in ("LucyEditPipeline", "WanImageToVideoPipeline", "WanImageToVideoPipeline/with an image encoder"):
     WALK[_name] = replace(WALK[_name], prepare=_without_ftfy)
-WALK["LTXConditionPipeline"] = _LTX.and_(
-    image=None, video=[picture(n, 64, 96) for n in range(5)], num_frames=9
-)
+WALK["LTXConditionPipeline"] = _LTX.and_(image=None, video=[picture(n, 64, 96) for n in range(5)], num_frames=9)
