@@ -12,6 +12,7 @@ import random
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -25,7 +26,7 @@ from lavender.errors import LavenderError
 from lavender.maps import Maps
 
 from .walk import Forward, Place, built, denoisers_of, drawn, forwards_of, mean_maps, place_of, require_equal, require_maps
-from .walked_pipelines import PROMPT, WALK
+from .walked import PROMPT, WALK
 
 NAMES = ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"]
 OTHERS = {
@@ -105,10 +106,8 @@ def _draw_other(run: Run, prompt: str, patched: bool = False) -> None:
         return
     with lavender.patch(other) as lens:
         drawn(other, WALK[OTHERS[run.name]], prompt)
-        try:
+        with suppress(LavenderError):
             assert lens.maps.text == prompt
-        except LavenderError:
-            pass
 
 
 @action

@@ -9,7 +9,7 @@ import pytest
 from lavender.teachers.denoisers import LAYOUTS
 
 from .walk import committed_table, table, unread, walk
-from .walked_pipelines import WALK
+from .walked import WALK
 
 OFTEN = [
     "StableDiffusionPipeline",

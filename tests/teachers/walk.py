@@ -10,7 +10,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -29,7 +29,7 @@ from lavender.errors import LavenderError
 from lavender.maps import Maps
 from lavender.words import words_of
 
-from .walked_pipelines import HEIGHT, PROMPT, WALK, WIDTH_PIXELS, Walked, mask, picture
+from .walked import HEIGHT, PROMPT, WALK, WIDTH_PIXELS, Walked, mask, picture
 from .zoo import DENOISERS
 
 EXCHANGED = {"cat": "two", "red": "the", "hat": "two"}
@@ -203,11 +203,8 @@ def place_of(pipe: Any, walked: Walked) -> Place:
     """Finds the prompt by exchanging its words, one after the other, and looking which columns of the embeddings move."""
 
     def texts(prompt: str) -> list[torch.Tensor]:
-        with forwards_of(pipe, whole=False, attention=False) as seen:
-            try:
-                drawn(pipe, walked, prompt)
-            except _Enough:
-                pass
+        with forwards_of(pipe, whole=False, attention=False) as seen, suppress(_Enough):
+            drawn(pipe, walked, prompt)
         return [forward.text for forward in seen]
 
     found: dict[str, list[int]] = {}
@@ -225,7 +222,7 @@ def place_of(pipe: Any, walked: Walked) -> Place:
 
 
 def explicit_maps(pipe: Any, forwards: list[Forward], place: Place, layers: tuple[str, ...]) -> dict[str, dict[str, torch.Tensor]]:
-    """{layer: {word: [places]}}, the mean over heads and steps, float64: of every timestep the first forward that has the prompt."""
+    """{layer: {word: [places]}}, the mean over heads and steps, float64: of a timestep the first forward that has the prompt."""
     first = [forward for forward in forwards if forward.timestep == forwards[0].timestep]
     prompt = first[place.forward].text[place.sample]
     belonging: list[tuple[Forward, int]] = []
@@ -373,9 +370,9 @@ def unread() -> dict[str, Outcome]:
     outcomes = {}
     for name in sorted(dir(diffusers)):
         cls = getattr(diffusers, name) if "Pipeline" in name and name not in walked else None
-        if not isinstance(cls, type) or not issubclass(cls, diffusers.DiffusionPipeline) or not callable(cls):
+        if not isinstance(cls, type) or not issubclass(cls, diffusers.DiffusionPipeline):
             continue
-        if "prompt" not in inspect.signature(getattr(cls, "__call__", lambda: None)).parameters:
+        if "prompt" not in inspect.signature(vars(cls).get("__call__", print)).parameters:
             continue
         pipe = _bare(cls)
         if pipe is None:
