@@ -256,7 +256,7 @@ class Maps(Mapping[str, HeatMap]):
                 raise CaptureError(f"{word!r} has no map: no text column of {self.text!r} comes from such a token")
             return [self.tokens.index(word) - len(self.tokens)]  # behind the words
         if not isinstance(word, str):
-            raise KeyError(f"column {word} was not asked for; a pipeline reads it with lavender.patch(..., words=({word},))")
+            raise KeyError(f"column {word} was not asked for; a pipeline reads it with lavender.patch(..., tokens=({word},))")
         parts = [part.text for part in words_of(word)] or [word]
         starts = self._starts(parts) or self._starts([part.casefold() for part in parts], fold=True)
         if not starts:  # part of a run that has no spaces, or another composition of the letters
@@ -268,7 +268,7 @@ class Maps(Mapping[str, HeatMap]):
             is_word = [part.text for part in words_of(word)] == parts and " ".join(parts) == word
             raise KeyError(
                 f"no word {word!r} (occurrence {occurrence}) in {self.text!r}; its words: {known}"
-                + ("" if is_word else f". A pipeline reads a token that is no word with lavender.patch(..., words=({word!r},))")
+                + ("" if is_word else f". A pipeline reads a token that is no word with lavender.patch(..., tokens=({word!r},))")
             )
         places = list(range(starts[occurrence], starts[occurrence] + len(parts)))
         lost = [self.words[i].text for i in places if self.words[i] in self.missing]

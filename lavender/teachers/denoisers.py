@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ModelError
+from ..errors import CaptureError, ModelError
 
 Grid = tuple[int, int, int]
 """Frames, height and width of the grid of image tokens; one frame for pictures."""
@@ -63,6 +63,10 @@ def _by_shapes(denoiser: nn.Module, inputs: Mapping[str, Any]) -> Grid:
 
 def _by_numbers(denoiser: nn.Module, inputs: Mapping[str, Any]) -> Grid:
     """Packed latents, whose grid is in three arguments."""
+    if any(inputs.get(name) is None for name in ("num_frames", "height", "width")):
+        raise CaptureError(
+            f"this pipeline does not give {type(denoiser).__name__} num_frames, height and width, which say where its tokens stand"
+        )
     return inputs["num_frames"], inputs["height"], inputs["width"]
 
 

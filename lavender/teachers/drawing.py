@@ -19,12 +19,15 @@ from .recording import Recording
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """An embedding [N, C] that the denoiser may get, and the text of a branch that it carries; of no branch, another text."""
+    """An embedding [N, C] that the denoiser may get, and the text of the call that it carries; None for any other text."""
 
     embedding: torch.Tensor
-    branch: Branch | None = None
-    number: int = 0
+    text: str | None = None
     carried: Carried | None = None
+
+    def is_of(self, embedding: torch.Tensor) -> bool:
+        """Whether it is this embedding, in the precision of that one."""
+        return self.embedding.shape == embedding.shape and torch.equal(self.embedding.to(embedding), embedding)
 
 
 @dataclass(eq=False)
@@ -39,6 +42,7 @@ class Branch:
         owners: the text of every picture that was recorded.
         missing: of each text, the words and tokens that have no text column.
         recording: of its samples.
+        error: why maps cannot be told.
     """
 
     name: str
@@ -50,33 +54,37 @@ class Branch:
     recording: Recording | None = None
     step: tuple[Any, ...] = ()
     latents: torch.Tensor | None = None
+    error: Exception | None = None
 
     def clear(self) -> None:
         """Forgets what was recorded."""
         self.recording, self.step, self.latents = None, (), None
         self.owners = []
 
-    def pictures(self, numbers: Sequence[int | None], latents: torch.Tensor) -> list[int]:
-        """The samples of a batch that show the pictures, of those whose text has a number.
+    def pictures(self, carried: Sequence[str | None], latents: torch.Tensor) -> list[int]:
+        """The samples of a batch that show the pictures, by the texts that the samples carry.
 
         Perturbed guidance computes the prompt's samples once more in the same batch, from the same latents; and where the negative
-        prompt equals the prompt, the unconditional ones carry it too. Samples that carry a text on latents of their own are
-        pictures: the frames of a video, each with the text.
+        prompt equals the prompt, the unconditional ones carry it too. Raises `CaptureError` where these are not all.
         """
-        carriers = [sample for sample, number in enumerate(numbers) if number is not None]
-        left = Counter({text: self.texts.count(text) * self.copies for text in self.texts})
-        first: list[int] = []
-        for sample in carriers:
-            text = self.texts[numbers[sample]]  # type: ignore[index]
-            if left[text]:
-                left[text] -= 1
-                first.append(sample)
-        are_repeated = all(
-            any(numbers[sample] == numbers[other] and torch.equal(latents[sample], latents[other]) for other in first)
+        carriers = [sample for sample, text in enumerate(carried) if text in self.texts]
+        expected = [text for text in self.texts for _ in range(self.copies)]
+        count = len(expected)
+        # Branches lie one behind the other: [unconditional, conditional, perturbed].
+        starts = [start for start in range(0, len(carried), count) if carried[start : start + count] == expected]
+        first = list(range(starts[0], starts[0] + count)) if starts else []
+        again = [
+            any(carried[sample] == carried[other] and torch.equal(latents[sample], latents[other]) for other in first)
             for sample in carriers
             if sample not in first
-        )
-        return first if are_repeated else carriers
+        ]
+        if not first or not all(again):
+            raise CaptureError(
+                f"the denoiser got {len(carriers)} samples of {len(carried)} with the {self.name}, not all on the same latents, "
+                f"for {count} pictures; lavender reads pictures that are drawn whole, and together: draw one at a time, without "
+                "views or frames of their own, or record the forwards that you mean with patch.capture(word_weights)"
+            )
+        return first
 
     def is_further_pass(self, latents: torch.Tensor, step: tuple[Any, ...], first_shows: bool) -> bool:
         """Whether a forward of this step was recorded already; if not, the one with these latents is.
@@ -147,16 +155,14 @@ class Drawing:
     def row_of(self, embedding: torch.Tensor) -> Row:
         """What an embedding [N, C] carries. Raises `CaptureError` where its tokens and the texts can be aligned in several ways."""
         for row in chain(self.rows, self.others):
-            if row.embedding.shape == embedding.shape and torch.equal(row.embedding.to(embedding), embedding):
+            if row.is_of(embedding):
                 return row
         texts = [*self.prompts.texts, *self.negatives.texts]
         carried = None if self.texts is None else self.texts.identify(embedding, texts, self.arguments)
         if carried is None:
             self.others.append(Row(embedding.clone()))
             return self.others[-1]
-        count = len(self.prompts.texts)
-        branch, number = (self.prompts, carried.index) if carried.index < count else (self.negatives, carried.index - count)
-        self.rows.append(Row(embedding.clone(), branch, number, carried))
+        self.rows.append(Row(embedding.clone(), carried.text, carried))
         return self.rows[-1]
 
     def rows_of(self, embeddings: torch.Tensor) -> list[Row]:

@@ -14,10 +14,9 @@ import torch
 from ..errors import CaptureError, ConfigError, LavenderError, ModelError, first_line
 from ..handle import Handle
 from ..maps import Coverage, Maps, of_picture
-from ..words import words_of
 from .denoisers import unwrapped
 from .drawing import Branch, Drawing, Row, branch_of
-from .encoding import Carried, TextReader, Texts, TokenName
+from .encoding import TextReader, Texts, TokenName
 from .recording import DenoiserHooks, Recording, Wanted
 from .turns import turn_of
 from .watching import watched_class
@@ -63,19 +62,19 @@ class TeacherPatch(Handle):
         layers: tuple[str, ...] = (),
         heads: bool = False,
         steps: bool = False,
-        words: tuple[TokenName, ...] = (),
+        words: tuple[str, ...] = (),
+        tokens: tuple[TokenName, ...] = (),
     ) -> None:
         self.pipe = pipe
-        self.settings = (layers, heads, steps, words)
-        self._words = tuple(word for word in words if isinstance(word, str) and _is_word(word))
-        self._tokens = tuple(word for word in words if word not in self._words)
+        self.settings = (layers, heads, steps, words, tokens)
+        self._words, self._tokens = words, tokens
         self._heads, self._steps = heads, steps
         self._state = _State()
         # The latest drawing while one thread alone has drawn, and which.
         self._latest: Drawing | None = None
         self._author: object = None
-        # Texts that were encoded apart from a call, for calls that are given embeddings: (embedding, text, what it carries).
-        self._encoded: deque[tuple[torch.Tensor, str, Carried]] = deque(maxlen=_KEPT)
+        # Texts that were encoded apart from a call, for calls that are given embeddings.
+        self._encoded: deque[Row] = deque(maxlen=_KEPT)
         # Wan 2.2 draws the late steps with a second transformer.
         self._hooks = [DenoiserHooks(denoiser, layers, self._open, self._after) for denoiser in denoisers_of(pipe)]
         self._reader = TextReader(pipe)
@@ -145,8 +144,7 @@ class TeacherPatch(Handle):
         return drawing
 
     def _maps_of(self, drawing: Drawing, branch: Branch, picture: int) -> Maps:
-        if drawing.error is not None:
-            error = drawing.error
+        if error := drawing.error or branch.error:
             kind = type(error) if isinstance(error, LavenderError) else CaptureError
             raise kind(str(error) if kind is type(error) else f"the maps could not be read ({first_line(error)})") from error
         if not branch.texts:
@@ -222,20 +220,15 @@ class TeacherPatch(Handle):
 
     def _take_up(self, drawing: Drawing, branch: Branch, embeddings: torch.Tensor) -> None:
         """Embeddings [P, N, C] that a call was given: texts that were encoded before, if they all are."""
-        known = [self._carried_by(embedding) for embedding in embeddings.detach()]
-        if None in known:
-            return
-        texts = [text for text, _ in known]  # type: ignore[misc]
-        fresh = branch_of(branch.name, texts, self._words, branch.copies)
-        branch.texts, branch.words = fresh.texts, fresh.words
-        for number, (embedding, (_, carried)) in enumerate(zip(embeddings, known, strict=True)):  # type: ignore[misc]
-            drawing.rows.append(Row(embedding.detach().clone(), branch, number, carried))
-
-    def _carried_by(self, embedding: torch.Tensor) -> tuple[str, Carried] | None:
-        for known, text, carried in reversed(self._encoded):
-            if known.shape == embedding.shape and torch.equal(known.to(embedding), embedding):
-                return text, carried
-        return None
+        known = [
+            next((row for row in reversed(self._encoded) if row.is_of(embedding)), Row(embedding))
+            for embedding in embeddings.detach()
+        ]
+        texts = [row.text for row in known if row.text is not None]
+        if len(texts) == len(known):
+            fresh = branch_of(branch.name, texts, self._words, branch.copies)
+            branch.texts, branch.words = fresh.texts, fresh.words
+            drawing.rows += known
 
     def _begun(self, arguments: dict[str, Any]) -> AbstractContextManager[Any]:
         """Around `encode_prompt`: inside the pipeline's call, what that reads is read already."""
@@ -259,8 +252,8 @@ class TeacherPatch(Handle):
         try:
             for embedding in _embeddings_in(output):
                 row = drawing.row_of(embedding.detach())
-                if row.branch is not None and row.carried is not None:
-                    self._encoded.append((row.embedding, row.branch.texts[row.number], row.carried))
+                if row.text is not None:
+                    self._encoded.append(row)
         except CaptureError as error:
             drawing.error = error
         drawing.texts, drawing.arguments = None, {}
@@ -291,49 +284,55 @@ class TeacherPatch(Handle):
                 "lavender reads one text [N, C] for each sample of a batch"
             )
         rows = drawing.rows_of(embeddings)
-        scheduler = getattr(self.pipe, "scheduler", None)
-        step = (inputs.get("timestep"), getattr(scheduler, "_step_index", None), getattr(scheduler, "counter", None))
+        if all(row.text is None for row in rows):
+            drawing.left_out["without a text of this call"] += 1
+            return []
         wanted: list[Wanted] = []
         for branch in drawing.branches:
-            numbers = [row.number if row.branch is branch else None for row in rows]
-            if all(number is None for number in numbers):
-                continue
-            samples = self._samples(drawing, branch, numbers, latents)
-            if drawing.whole and branch.is_further_pass(latents[samples], step, self._first_shows):
-                drawing.left_out["further passes of a step"] += branch is drawing.prompts
-                continue
-            owners = [numbers[sample] for sample in samples]
-            if branch.recording is None:
-                branch.recording = self._recording(drawing, branch, [rows[sample] for sample in samples])
-                branch.owners = owners  # type: ignore[assignment]
-            elif owners != branch.owners:
-                raise CaptureError(
-                    f"the denoiser ran for the {branch.name}s {owners} of those that were encoded, and for {branch.owners} before; "
-                    + ("call clear() between the two" if not drawing.whole else "lavender reads pictures that are drawn together")
-                )
-            wanted.append((branch.recording, samples))
-        if not wanted and all(row.branch is None for row in rows):
-            drawing.left_out["without a text of this call"] += 1
+            try:
+                recording, samples = self._of_branch(drawing, branch, rows, latents, inputs)
+            except Exception as error:  # see `_open`
+                if not drawing.whole:
+                    raise
+                branch.error = error
+                if branch is drawing.prompts:
+                    self._say(error)
+            else:
+                wanted += [(recording, samples)] if recording is not None else []
         return wanted
 
-    def _samples(self, drawing: Drawing, branch: Branch, numbers: list[int | None], latents: torch.Tensor) -> list[int]:
-        """The samples of the denoiser's batch that are recorded of a branch: those of its pictures."""
-        if not drawing.whole:  # the user's own choice
-            return [sample for sample, number in enumerate(numbers) if number is not None]
-        samples, count = branch.pictures(numbers, latents), len(branch.texts) * branch.copies
-        if len(samples) < count:
+    def _of_branch(
+        self, drawing: Drawing, branch: Branch, rows: Sequence[Row], latents: torch.Tensor, inputs: Mapping[str, Any]
+    ) -> tuple[Recording | None, list[int]]:
+        """Where a forward is recorded for a branch, if it is, and its samples."""
+        samples = [sample for sample, row in enumerate(rows) if row.text in branch.texts]
+        if not samples or branch.error is not None:
+            return None, []
+        if drawing.whole:  # else they are the user's own choice
+            samples = branch.pictures([row.text for row in rows], latents)
+            scheduler = getattr(self.pipe, "scheduler", None)
+            step = (inputs.get("timestep"), getattr(scheduler, "_step_index", None), getattr(scheduler, "counter", None))
+            if branch.is_further_pass(latents[samples], step, self._first_shows):
+                drawing.left_out["further passes of a step"] += branch is drawing.prompts
+                return None, []
+        owners = [branch.texts.index(rows[sample].text) for sample in samples]
+        if branch.recording is None:
+            branch.recording = self._recording(drawing, branch, [rows[sample] for sample in samples])
+            branch.owners = owners
+        elif owners != branch.owners:
             raise CaptureError(
-                f"the denoiser got {len(samples)} of {count} pictures with the {branch.name} that was encoded; lavender reads those "
-                "that are drawn together: draw one at a time"
+                f"the denoiser ran for the {branch.name}s {owners} of those that were encoded, and for {branch.owners} before; "
+                "call clear() between the two"
             )
-        return samples
+        return branch.recording, samples
 
     def _recording(self, drawing: Drawing, branch: Branch, rows: Sequence[Row]) -> Recording:
         """A recording of the samples that carry these texts."""
         weights = []
         for row in rows:
             assert row.carried is not None
-            own, branch.missing[row.number] = row.carried.weights(branch.words[row.number], self._tokens)
+            number = branch.texts.index(row.carried.text)
+            own, branch.missing[number] = row.carried.weights(branch.words[number], self._tokens)
             weights.append(own)
         # Every sample's words, then the tokens that all have.
         num_tokens, num_words = len(self._tokens), max(1, max(len(own) for own in weights) - len(self._tokens))
@@ -361,11 +360,6 @@ class TeacherPatch(Handle):
         warnings.warn(f"lavender cannot read this picture's maps, or not all: {first_line(error)}", stacklevel=2)
 
 
-def _is_word(name: str) -> bool:
-    """Whether a name is a word's, and not a token's."""
-    return [word.text for word in words_of(name)] == [name]
-
-
 def _embeddings_in(output: Any) -> Iterator[torch.Tensor]:
     """The embeddings [N, C] in what `encode_prompt` returned: of tensors [B, N, C], or of lists of them."""
     if isinstance(output, torch.Tensor):
@@ -378,15 +372,14 @@ def _embeddings_in(output: Any) -> Iterator[torch.Tensor]:
 
 def denoisers_of(pipe: Any) -> list[torch.nn.Module]:
     """What draws in a pipeline, below whatever wraps it. Raises `ModelError` if nothing does."""
-    names = ("unet", "transformer", "transformer_2")
-    modules = [getattr(pipe, name, None) for name in names]
+    modules = [getattr(pipe, name, None) for name in ("unet", "transformer", "transformer_2")]
     denoisers = [unwrapped(denoiser) for denoiser in modules if isinstance(denoiser, torch.nn.Module)]
-    lacking = " and ".join(name for name in names if hasattr(pipe, name))
-    if not denoisers and lacking:
-        raise ModelError(f"this {type(pipe).__name__} has no denoiser: load its {lacking}, then patch it")
     if not denoisers:
+        parts = ", ".join(sorted(getattr(pipe, "components", {})))
         raise ModelError(
-            f"cannot patch a {type(pipe).__name__}; expected a transformers image-text-to-text model or a diffusers pipeline"
+            f"cannot patch a {type(pipe).__name__}"
+            + (f": none of its parts ({parts}) is a loaded unet or transformer. Load it, then patch the pipeline" if parts else "")
+            + "; expected a transformers image-text-to-text model or a diffusers pipeline with its denoiser"
         )
     return denoisers
 
@@ -396,10 +389,12 @@ def patch_teacher(
     layers: str | Sequence[str] = (),
     heads: bool = False,
     steps: bool = False,
-    words: TokenName | Sequence[TokenName] = (),
+    words: str | Sequence[str] = (),
+    tokens: TokenName | Sequence[TokenName] = (),
 ) -> TeacherPatch:
     """The handle of a diffusers pipeline; see `lavender.patch`."""
-    layers, words = _names("layers", layers, (str,)), _names("words", words, (str, int))
+    layers, words = _names("layers", layers, (str,)), _names("words", words, (str,))
+    tokens = _names("tokens", tokens, (str, int))
     for name, value in (("heads", heads), ("steps", steps)):
         if not isinstance(value, bool):
             raise ConfigError(f"{name} is {value!r}; expected True or False")
@@ -407,20 +402,20 @@ def patch_teacher(
     with turn_of(pipe):
         present: TeacherPatch | None = getattr(pipe, "_lavender_patch", None)
         if present is not None:
-            if present.settings == (layers, heads, steps, words):
+            if present.settings == (layers, heads, steps, words, tokens):
                 return present.borrowed()
             if present.is_used_elsewhere:
                 raise CaptureError(
                     "another thread uses this pipeline's patch, with other settings; give the same, or wait until it has finished"
                 )
             present.unpatch()
-        return TeacherPatch(pipe, layers, heads, steps, words)
+        return TeacherPatch(pipe, layers, heads, steps, words, tokens)
 
 
 def _names(name: str, value: Any, kinds: tuple[type, ...]) -> tuple[Any, ...]:
     names = (value,) if isinstance(value, kinds) else value
     if not isinstance(names, Sequence) or not all(isinstance(each, kinds) and not isinstance(each, bool) for each in names):
         raise ConfigError(
-            f"{name} is {value!r}; expected a text or a list of texts" + (", or of columns' numbers" if int in kinds else "")
+            f"{name} is {value!r}; expected a text or a list of texts" + (", or numbers of columns" if int in kinds else "")
         )
     return tuple(names)

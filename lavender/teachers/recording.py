@@ -356,7 +356,10 @@ class DenoiserHooks:
             return
         state = self._threads.state
         state.current = None
-        inputs = self._signature.bind(module, *args, **kwargs).arguments
+        try:
+            inputs = self._signature.bind(module, *args, **kwargs).arguments
+        except TypeError:  # it has been given another forward
+            inputs = {}
         wanted = [] if self._opened is None or state.manual is not None else self._opened(inputs)
         if state.manual is not None:
             wanted = [state.manual]
@@ -377,6 +380,10 @@ class DenoiserHooks:
 
     def _places(self, module: Any, inputs: Mapping[str, Any], wanted: Sequence[Wanted]) -> Places:
         """Where things stand in this forward. Raises `CaptureError` where it is known now that they cannot be read."""
+        if "encoder_hidden_states" not in inputs:
+            raise CaptureError(
+                f"{type(module).__name__} was called in another way than its class's forward says, or without a text"
+            )
         if torch.is_grad_enabled() and module.training and getattr(module, "is_gradient_checkpointing", False):
             raise CaptureError(
                 "the denoiser checkpoints its gradient, whose second pass records nothing; call disable_gradient_checkpointing() "
@@ -403,8 +410,9 @@ class DenoiserHooks:
         def note_grid(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             forward = self._threads.state.current
             if forward is not None:
-                features = args[0] if args else kwargs["hidden_states"]
-                forward.grids[name] = (features.shape[-2], features.shape[-1])
+                features = args[0] if args else kwargs.get("hidden_states")
+                if isinstance(features, torch.Tensor) and features.ndim == 4:
+                    forward.grids[name] = (features.shape[-2], features.shape[-1])
 
         return note_grid
 

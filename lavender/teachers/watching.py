@@ -44,7 +44,7 @@ def watched_class(original: type, patch: TeacherPatch) -> type:
                 return original.__call__(*arguments.args, **arguments.kwargs)
 
     def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
-        arguments = bound(original.encode_prompt, self, args, kwargs)
+        arguments = bound(original.encode_prompt, self, args, kwargs)  # type: ignore[attr-defined]
         if arguments is None:
             return original.encode_prompt(self, *args, **kwargs)  # type: ignore[attr-defined]
         given = _with_defaults(arguments)
@@ -56,7 +56,7 @@ def watched_class(original: type, patch: TeacherPatch) -> type:
     def reduce(self: Any, protocol: Any) -> Any:
         plain: Any = object.__new__(original)
         vars(plain).update(vars(self))
-        return plain.__reduce_ex__(protocol)
+        return plain.__reduce_ex__(1)  # later ones' way of making the object wants it to be of the class that it has
 
     attributes: dict[str, Any] = {
         "_lavender_patch": patch,
@@ -74,7 +74,7 @@ def watched_class(original: type, patch: TeacherPatch) -> type:
 
 def _with_defaults(arguments: inspect.BoundArguments) -> dict[str, Any]:
     """A call's arguments by name, those that it takes as `**kwargs` among them."""
-    every = inspect.BoundArguments(arguments.signature, arguments.arguments.copy())  # type: ignore[arg-type]
+    every = inspect.BoundArguments(arguments.signature, arguments.arguments.copy())
     every.apply_defaults()
     named = dict(every.arguments)
     for name, parameter in arguments.signature.parameters.items():
