@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 
+from ..errors import CaptureError
+from ..handle import PerThread
 from ..types import Word
+from ..words import match_words, words_and
+from .alignment import Alignment, Received, align
+from .tracing import Call, Source, trace
+
+_TAIL = 2
+"""Tokens that may follow a text that fills its window: the end, and one of a template."""
 
 TokenName = str | int
 """A token's string, as `convert_ids_to_tokens` gives it, for all columns that have it; or the index of a text column."""
+
+
+def asked_words(text: str, more: Sequence[TokenName] = ()) -> tuple[tuple[Word, ...], tuple[TokenName, ...]]:
+    """The words of a text, and what of `more` is none.
+
+    Returns:
+        The words of `words_and`, then the places of those of `more` that stand in the text without being words, such as `<*>`;
+        and of `more` all numbers, and the strings that do not stand in the text, such as `<|startoftext|>`.
+    """
+    names = [name for name in more if isinstance(name, str)]
+    others = [name for name, places in zip(names, match_words(text, names), strict=True) if name and not places]
+    standing: list[Word] = []
+    for name in others:
+        at = text.find(name)
+        while at >= 0:
+            standing.append(Word(name, at, at + len(name)))
+            at = text.find(name, at + len(name))
+    absent = {name for name in others if name not in text}
+    return (*words_and(text, names), *standing), tuple(name for name in more if isinstance(name, int) or name in absent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,23 +59,41 @@ class Carried:
     text: str
     index: int
     columns: tuple[str | None, ...]
+    _alignments: tuple[Alignment, ...]
 
     def weights(self, words: Sequence[Word], tokens: Sequence[TokenName] = ()) -> tuple[torch.Tensor, list[Word | TokenName]]:
         """Each column's share of each word, then of each token.
 
         Args:
-            words: W words of `text` (as `words_of` or `words_and` give them).
+            words: W words of `text` (as `words_of` or `asked_words` give them).
             tokens: K tokens that are no words.
 
         Returns:
-            float32 [W + K, N] on the CPU: a word's columns share 1 evenly over the encoders that have it, and in each over its
-            tokens; and the words and tokens that no column stands for, whose rows are zero.
+            float32 [max(1, W + K), N] on the CPU: a word's columns share 1 evenly over the encoders that have it, and in each over
+            its tokens; and the words and tokens that no column stands for, whose rows are zero.
         """
-        raise NotImplementedError
+        asked: list[Word | TokenName] = [*words, *tokens]
+        weights = torch.zeros(max(1, len(asked)), len(self.columns))
+        for alignment in self._alignments:
+            for w, columns in enumerate(alignment.columns_of(words)):
+                if columns:
+                    weights[w, columns] += 1 / len(columns)
+        for w, token in enumerate(tokens, start=len(words)):
+            columns = [c for c, name in enumerate(self.columns) if token in (c, name)]
+            if columns:
+                weights[w, columns] += 1 / len(columns)
+        missing = [each for w, each in enumerate(asked) if not weights[w].any()]
+        return weights / weights.sum(dim=1, keepdim=True).clamp_min(1), missing
 
 
 class Texts:
     """What a pipeline's text encoders received and gave inside one `TextReader.reading()`. Tensors are references."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        self._calls: list[Call] = []
+        self._thread = threading.get_ident()
+        self._depth = 0
 
     def identify(
         self, embedding: torch.Tensor, candidates: Sequence[str], arguments: Mapping[str, Any] | None = None
@@ -57,13 +106,98 @@ class Texts:
             arguments: of the pipeline's call or of `encode_prompt`, with defaults: some templates stand there.
 
         Raises:
-            CaptureError: the embedding's tokens and a candidate cannot be aligned in one way alone.
+            CaptureError: the embedding's tokens and a candidate can be aligned in several ways.
         """
-        raise NotImplementedError
+        embedding = embedding.detach()
+        received, columns = self._received(embedding, (arguments or {}).get("max_sequence_length"))
+        best: tuple[tuple[int, bool], Carried] | None = None
+        unclear = None
+        for index, text in enumerate(candidates):
+            if text in candidates[:index]:
+                continue
+            ways = [align(self._pipe, encoder, tokens, text, arguments or {}) for encoder, tokens in received.items()]
+            if any(len(alignments) > 1 for alignments in ways):
+                unclear = text
+                continue
+            alignments = tuple(alignment for alignments in ways for alignment in alignments)
+            fit = sum(alignment.coverage for alignment in alignments), not any(alignment.is_cut for alignment in alignments)
+            if alignments and (best is None or fit > best[0]):
+                best = fit, Carried(text, index, columns, alignments)
+        if best is not None:
+            return best[1]
+        if unclear is not None:
+            raise CaptureError(
+                f"the prompt {unclear[:200]!r} stands several times among the tokens that the text encoder of this "
+                f"{type(self._pipe).__name__} received, in its template for one; lavender does not know which is meant. Word it "
+                "otherwise, or record with patch.capture(word_weights)"
+            )
+        return None
+
+    @property
+    def received(self) -> list[str]:
+        """What the text encoders received, as text, each once: for messages."""
+        texts = {}
+        for call in self._calls:
+            tokenizer = tokenizer_of(self._pipe, call.encoder)
+            if tokenizer is not None:
+                for row in call.tokens:
+                    texts[tokenizer.decode([token for token in row if token not in _special_ids(tokenizer)]).strip()] = None
+        return list(texts)
+
+    def _received(self, embedding: torch.Tensor, limit: int | None) -> tuple[dict[str, Received], tuple[str | None, ...]]:
+        """Per encoder the tokens that the embedding comes from; and per column its token."""
+        tokenizers = {call.encoder: tokenizer_of(self._pipe, call.encoder) for call in self._calls}
+        special = {encoder: _special_ids(tokenizer) for encoder, tokenizer in tokenizers.items() if tokenizer is not None}
+        calls = [call for call in self._calls if call.encoder in special]
+        received: dict[str, Received] = {}
+        columns: list[str | None] = [None] * len(embedding)
+        for encoder, sources in trace(embedding, calls, special).items():
+            tokenizer = tokenizers[encoder]
+            ids = [source and calls[source[0]].id_at(*source[1:]) for source in sources]
+            names = tokenizer.convert_ids_to_tokens([token or 0 for token in ids])
+            for column, (token, name) in enumerate(zip(ids, names, strict=True)):
+                if token is not None and columns[column] is None:
+                    columns[column] = name
+            received[encoder] = _tokens_of(tokenizer, calls, sources, special[encoder], limit)
+        return received, tuple(columns)
+
+    def _began(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook of what takes token ids."""
+        if self._is_read_here():
+            self._depth += 1
+
+    def _ended(self, encoder: str, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if not self._is_read_here():
+            return
+        self._depth -= 1
+        ids = kwargs.get("input_ids", next(iter(args), None))
+        if isinstance(ids, torch.Tensor) and ids.ndim == 2 and not ids.is_floating_point() and output is not None:
+            latest = self._calls[-1] if self._calls else None
+            if latest is None or latest.encoder != encoder or latest.ids is not ids:
+                self._calls.append(Call(encoder, ids))
+            for state in _states_of(output):
+                self._calls[-1].add(state)
+
+    def _normalized(self, encoder: str, args: tuple, output: Any) -> None:
+        """Clip skip's pipelines call the encoder's last norm themselves."""
+        latest = self._calls[-1] if self._calls else None
+        if latest is not None and self._is_read_here() and self._depth == 0 and latest.encoder == encoder:
+            for state in _states_of(output):
+                latest.add(state)
+
+    def _is_read_here(self) -> bool:
+        return threading.get_ident() == self._thread and TextReader.innermost.get() is self
 
 
 class TextReader:
-    """Reads what a pipeline's text encoders do; see `reading`. It puts hooks on them only while it reads."""
+    """Reads what a pipeline's text encoders do; see `reading`. It puts hooks on them only while it reads.
+
+    Attributes:
+        pipe: the pipeline.
+    """
+
+    innermost: PerThread[Texts] = PerThread()
+    """What each thread's forwards are recorded by, of all readers."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -74,4 +208,119 @@ class TextReader:
 
         A block inside the block, of this reader or of another, has the forwards for itself: so a callback's are kept apart.
         """
-        yield Texts()
+        texts = Texts(self.pipe)
+        outer = self.innermost.take()
+        self.innermost.put(texts)
+        with ExitStack() as hooks:
+            try:
+                for name, component in text_encoders_of(self.pipe).items():
+                    _hook(component, name, texts, hooks)
+                yield texts
+            finally:
+                self.innermost.take()
+                if outer is not None:
+                    self.innermost.put(outer)
+
+
+def text_encoders_of(pipe: Any) -> dict[str, nn.Module]:
+    """The components of a pipeline that take token ids, by attribute."""
+    modules = {name: part for name, part in vars(pipe).items() if isinstance(part, nn.Module)}
+    return {name: part for name, part in modules.items() if any(_takes_ids(type(module)) for module in part.modules())}
+
+
+def tokenizer_of(pipe: Any, encoder: str) -> Any:
+    """The tokenizer of a text encoder, by its attribute's name; the only one of a pipeline that has one. None if there is none."""
+    tokenizers = {}
+    for name, part in vars(pipe).items():
+        for tokenizer in (part, getattr(part, "tokenizer", None)):  # a processor has one
+            if name not in tokenizers and hasattr(tokenizer, "convert_ids_to_tokens"):
+                tokenizers[name] = tokenizer
+    only = next(iter(tokenizers.values())) if len(tokenizers) == 1 else None
+    return tokenizers.get(encoder.replace("text_encoder", "tokenizer"), only)
+
+
+@cache
+def _takes_ids(kind: type[nn.Module]) -> bool:
+    return "input_ids" in inspect.signature(kind.forward).parameters
+
+
+def _hook(component: nn.Module, name: str, texts: Texts, hooks: ExitStack) -> None:
+    def ended(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        texts._ended(name, args, kwargs, output)
+
+    def normalized(module: nn.Module, args: tuple, output: Any) -> None:
+        texts._normalized(name, args, output)
+
+    if component._compiled_call_impl is not None:  # hooks would be traced, or passed by
+        hooks.callback(setattr, component, "_compiled_call_impl", component._compiled_call_impl)
+        component._compiled_call_impl = _watched(component._compiled_call_impl, texts, component, ended)
+        return
+    # Of what torch.compile wraps, the wrapper alone: hooks below it would be traced.
+    inner = () if hasattr(component, "_orig_mod") else component.named_modules()
+    for path, module in [("", component), *inner]:
+        if path and not _takes_ids(type(module)):
+            if "norm" in type(module).__name__.casefold() and not any(part.isdigit() for part in path.split(".")):
+                hooks.callback(module.register_forward_hook(normalized).remove)
+        else:
+            hooks.callback(module.register_forward_pre_hook(texts._began, with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(ended, with_kwargs=True, always_call=True).remove)
+
+
+def _watched(call: Callable[..., Any], texts: Texts, module: nn.Module, ended: Callable[..., None]) -> Callable[..., Any]:
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        texts._began(module, args, kwargs)
+        output = None
+        try:
+            output = call(*args, **kwargs)
+        finally:
+            ended(module, args, kwargs, output)
+        return output
+
+    return watched
+
+
+def _states_of(output: Any) -> Iterator[torch.Tensor]:
+    """The hidden states [B, L, C] in a text encoder's output: a named one, a tuple, or a tensor."""
+    if isinstance(output, torch.Tensor):
+        if output.ndim == 3 and output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for name, value in output.items():
+            if "hidden_state" in name:
+                yield from _states_of(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _states_of(value)
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    """Tokens that stand for no text: the special ones, and those that the tokenizer puts around every text."""
+    return frozenset(tokenizer.all_special_ids) | frozenset(tokenizer("").input_ids)
+
+
+def _tokens_of(
+    tokenizer: Any, calls: Sequence[Call], sources: Sequence[Source | None], special: frozenset[int], limit: int | None
+) -> Received:
+    """The tokens that some columns come from: all of a row's, or, where several rows were put together, those of the columns.
+
+    `limit` is how many tokens the pipeline's call allows, if it says so.
+    """
+    known = [source for source in sources if source is not None]
+    texts = {source for source in known if calls[source[0]].id_at(*source[1:]) not in special}
+    rows = list(dict.fromkeys(source[:2] for source in known if not texts or source in texts))
+    if len(rows) == 1:
+        call, row = rows[0]
+        ids = calls[call].tokens[row]
+        columns: list[list[int]] = [[] for _ in ids]
+        for column, source in enumerate(sources):
+            if source is not None and source[:2] == rows[0]:
+                columns[source[2]].append(column)
+        last = max((position for position, token in enumerate(ids) if token not in special), default=0)
+        num_padding = sum(token == tokenizer.pad_token_id for token in ids) if tokenizer.padding_side == "left" else 0
+        is_full = len(ids) - 1 - last <= _TAIL and (num_padding == 0 or len(ids) - num_padding == limit)
+        return Received(tokenizer, ids, columns, special, is_full)
+    read = [(source, column) for column, source in enumerate(sources) if source in texts]
+    ids = [calls[source[0]].id_at(*source[1:]) for source, _ in read]
+    end = read[-1][0] if read else None
+    is_full = end is not None and len(calls[end[0]].tokens[end[1]]) - 1 - end[2] <= _TAIL
+    return Received(tokenizer, ids, [[column] for _, column in read], special, is_full)

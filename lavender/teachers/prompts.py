@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -21,13 +22,13 @@ PlacedWords = tuple[str, list[Span | None]]
 """The text that a tokenizer gets, and where each word of the prompt stands in it."""
 
 
-def _place_words(words: Sequence[Word], prompt: str, text: str, before: str = "", after: str = "") -> PlacedWords:
+def place_words(words: Sequence[Word], prompt: str, text: str, before: str = "", after: str = "") -> PlacedWords:
     """The words of a prompt that a pipeline made into `text`, with a template around it."""
-    spans = [(word.start, word.end) for word in words] if text == prompt else _locate_words(words, text)
+    spans = [(word.start, word.end) for word in words] if text == prompt else locate_words(words, text)
     return before + text + after, [span and (len(before) + span[0], len(before) + span[1]) for span in spans]
 
 
-def _locate_words(words: Sequence[Word], text: str) -> list[Span | None]:
+def locate_words(words: Sequence[Word], text: str) -> list[Span | None]:
     """Where words stand in a cleaned text, whatever their case: words that were changed have what stands in their place."""
     kept = words_of(text)
     spans: list[Span | None] = [None] * len(words)
@@ -44,21 +45,21 @@ def _locate_words(words: Sequence[Word], text: str) -> list[Span | None]:
 def _in_template(words: Sequence[Word], prompt: str, render: Callable[[str], str]) -> PlacedWords:
     before, _, after = render("\0").partition("\0")
     text = render(prompt)
-    return _place_words(words, prompt, text[len(before) : len(text) - len(after)], before, after)
+    return place_words(words, prompt, text[len(before) : len(text) - len(after)], before, after)
 
 
-def _plain(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> PlacedWords:
-    return _place_words(words, prompt, prompt)
+def plain(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> PlacedWords:
+    return place_words(words, prompt, prompt)
 
 
-def _converted(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> PlacedWords:
+def converted(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> PlacedWords:
     """Concepts of textual inversion that have several vectors are written out: a word in their name has all of them."""
     if not hasattr(pipe, "maybe_convert_prompt"):
-        return _place_words(words, prompt, prompt)
+        return place_words(words, prompt, prompt)
     added = tokenizer.added_tokens_encoder
     concepts = [match.span() for name in added if f"{name}_1" in added for match in re.finditer(re.escape(name), prompt)]
     if not concepts:
-        return _place_words(words, prompt, prompt)
+        return place_words(words, prompt, prompt)
     spans: list[Span | None] = []
     for word in words:
         around = [(start, end) for start, end in concepts if start < word.end and word.start < end]
@@ -71,9 +72,18 @@ def _written_out(pipe: Any, tokenizer: Any, text: str) -> str:
     return str(pipe.maybe_convert_prompt(text, tokenizer))
 
 
-def _preprocessed(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> PlacedWords:
+def preprocessed(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> PlacedWords:
+    """As a pipeline that has such a method makes its prompt lower case, or cleans it."""
+    if not hasattr(pipe, "_text_preprocessing"):
+        return place_words(words, prompt, prompt)
     text = str(pipe._text_preprocessing(prompt, clean_caption=arguments.get("clean_caption", False))[0])
-    return _place_words(words, prompt, text, before=_instruction(arguments))
+    return place_words(words, prompt, text)
+
+
+def _instructed(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> PlacedWords:
+    text, spans = preprocessed(pipe, tokenizer, prompt, words, arguments)
+    before = _instruction(arguments)
+    return before + text, [span and (len(before) + span[0], len(before) + span[1]) for span in spans]
 
 
 def _instruction(arguments: Arguments) -> str:
@@ -86,15 +96,16 @@ def _instruction_tokens(pipe: Any, tokenizer: Any, arguments: Arguments) -> int:
     return len(tokenizer.encode(_instruction(arguments))) - 2 if arguments.get("complex_human_instruction") else 0
 
 
-def _cleaned(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> PlacedWords:
-    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-
-    return _place_words(words, prompt, str(prompt_clean(prompt)))
+def cleaned(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> PlacedWords:
+    """As the function of this name in the pipeline's module cleans the prompt."""
+    modules = [sys.modules.get(kind.__module__) for kind in type(pipe).__mro__]
+    clean = next((module.prompt_clean for module in modules if hasattr(module, "prompt_clean")), str)
+    return place_words(words, prompt, str(clean(prompt)))
 
 
 def _introduced(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> PlacedWords:
     system = arguments.get("system_prompt")
-    return _place_words(words, prompt, prompt, before=f"{pipe.system_prompt if system is None else system} <Prompt Start> ")
+    return place_words(words, prompt, prompt, before=f"{pipe.system_prompt if system is None else system} <Prompt Start> ")
 
 
 def _in_qwen_template(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> PlacedWords:
@@ -106,7 +117,8 @@ def _qwen_start(pipe: Any, tokenizer: Any, arguments: Arguments) -> int:
 
 
 def _in_hunyuan_template(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> PlacedWords:
-    return _in_template(words, prompt, arguments["prompt_template"]["template"].format)
+    template = arguments.get("prompt_template")
+    return _in_template(words, prompt, template["template"].format) if template else place_words(words, prompt, prompt)
 
 
 def _hunyuan_start(pipe: Any, tokenizer: Any, arguments: Arguments) -> int:
@@ -158,7 +170,7 @@ class Part:
     tokenizer: str = "tokenizer"
     prompts: tuple[str, ...] = ("prompt",)
     encoder: str = "text_encoder"
-    text: Callable[[Any, Any, str, Sequence[Word], Arguments], PlacedWords] = _plain
+    text: Callable[[Any, Any, str, Sequence[Word], Arguments], PlacedWords] = plain
     special: bool = True
     dropped: Callable[[Any, Any, Arguments], int] = _none_dropped
     after: int | None = None
@@ -167,8 +179,8 @@ class Part:
     packed: bool = False
 
 
-_CLIP = Part(text=_converted, fixed=True)
-_SECOND = Part(tokenizer="tokenizer_2", prompts=("prompt_2", "prompt"), encoder="text_encoder_2", text=_converted)
+_CLIP = Part(text=converted, fixed=True)
+_SECOND = Part(tokenizer="tokenizer_2", prompts=("prompt_2", "prompt"), encoder="text_encoder_2", text=converted)
 
 PARTS: dict[str, tuple[Part, ...]] = {
     "StableDiffusion": (_CLIP,),
@@ -182,16 +194,16 @@ PARTS: dict[str, tuple[Part, ...]] = {
     "Flux": (_SECOND,),
     "Flux2": (Part(tokenizer="tokenizer.tokenizer", text=_in_mistral_chat, special=False),),
     "Flux2Klein": (Part(text=_in_qwen3_chat),),
-    "Chroma": (Part(text=_converted),),
+    "Chroma": (Part(text=converted),),
     "QwenImage": (Part(text=_in_qwen_template, dropped=_qwen_start, packed=True),),
     "AuraFlow": (Part(),),
     "Lumina2": (Part(text=_introduced),),
     "CogView4": (Part(longest="max_sequence_length"),),
     "HunyuanVideo": (Part(text=_in_hunyuan_template, dropped=_hunyuan_start),),
-    "PixArtAlpha": (Part(text=_preprocessed),),
-    "PixArtSigma": (Part(text=_preprocessed),),
-    "Sana": (Part(text=_preprocessed, dropped=_instruction_tokens),),
-    "Wan": (Part(text=_cleaned),),
+    "PixArtAlpha": (Part(text=preprocessed),),
+    "PixArtSigma": (Part(text=preprocessed),),
+    "Sana": (Part(text=_instructed, dropped=_instruction_tokens),),
+    "Wan": (Part(text=cleaned),),
     "LTX": (Part(),),
     # Pictures stand among these pipelines' text tokens, their prompt is made into text in another way, or comes first in the batch.
     "Flux2KleinKV": (),
@@ -208,16 +220,23 @@ PARTS: dict[str, tuple[Part, ...]] = {
 
 def parts_of(pipe: Any) -> tuple[Part, ...]:
     """The text parts of a pipeline. Raises `ModelError` naming the known ones."""
-    name = type(pipe).__name__
-    known = [stem for stem in PARTS if re.match(rf"{stem}(?![a-z0-9])", name)]
-    parts = PARTS[max(known, key=len)] if known else ()
+    parts = known_parts(pipe)
     if not parts:
         raise ModelError(
-            f"lavender does not know how {name} makes text columns of a prompt; it knows "
+            f"lavender does not know how {type(pipe).__name__} makes text columns of a prompt; it knows "
             f"{sorted(stem for stem, known_parts in PARTS.items() if known_parts)}. Give the words' weights yourself: "
             "patch.capture(word_weights)"
         )
     return parts
+
+
+def known_parts(pipe: Any) -> tuple[Part, ...]:
+    """The text parts of a pipeline, by its class or the first of those it inherits from that is known; none if none is."""
+    for kind in type(pipe).__mro__:
+        known = [stem for stem in PARTS if re.match(rf"{stem}(?![a-z0-9])", kind.__name__)]
+        if known:
+            return PARTS[max(known, key=len)]
+    return ()
 
 
 def word_weights(
@@ -270,7 +289,7 @@ def _columns(
     offsets, decoded = _tokenize(tokenizer, text, length, part.special)
     if decoded != text:
         texts = words_of(text)
-        moved = {word.start: span for word, span in zip(texts, _locate_words(texts, decoded), strict=True)}
+        moved = {word.start: span for word, span in zip(texts, locate_words(texts, decoded), strict=True)}
         text, spans = decoded, [span and moved.get(span[0]) for span in spans]
     padded_left = tokenizer.padding_side == "left" and not part.packed
     start = first + (width - len(offsets) if padded_left else -dropped)

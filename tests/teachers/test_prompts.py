@@ -22,7 +22,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
 from lavender.errors import ModelError
-from lavender.teachers.prompts import PARTS, parts_of, word_weights
+from lavender.teachers import prompts as tables
+from lavender.teachers.encoding import TextReader
+from lavender.teachers.prompts import PARTS, parts_of
 from lavender.words import words_of
 
 from .pipeline_zoo import clip_tokenizer
@@ -99,9 +101,10 @@ def through_call(pipe: Any, prompts: Any, **options: Any) -> tuple[torch.Tensor,
     options = {"prompt": prompts, "height": 64, "width": 64, **options}
     if "use_resolution_binning" in inspect.signature(type(pipe).__call__).parameters:
         options["use_resolution_binning"] = False
-    with pytest.raises(Encoded) as caught:
+    with pytest.raises(Encoded) as caught, TextReader(pipe).reading() as texts:
         pipe(**options)
     del pipe.encode_prompt
+    pipe.read = texts, caught.value.args[0]
     return caught.value.args[0], _arguments(type(pipe).__call__, pipe, options)
 
 
@@ -111,10 +114,30 @@ def through_encode_prompt(pipe: Any, prompts: Any, **options: Any) -> tuple[torc
     required = {key: None for key, p in known.items() if p.default is p.empty and key != "self"}
     required |= {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     options = {**{key: value for key, value in required.items() if key in known}, "prompt": prompts, **options}
-    return pipe.encode_prompt(**options)[0], _arguments(type(pipe).encode_prompt, pipe, options)
+    with TextReader(pipe).reading() as texts:
+        embeddings = pipe.encode_prompt(**options)[0]
+    pipe.read = texts, embeddings
+    return embeddings, _arguments(type(pipe).encode_prompt, pipe, options)
 
 
 ROUTES = [through_call, through_encode_prompt]
+
+
+def word_weights(pipe: Any, prompts: list[str], words: Any, num_columns: int, arguments: dict[str, Any]) -> Any:
+    """By the tables, and the same read off the ids that the text encoders received."""
+    weights, missing = tables.word_weights(pipe, prompts, words, num_columns, arguments)
+    if hasattr(pipe, "read"):
+        texts, embeddings = pipe.read
+        for p, prompt in enumerate(prompts):
+            carried = texts.identify(embeddings[p], prompts, arguments)
+            if carried is None:  # another prompt alone reaches the embedding
+                assert missing[p] == list(words[p])
+                continue
+            assert carried.text == prompt
+            read, lacking = carried.weights(words[p])
+            torch.testing.assert_close(read, weights[p, : len(read)], rtol=0, atol=0)
+            assert lacking == missing[p]
+    return weights, missing
 
 
 def stable_diffusion(name: str = "StableDiffusionPipeline") -> Any:

@@ -1,0 +1,251 @@
+"""Where a prompt stands among the tokens that a text encoder received: proved by the tokens themselves, or not at all."""
+
+from __future__ import annotations
+
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import groupby
+from typing import Any
+
+from ..types import Span, Word
+from ..words import offsets_of_ids, tokens_of, words_of
+from .prompts import Arguments, PlacedWords, cleaned, converted, known_parts, locate_words, plain, preprocessed
+
+_MARKUP = re.compile(r"<[^<>]*>|[:)]\s*[-+]?\d+(?:\.\d+)?|\b(?:AND|BREAK)\b")
+"""What pipelines with weighted prompts take out of them, punctuation apart: weights, names of adapters, operators."""
+
+_TEMPLATE = re.compile(r"template|system|instruction|message", re.IGNORECASE)
+"""Names of the texts that pipelines put around a prompt."""
+
+Place = Callable[[Sequence[Word]], list[Span | None]]
+"""Where the words of a prompt stand in the text that it was made into."""
+
+
+@dataclass(frozen=True, eq=False)
+class Received:
+    """The tokens of one text encoder, in order.
+
+    Attributes:
+        tokenizer: the one that made them.
+        ids: the tokens.
+        columns: per token the text columns that come from it.
+        special: ids that stand for no text.
+        is_full: whether the text may have been cut at its end.
+    """
+
+    tokenizer: Any
+    ids: list[int]
+    columns: list[list[int]]
+    special: frozenset[int]
+    is_full: bool
+
+    @cached_property
+    def plain(self) -> list[int]:
+        """The indices of the tokens that are no special ones."""
+        return [index for index, token in enumerate(self.ids) if token not in self.special]
+
+    @cached_property
+    def pieces(self) -> list[tuple[str, list[int]]]:
+        """The letters that the tokens spell, and the indices of the tokens of each run of them."""
+        text, offsets = offsets_of_ids(self.tokenizer.decode, [self.ids[index] for index in self.plain])
+        pieces: list[tuple[str, list[int]]] = []
+        owners: dict[int, int] = {}  # of each letter, its piece
+        for piece, start, end in _pieces(text):
+            owners |= dict.fromkeys(range(start, end), len(pieces))
+            pieces.append((piece, []))
+        for index, span in zip(self.plain, offsets, strict=True):
+            for owner in sorted({owners[at] for at in range(*span) if at in owners}):
+                pieces[owner][1].append(index)
+        return pieces
+
+    def reaches(self, indices: Sequence[int]) -> bool:
+        """Whether any of some tokens reaches the embedding."""
+        return any(self.columns[index] for index in indices)
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """A prompt among the tokens of one encoder.
+
+    Attributes:
+        text: the text that the prompt was made into.
+        spans: per token its characters in `text`; empty for those that are not of it.
+        columns: per token the text columns that come from it.
+        place: where the words of the prompt stand in `text`.
+        is_cut: whether the end of the text is not there.
+    """
+
+    text: str
+    spans: list[Span]
+    columns: list[list[int]]
+    place: Place
+    is_cut: bool
+
+    @property
+    def coverage(self) -> int:
+        """How many tokens are of the text."""
+        return sum(end > start for start, end in self.spans)
+
+    def columns_of(self, words: Sequence[Word]) -> list[list[int]]:
+        """The text columns of every word."""
+        return [
+            sorted({c for token in tokens_of(span, self.spans, self.text) for c in self.columns[token]}) if span else []
+            for span in self.place(words)
+        ]
+
+
+def align(pipe: Any, encoder: str, received: Received, prompt: str, arguments: Arguments) -> list[Alignment]:
+    """The ways in which a prompt stands among an encoder's tokens: none, one, or several, of which none is proved.
+
+    The prompt, as the pipeline is known to clean it and to put it into a template or as it is, is tokenized, and must stand in the
+    tokens as one run. Else its words must: all of them but weights and other markup, in order and without anything between them.
+    What stands around it must be of a template that the pipeline has.
+    """
+    around = _template_parts(pipe, received.tokenizer, arguments)
+    forms = list(_forms(pipe, encoder, received.tokenizer, prompt, arguments))
+    for find in (_as_run, _as_words):
+        for text, place in forms:
+            if alignments := find(received, text, place, around):
+                return alignments
+    return []
+
+
+def _forms(pipe: Any, encoder: str, tokenizer: Any, prompt: str, arguments: Arguments) -> Iterator[tuple[str, Place]]:
+    """The texts that a prompt may have been made into."""
+    seen = set()
+    makers = [part.text for part in known_parts(pipe) if part.encoder == encoder]
+    for make in (*makers, preprocessed, cleaned, converted, plain):
+        text = make(pipe, tokenizer, prompt, (), arguments)[0]
+        if text not in seen:
+            seen.add(text)
+            yield text, partial(_place, partial(make, pipe, tokenizer, prompt), arguments)
+
+
+def _place(make: Callable[..., PlacedWords], arguments: Arguments, words: Sequence[Word]) -> list[Span | None]:
+    return make(words, arguments)[1]
+
+
+def _template_parts(pipe: Any, tokenizer: Any, arguments: Arguments) -> frozenset[str]:
+    """What stands in the templates that a pipeline has: in itself, its module, its arguments and its tokenizer."""
+    named: dict[str, Any] = {}
+    for kind in type(pipe).__mro__:
+        module = sys.modules.get(kind.__module__)
+        named = {**vars(kind), **(vars(module) if module else {}), **named}
+    texts: list[Any] = [getattr(tokenizer, "chat_template", None)]
+    texts += [value for name, value in {**named, **vars(pipe), **arguments}.items() if _TEMPLATE.search(name)]
+    pieces: set[str] = set()
+    while texts:
+        text = texts.pop()
+        if isinstance(text, str):
+            pieces |= _parts(text)
+        elif isinstance(text, Mapping):
+            texts.extend(text.values())
+        elif isinstance(text, list | tuple):
+            texts.extend(text)
+    return frozenset(pieces)
+
+
+def _as_run(received: Received, text: str, place: Place, around: frozenset[str]) -> list[Alignment]:
+    tokens, offsets, text, place = _tokenize(received.tokenizer, text, place)
+    ids = received.ids
+    if not tokens:
+        return [_aligned(received, text, place, {}, False)] if _is_template(received, (), around) else []
+    whole, cut = [], []
+    for start in range(len(ids)):
+        count = next((n for n, (a, b) in enumerate(zip(tokens, ids[start:], strict=False)) if a != b), None)
+        if count is None and len(ids) - start >= len(tokens):
+            whole.append(range(start, start + len(tokens)))
+        elif received.is_full:
+            end = len(ids) if count is None else start + count
+            if end > start and (end == len(ids) or ids[end] in received.special):
+                cut.append(range(start, end))
+    runs = [run for run in whole or cut if _is_template(received, run, around)]
+    runs = [run for run in runs if received.reaches(run)] or runs[:1]
+    return [_aligned(received, text, place, dict(zip(run, offsets, strict=False)), not whole) for run in runs]
+
+
+def _as_words(received: Received, text: str, place: Place, around: frozenset[str]) -> list[Alignment]:
+    pieces = list(_pieces(text))
+    markup = [match.span() for match in _MARKUP.finditer(text)]
+    optional = [any(left <= start and end <= right for left, right in markup) for _, start, end in pieces]
+    marks = frozenset(character for character in text if not character.isalnum())
+    alignments = []
+    for found in _walks([piece for piece, _, _ in pieces], optional, received):
+        indices = sorted({token for at in found.values() for token in received.pieces[at][1]})
+        if _is_template(received, indices, around | marks):
+            spans: dict[int, Span] = {}
+            for piece, at in found.items():
+                for token in received.pieces[at][1]:
+                    start, end = spans.get(token, pieces[piece][1:])
+                    spans[token] = min(start, pieces[piece][1]), max(end, pieces[piece][2])
+            alignments.append(_aligned(received, text, place, spans, max(found) < len(pieces) - 1))
+    return alignments
+
+
+def _walks(pieces: Sequence[str], optional: Sequence[bool], received: Received) -> Iterator[dict[int, int]]:
+    """The ways to find all pieces but optional ones, side by side, in what was received: piece -> its index there."""
+    spelled = [piece for piece, _ in received.pieces]
+    if all(optional):
+        return
+    for start in range(len(spelled)):
+        open_walks: list[tuple[int, int, dict[int, int]]] = [(0, start, {})]
+        while open_walks:
+            piece, at, found = open_walks.pop()
+            if piece == len(pieces) or (at == len(spelled) and received.is_full):
+                if any(not optional[each] for each in found):
+                    yield found
+                continue
+            if optional[piece]:
+                open_walks.append((piece + 1, at, found))
+            if at < len(spelled) and spelled[at] == pieces[piece]:
+                open_walks.append((piece + 1, at + 1, {**found, piece: at}))
+
+
+def _is_template(received: Received, but: Sequence[int], around: frozenset[str]) -> bool:
+    """Whether all tokens but some are special ones or of a template."""
+    inside = set(but)
+    rest = [received.ids[index] for index in received.plain if index not in inside]
+    return around.issuperset(_parts(received.tokenizer.decode(rest)))
+
+
+def _aligned(received: Received, text: str, place: Place, spans: Mapping[int, Span], is_cut: bool) -> Alignment:
+    return Alignment(text, [spans.get(index, (0, 0)) for index in range(len(received.ids))], received.columns, place, is_cut)
+
+
+def _pieces(text: str) -> Iterator[tuple[str, int, int]]:
+    """The runs of letters and digits of a text, in one composition and case, and their characters.
+
+    They are what is left of a word wherever a vocabulary or a decoder puts spaces.
+    """
+    for is_piece, run in groupby(enumerate(text), lambda each: each[1].isalnum() or _is_mark(each[1])):
+        if is_piece:
+            places = [at for at, _ in run]
+            start, end = places[0], places[-1] + 1
+            yield unicodedata.normalize("NFKC", text[start:end]).casefold(), start, end
+
+
+def _parts(text: str) -> set[str]:
+    """The pieces of a text, and every other character but white space."""
+    return {piece for piece, _, _ in _pieces(text)} | {c for c in text if not (c.isalnum() or c.isspace() or _is_mark(c))}
+
+
+def _is_mark(character: str) -> bool:
+    return unicodedata.category(character)[0] == "M"
+
+
+def _tokenize(tokenizer: Any, text: str, place: Place) -> tuple[list[int], list[Span], str, Place]:
+    """A text's tokens without those that are put around it, their characters, and the text that these are counted in."""
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return encoded.input_ids, encoded.offset_mapping, text, place
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    decoded, spans = offsets_of_ids(tokenizer.decode, ids)
+    if decoded == text:
+        return ids, spans, text, place
+    texts = words_of(text)
+    moved = {word.start: span for word, span in zip(texts, locate_words(texts, decoded), strict=True)}
+    return ids, spans, decoded, lambda words: [span and moved.get(span[0]) for span in place(words)]

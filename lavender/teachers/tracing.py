@@ -1,0 +1,258 @@
+"""From which position of a text encoder's output each text column comes, by comparing values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Source = tuple[int, int, int]
+"""A call's number, and a row and a position of its ids."""
+
+_KEY_CHANNELS = 8
+"""Channels that are looked up; whoever is found is compared in all of them."""
+
+_UNEXPLAINED = 2e-5
+"""The largest share of a column's variance over its channels that a scaled hidden state may leave: a correlation of 1 - 1e-5.
+Rounding to bfloat16 leaves about 3e-6 of it, and the states of two tokens differ by far more."""
+
+_CONTRIBUTES = 0.02
+"""The least share of a column's norm that counts as a contribution."""
+
+_INDEPENDENT = 1e-6
+"""The least eigenvalue, relative to the largest, of states that float32 can tell from sums of the others."""
+
+
+@dataclass(eq=False)
+class Call:
+    """One forward of a text encoder.
+
+    Attributes:
+        encoder: the pipeline's attribute.
+        ids: int64 [B, L], the tokens that it received.
+        states: what it gave of them, layer by layer, each [B, L, C].
+    """
+
+    encoder: str
+    ids: torch.Tensor
+    states: list[torch.Tensor] = field(default_factory=list)
+
+    def add(self, state: torch.Tensor) -> None:
+        """Keeps a hidden state [B, L, C], or [L, B, C] as ChatGLM gives it."""
+        batch, length = self.ids.shape
+        if tuple(state.shape[:2]) != (batch, length):
+            state = state.transpose(0, 1)
+        if tuple(state.shape[:2]) == (batch, length) and not any(state is known for known in self.states):
+            self.states.append(state.detach())
+
+    @cached_property
+    def tokens(self) -> list[list[int]]:
+        """The ids of every row."""
+        tokens: list[list[int]] = self.ids.tolist()
+        return tokens
+
+    def id_at(self, row: int, position: int) -> int:
+        """The token at a place."""
+        return self.tokens[row][position]
+
+
+@dataclass(eq=False)
+class _Column:
+    """The best explanation of one column so far: by the longest run of columns that come from neighbors too."""
+
+    run: int = 0
+    source: Source | None = None
+    state: torch.Tensor | None = None
+    is_unique: bool = True
+
+
+def trace(embedding: torch.Tensor, calls: Sequence[Call], special: Mapping[str, frozenset[int]]) -> dict[str, list[Source | None]]:
+    """Where the columns of an embedding [N, C] come from: per encoder that has any, one source or None per column.
+
+    A column is a hidden state, bit for bit, in some channels: pipelines lay encoders and layers side by side. Where no state
+    equals it, it may be a scaled state with a constant, or a sum of several calls' states of one position, as weighted prompts
+    have it. Where several positions are equally good, the longest run of neighbors decides; None where that is a tie.
+
+    Args:
+        embedding: [N, C].
+        calls: of the text encoders.
+        special: per encoder the ids of tokens that stand for no text.
+    """
+    sources: dict[str, list[Source | None]] = {}
+    unexplained = (embedding != 0).any(dim=1).cpu().numpy()
+    offsets = _offsets({state.shape[2] for call in calls for state in call.states}, embedding.shape[1])
+    for offset in offsets:
+        for column, source in _equal(embedding, calls, offset):
+            _put(sources, calls, len(embedding), column, source)
+            unexplained[column] = False
+    if unexplained.any():
+        columns = np.flatnonzero(unexplained)
+        for encoder in dict.fromkeys(call.encoder for call in calls):
+            for column, source in _weighted(embedding, columns, calls, encoder, offsets, special.get(encoder, frozenset())):
+                _put(sources, calls, len(embedding), column, source)
+    return sources
+
+
+def _put(sources: dict[str, list[Source | None]], calls: Sequence[Call], count: int, column: int, source: Source) -> None:
+    known = sources.setdefault(calls[source[0]].encoder, [None] * count)
+    known[column] = known[column] or source
+
+
+def _offsets(widths: Iterable[int], channels: int) -> list[int]:
+    """The channels at which a hidden state may begin: the sums of widths."""
+    sums = {0}
+    for start in (reached := [0]):
+        more = {start + width for width in widths if start + width < channels} - sums
+        sums |= more
+        reached.extend(more)
+    return sorted(sums)
+
+
+def _keys(states: torch.Tensor) -> list[bytes]:
+    """The first channels of each state [..., C], flattened, as bytes."""
+    keys = states[..., :_KEY_CHANNELS].reshape(-1, min(_KEY_CHANNELS, states.shape[-1])).contiguous().cpu()
+    return [row.tobytes() for row in keys.view(torch.uint8).numpy()]
+
+
+def _equal(embedding: torch.Tensor, calls: Sequence[Call], offset: int) -> Iterator[tuple[int, Source]]:
+    """The columns that equal a hidden state from the channel `offset` on."""
+    columns = [_Column() for _ in embedding]
+    looked_up: dict[int, dict[bytes, list[int]]] = {}
+    for number, call in enumerate(calls):
+        batch, length = call.ids.shape
+        for state in call.states:
+            width = state.shape[2]
+            if offset + width > embedding.shape[1]:
+                continue
+            if width not in looked_up:
+                window = embedding[:, offset : offset + width]
+                places: dict[bytes, list[int]] = {}
+                for column, key in enumerate(_keys(window)):
+                    places.setdefault(key, []).append(column)
+                looked_up[width] = places
+            matches = np.zeros((batch, len(columns), length), dtype=bool)
+            for at, key in enumerate(_keys(state[..., :_KEY_CHANNELS].to(embedding.dtype))):
+                for column in looked_up[width].get(key, ()):
+                    matches[at // length, column, at % length] = True
+            for row in np.flatnonzero(matches.any(axis=(1, 2))):
+                _compete(columns, matches[row], calls, number, int(row), state)
+    for column, best in enumerate(columns):
+        if best.source is not None and best.state is not None and best.is_unique:
+            _, row, position = best.source
+            state = best.state[row, position].to(embedding)
+            if state.any() and torch.equal(state, embedding[column, offset : offset + len(state)]):
+                yield column, best.source
+
+
+def _compete(
+    columns: Sequence[_Column], matches: NDArray[np.bool_], calls: Sequence[Call], number: int, row: int, state: torch.Tensor
+) -> None:
+    """Puts the matches [N, L] of one row in place of shorter runs."""
+    call, runs = calls[number], _runs(matches)
+    for column in np.flatnonzero(matches.any(axis=1)):
+        best, longest = columns[column], int(runs[column].max())
+        if longest < best.run:
+            continue
+        positions = np.flatnonzero(runs[column] == longest)
+        source = (number, row, int(positions[0]))
+        if longest > best.run:
+            best.run, best.source, best.state, best.is_unique = longest, source, state, len(positions) == 1
+        elif best.source is not None and calls[best.source[0]].encoder == call.encoder:
+            other, other_row, other_position = best.source
+            is_same = calls[other].id_at(other_row, other_position) == call.id_at(row, source[2])
+            best.is_unique &= is_same and len(positions) == 1 and other_position == source[2]
+
+
+def _runs(matches: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """How long the run along the diagonal is that each match [N, L] belongs to."""
+    before, after = matches.astype(np.int32), matches.astype(np.int32)
+    for column in range(1, len(matches)):
+        before[column, 1:] += before[column - 1, :-1] * matches[column, 1:]
+        after[-1 - column, :-1] += after[-column, 1:] * matches[-1 - column, :-1]
+    return np.where(matches, before + after - 1, 0).astype(np.int32)
+
+
+def _weighted(
+    embedding: torch.Tensor,
+    columns: NDArray[np.intp],
+    calls: Sequence[Call],
+    encoder: str,
+    offsets: Sequence[int],
+    special: frozenset[int],
+) -> Iterator[tuple[int, Source]]:
+    """Of some columns those that are sums of an encoder's states of one position, with a constant."""
+    samples = columns[np.linspace(0, len(columns) - 1, min(8, len(columns))).round().astype(int)]
+    best: tuple[int, _States, int] | None = None
+    for states in _layers(calls, encoder):
+        for offset in offsets:
+            if offset + states.width <= embedding.shape[1]:
+                explained = int(states.matches(embedding[samples, offset : offset + states.width]).any(axis=1).sum())
+                if explained and (best is None or explained > best[0]):
+                    best = explained, states, offset
+    if best is None:
+        return
+    _, states, offset = best
+    window = embedding[columns, offset : offset + states.width]
+    matches = np.zeros((len(embedding), states.length), dtype=bool)
+    matches[columns] = states.matches(window)
+    runs = _runs(matches)
+    for index, column in enumerate(columns):
+        positions = np.flatnonzero(runs[column] == max(1, runs[column].max()))
+        if len(positions) != 1:
+            continue
+        position = int(positions[0])
+        sources = [(call, row, position) for call, row in states.contributors(window[index], position)]
+        named: dict[int, Source] = {}
+        for call, row, _ in sources:
+            named.setdefault(calls[call].id_at(row, position), (call, row, position))
+        of_text = [source for token, source in named.items() if token not in special]
+        if len(of_text) == 1 or (not of_text and named):
+            yield int(column), (of_text or list(named.values()))[0]
+
+
+class _States:
+    """One layer's states of all rows of an encoder that have one length, without their constant, of norm one."""
+
+    def __init__(self, rows: Sequence[tuple[int, int]], states: torch.Tensor) -> None:
+        """`rows` are the calls and rows that `states` [R, L, C] are of."""
+        self.rows = rows
+        self.length, self.width = states.shape[1:]
+        states = states.float() - states.float().mean(dim=2, keepdim=True)
+        self._states = torch.nn.functional.normalize(states, dim=2)
+        values, self._vectors = torch.linalg.eigh(torch.einsum("rlc,slc->lrs", self._states, self._states))
+        kept = values > _INDEPENDENT * values[:, -1:]
+        self._inverse = torch.where(kept, 1 / values.clamp_min(1e-30), 0)
+
+    def matches(self, columns: torch.Tensor) -> NDArray[np.bool_]:
+        """Which columns [n, C] are sums of the states of which positions: [n, L]."""
+        columns = columns.float() - columns.float().mean(dim=1, keepdim=True)
+        products = torch.einsum("nc,rlc->lnr", columns, self._states) @ self._vectors
+        explained = (products.square() * self._inverse[:, None]).sum(dim=2)
+        norms = columns.square().sum(dim=1)
+        matches: NDArray[np.bool_] = ((explained >= (1 - _UNEXPLAINED) * norms) & (norms > 0)).T.cpu().numpy()
+        return matches
+
+    def contributors(self, column: torch.Tensor, position: int) -> list[tuple[int, int]]:
+        """The rows whose states of a position a column is the sum of."""
+        column = column.float() - column.float().mean()
+        vectors = self._vectors[position]
+        shares = vectors @ (self._inverse[position] * (vectors.T @ (self._states[:, position] @ column)))
+        return [self.rows[row] for row in (shares.abs() > _CONTRIBUTES * column.norm()).nonzero().flatten().tolist()]
+
+
+def _layers(calls: Sequence[Call], encoder: str) -> Iterator[_States]:
+    """An encoder's states, layer by layer from the last, of all rows of one length together."""
+    groups: dict[tuple[int, int, int], list[tuple[int, torch.Tensor]]] = {}
+    for number, call in enumerate(calls):
+        for layer, state in enumerate(call.states if call.encoder == encoder else ()):
+            groups.setdefault((layer, *state.shape[1:]), []).append((number, state))
+    for layer, _, width in sorted(groups, reverse=True):
+        members = groups[layer, _, width]
+        rows = [(number, row) for number, state in members for row in range(len(state))]
+        # Of so many states almost every column would be a sum.
+        if len(rows) <= width // 2:
+            yield _States(rows, torch.cat([state for _, state in members]))
