@@ -80,12 +80,12 @@ def t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
     return T5EncoderModel(config).eval()
 
 
-def autoencoder(latents: int = LATENTS) -> diffusers.AutoencoderKL:
-    """Latents of a quarter of the picture's height and width."""
+def autoencoder(latents: int = LATENTS, blocks: int = 3) -> diffusers.AutoencoderKL:
+    """Latents of a quarter of the picture's height and width, or of half of that for every block more."""
     model = diffusers.AutoencoderKL(
-        block_out_channels=(4, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, *[8] * (blocks - 1)),
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
         latent_channels=latents,
         norm_num_groups=4,
         shift_factor=0.0,

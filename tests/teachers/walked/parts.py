@@ -136,10 +136,11 @@ def seeing_clip(cls: str = "CLIPVisionModelWithProjection") -> nn.Module:
 def upscaling_unet() -> nn.Module:
     """The U-Net of the upscaler of latents."""
     return diffusers.UNet2DConditionModel(
-        act_fn="gelu", attention_head_dim=8, norm_num_groups=None, block_out_channels=[64, 64], time_cond_proj_dim=160,
+        act_fn="gelu", attention_head_dim=8, norm_num_groups=None, block_out_channels=[32, 32, 64, 64], time_cond_proj_dim=160,
         conv_in_kernel=1, conv_out_kernel=1, cross_attention_dim=WIDTH, in_channels=2 * LATENTS, out_channels=LATENTS + 1,
-        down_block_types=("KDownBlock2D", "KCrossAttnDownBlock2D"), up_block_types=("KCrossAttnUpBlock2D", "KUpBlock2D"),
-        mid_block_type=None, resnet_time_scale_shift="scale_shift", time_embedding_type="fourier", timestep_post_act="gelu",
+        down_block_types=("KDownBlock2D", *["KCrossAttnDownBlock2D"] * 3),
+        up_block_types=(*["KCrossAttnUpBlock2D"] * 3, "KUpBlock2D"), only_cross_attention=False, mid_block_type=None,
+        resnet_time_scale_shift="scale_shift", time_embedding_type="fourier", timestep_post_act="gelu",
     ).eval()  # fmt: skip
 
 

@@ -159,7 +159,9 @@ WALK |= {
     "StableDiffusionPipeline/unguided": Walked(_SD).and_(guidance_scale=1.0),
     "StableDiffusionSAGPipeline/unguided": Walked(_SD).and_(guidance_scale=1.0),
     "StableDiffusionPAGPipeline/unguided": Walked(_SD).and_(guidance_scale=1.0),
-    "StableDiffusionPanoramaPipeline/wide": Walked(_SD).and_(height=256, width=320),
+    "StableDiffusionPanoramaPipeline/two views": Walked(_SD).and_(
+        {"vae": partial(autoencoder, blocks=4)}, height=512, width=576, output_type="latent"
+    ),
 }
 
 
