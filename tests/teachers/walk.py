@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,7 +29,7 @@ from lavender.errors import LavenderError
 from lavender.maps import Maps
 from lavender.words import words_of
 
-from .walked import HEIGHT, PROMPT, WALK, WIDTH_PIXELS, Walked, mask, picture
+from .walked import HEIGHT, PROMPT, SWITCHED, WALK, WIDTH_PIXELS, Walked, mask, picture
 from .zoo import DENOISERS
 
 EXCHANGED = {"cat": "two", "red": "the", "hat": "two"}
@@ -67,7 +67,7 @@ def pipeline_class(name: str) -> type:
 
 def built(name: str) -> Any:
     """A pipeline of the walk."""
-    cls, walked = pipeline_class(name), WALK[name]
+    cls, walked = pipeline_class(name), {**WALK, **SWITCHED}[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
@@ -112,13 +112,13 @@ class Forward:
     Attributes:
         text: its text embeddings, [B, N, C].
         text_mask: of them, or None.
-        timestep: of the call.
+        step: how many steps the scheduler had made.
         calls: (layer, query, key, mask, scale) of every attention call in it.
     """
 
     text: torch.Tensor
     text_mask: torch.Tensor | None
-    timestep: float
+    step: int
     calls: list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor | None, float | None]] = field(default_factory=list)
 
 
@@ -129,7 +129,7 @@ def denoisers_of(pipe: Any) -> list[nn.Module]:
 
 
 class _Enough(Exception):
-    """Raised where the forwards after the first timestep are not wanted."""
+    """Raised where the forwards after the first step are not wanted."""
 
 
 def _leave(running: list[str]) -> Callable[..., None]:
@@ -141,20 +141,25 @@ def _leave(running: list[str]) -> Callable[..., None]:
 
 @contextmanager
 def forwards_of(pipe: Any, whole: bool = True, attention: bool = True) -> Iterator[list[Forward]]:
-    """The denoiser's calls, or those of the first timestep alone, with their attention or without: that of a pipeline that is not
+    """The denoiser's calls, or those of the first step alone, with their attention or without: that of a pipeline that is not
     patched.
     """
-    seen, running = [], []
+    seen, running, steps = [], [], []
+    step = pipe.scheduler.step
     signature = inspect.signature(type(denoisers_of(pipe)[0]).forward)
     original = F.scaled_dot_product_attention
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = signature.bind(module, *args, **kwargs).arguments
-        timestep = float(torch.as_tensor(inputs["timestep"]).max())  # a given frame's places may have one of their own
-        if not whole and seen and timestep != seen[0].timestep:
+        if not whole and steps:
             raise _Enough
         text_mask = inputs.get("encoder_attention_mask")
-        seen.append(Forward(inputs["encoder_hidden_states"].detach().clone(), text_mask, timestep))
+        seen.append(Forward(inputs["encoder_hidden_states"].detach().clone(), text_mask, len(steps)))
+
+    @wraps(step)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        steps.append(1)
+        return step(*args, **kwargs)
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any):
         if running:
@@ -166,7 +171,7 @@ def forwards_of(pipe: Any, whole: bool = True, attention: bool = True) -> Iterat
         handles.append(module.register_forward_pre_hook(lambda _m, _a, name=name: running.append(name)))
         handles.append(module.register_forward_hook(_leave(running), always_call=True))
     try:
-        with mock.patch.object(F, "scaled_dot_product_attention", attend) if attention else nullcontext():
+        with mock.patch.object(scheduler, "step", counted), mock.patch.object(F, "scaled_dot_product_attention", attend) if attention else nullcontext():
             yield seen
     finally:
         for handle in handles:
@@ -192,7 +197,7 @@ def apart(pipe: Any) -> Iterator[None]:
 
 @dataclass
 class Place:
-    """Where a prompt stands: which forward of a timestep and which sample of it carries it, and the columns of each word."""
+    """Where a prompt stands: which forward of a step and which sample of it carries it, and the columns of each word."""
 
     forward: int
     sample: int
@@ -220,24 +225,25 @@ def place_of(pipe: Any, walked: Walked) -> Place:
 
 # The maps
 
+Expected = dict[tuple[str, int], dict[str, torch.Tensor]]
+"""Layer and number of places -> word -> [places], float64."""
 
-def explicit_maps(pipe: Any, forwards: list[Forward], place: Place, layers: tuple[str, ...]) -> dict[str, dict[str, torch.Tensor]]:
-    """{layer: {word: [places]}}, the mean over heads and steps, float64: of a timestep the first forward that has the prompt."""
-    first = [forward for forward in forwards if forward.timestep == forwards[0].timestep]
+
+def explicit_maps(pipe: Any, forwards: list[Forward], place: Place, layers: tuple[str, ...]) -> Expected:
+    """The mean over heads and steps: of every step the first forward that has the prompt."""
+    first = [forward for forward in forwards if not forward.step]
     prompt = first[place.forward].text[place.sample]
     belonging: list[tuple[Forward, int]] = []
     for forward in forwards:
         samples = [b for b, own in enumerate(forward.text) if own.shape == prompt.shape and torch.equal(own, prompt)]
-        if samples and not (belonging and belonging[-1][0].timestep == forward.timestep):
+        if samples and not (belonging and belonging[-1][0].step == forward.step):
             belonging.append((forward, samples[0]))
     return mean_maps(pipe, belonging, place, layers)
 
 
-def mean_maps(
-    pipe: Any, forwards: list[tuple[Forward, int]], place: Place, layers: tuple[str, ...]
-) -> dict[str, dict[str, torch.Tensor]]:
-    """{layer: {word: [places]}}, the mean over heads and over these forwards, each of one of its samples, float64."""
-    sums: dict[str, dict[str, list[torch.Tensor]]] = {}
+def mean_maps(pipe: Any, forwards: list[tuple[Forward, int]], place: Place, layers: tuple[str, ...]) -> Expected:
+    """The mean over heads and over these forwards, each of one of its samples, float64."""
+    sums: dict[tuple[str, int], dict[str, list[torch.Tensor]]] = {}
     for forward, sample in forwards:
         read = set()
         for layer, query, key, attention_mask, scale in forward.calls:
@@ -246,8 +252,8 @@ def mean_maps(
             read.add(layer)
             attention = _attention(pipe, forward, sample, query, key, attention_mask, scale)
             for word, columns in place.columns.items():
-                sums.setdefault(layer, {}).setdefault(word, []).append(attention[..., columns].mean(-1).mean(0))
-        assert read == set(layers)
+                found = attention[..., columns].mean(-1).mean(0)
+                sums.setdefault((layer, len(found)), {}).setdefault(word, []).append(found)
     return {layer: {word: torch.stack(maps).mean(0) for word, maps in words.items()} for layer, words in sums.items()}
 
 
@@ -291,17 +297,19 @@ class Outcome:
         when: where it was refused: by "patch", by the pipeline's "call" before the denoiser ran, or by "maps"; None where maps were
             read.
         error: what was said.
+        missing: how many of its layers were not read, if any.
     """
 
     denoiser: str
     when: str | None = None
     error: str = ""
+    missing: str = ""
 
 
 @cache
 def walk(name: str) -> Outcome:
     """Draws a class's picture with and without the patch and compares everything; fails by an AssertionError."""
-    pipe, walked = built(name), WALK[name]
+    pipe, walked = built(name), {**WALK, **SWITCHED}[name]
     before, denoiser = type(pipe), type(denoisers_of(pipe)[0]).__name__
     with forwards_of(pipe) as forwards:
         plain = drawn(pipe, walked)
@@ -337,21 +345,27 @@ def walk(name: str) -> Outcome:
     require_equal(plain, drawn(pipe, walked))
     assert list(maps) == list(dict.fromkeys(word.text for word in words_of(PROMPT)))
     expected = explicit_maps(pipe, forwards, place_of(pipe, walked), lens.layers)
-    assert {entry.layer for entry in maps.entries} == set(lens.layers)
+    missing = maps.coverage.missing_layers
+    assert sorted({entry.layer for entry in maps.entries} | set(missing)) == sorted(lens.layers)
+    assert len(maps.entries) == len({key for key in expected if key[0] not in missing})
     size = {**USUAL, **walked.options}
     assert all(e.maps.shape[-2] * size["width"] == e.maps.shape[-1] * size["height"] for e in maps.entries)
     require_maps(maps, expected)
-    return Outcome(denoiser)
+    return Outcome(denoiser, missing=f"{len(missing)} of {len(lens.layers)}" if missing else "")
 
 
-def require_maps(maps: Maps, expected: dict[str, dict[str, torch.Tensor]]) -> None:
+def require_maps(maps: Maps, expected: Expected) -> None:
     """Maps are those that were expected, of the words that were exchanged."""
     numbers = {word.text: n for n, word in enumerate(maps.words)}
     for entry in maps.entries:
         for word in EXCHANGED:
             own = entry.maps.mean(0)[numbers[word]].double().flatten()
             torch.testing.assert_close(
-                own, expected[entry.layer][word], rtol=1e-5, atol=1e-7, msg=lambda m, e=entry, w=word: f"{e.layer}, {w}: {m}"
+                own,
+                expected[entry.layer, len(own)][word],
+                rtol=1e-5,
+                atol=1e-7,
+                msg=lambda m, e=entry, w=word: f"{e.layer}, {w}: {m}",
             )
 
 
@@ -433,12 +447,14 @@ def table() -> str:
         apart.setdefault((outcome.denoiser or "none of them", _described(outcome)), []).append(name)
     lines += ["", "| denoiser | pipelines | their maps |", "|---|---|---|"]
     lines += [f"| {kind} | {', '.join(names)} | {described} |" for (kind, described), names in sorted(apart.items())]
+    lines += ["", "| pipeline | what is switched on | its maps |", "|---|---|---|"]
+    lines += [f"| {name.replace('/', ' | ')} | {_described(walk(name))} |" for name in sorted(SWITCHED)]
     return "\n".join(lines) + "\n"
 
 
 def _described(outcome: Outcome) -> str:
     if outcome.when is None:
-        return "read"
+        return f"read, but for {outcome.missing} layers" if outcome.missing else "read"
     reason = re.split(r"; |\. (?=[A-Z])|\n", outcome.error)[0]
     reason = re.sub(r"\b(an?|this|a) [A-Z]\w+Pipeline\b", "this pipeline", reason)
     return f"refused by {_WHERE[outcome.when]}: {reason}".replace("|", "\\|")
