@@ -200,7 +200,7 @@ class TeacherPatch(Handle):
         self._latest, self._author = (drawing, self._state.thread) if is_alone else (None, _SEVERAL)
 
     @contextmanager
-    def _running(self, arguments: dict[str, Any]) -> Iterator[Drawing]:
+    def running(self, arguments: dict[str, Any]) -> Iterator[Drawing]:
         """The pipeline's own call, from its arguments to its end. Raises `CaptureError` where nothing could be read of it."""
         for hooks in self._hooks:
             hooks.require_readable()
@@ -230,13 +230,13 @@ class TeacherPatch(Handle):
             branch.texts, branch.words = fresh.texts, fresh.words
             drawing.rows += known
 
-    def _begun(self, arguments: dict[str, Any]) -> AbstractContextManager[Any]:
+    def begun(self) -> AbstractContextManager[Any]:
         """Around `encode_prompt`: inside the pipeline's call, what that reads is read already."""
         drawing = self._drawing
         is_inside = drawing is not None and drawing.whole and not drawing.is_closed
         return nullcontext() if is_inside else self._reader.reading()
 
-    def _finished(self, arguments: dict[str, Any], texts: Texts | None, output: Any) -> None:
+    def finished(self, arguments: dict[str, Any], texts: Texts | None, output: Any) -> None:
         """`encode_prompt` ran: by a user it says what is drawn next; inside the pipeline's call its first run has the prompt."""
         drawing = self._drawing
         if texts is None:
@@ -285,7 +285,7 @@ class TeacherPatch(Handle):
             )
         rows = drawing.rows_of(embeddings)
         if all(row.text is None for row in rows):
-            drawing.left_out["without a text of this call"] += 1
+            drawing.left_out["without the prompt"] += 1
             return []
         wanted: list[Wanted] = []
         for branch in drawing.branches:

@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from .drawing import Drawing
 from .turns import turn_of
 
-if TYPE_CHECKING:
-    from .patch import TeacherPatch
-
 _CALLBACKS = ("callback_on_step_end", "callback")
 
 
-def watched_class(original: type, patch: TeacherPatch) -> type:
+class Watcher(Protocol):
+    """Who hears of what a pipeline does."""
+
+    pipe: Any
+
+    @property
+    def is_patched(self) -> bool:
+        """Whether it still wants to."""
+
+    def running(self, arguments: dict[str, Any]) -> AbstractContextManager[Drawing]:
+        """Around a call of the pipeline."""
+
+    def begun(self) -> AbstractContextManager[Any]:
+        """Around `encode_prompt`."""
+
+    def finished(self, arguments: dict[str, Any], texts: Any, output: Any) -> None:
+        """After `encode_prompt`, with what `begun` gave."""
+
+
+def watched_class(original: type, patch: Watcher) -> type:
     """A pipeline's class that reports to the patch what is drawn: the same in everything else, its name included.
 
     The class is swapped because Python looks `__call__` up on the type. `encode_prompt` goes the same way: bound to the pipeline
@@ -39,7 +56,7 @@ def watched_class(original: type, patch: TeacherPatch) -> type:
             arguments = bound(original.__call__, self, args, kwargs)
             if arguments is None:
                 return original.__call__(self, *args, **kwargs)
-            with patch._running(_with_defaults(arguments)) as drawing:
+            with patch.running(_with_defaults(arguments)) as drawing:
                 _suspend_in_callbacks(arguments, drawing)
                 return original.__call__(*arguments.args, **arguments.kwargs)
 
@@ -48,9 +65,9 @@ def watched_class(original: type, patch: TeacherPatch) -> type:
         if arguments is None:
             return original.encode_prompt(self, *args, **kwargs)  # type: ignore[attr-defined]
         given = _with_defaults(arguments)
-        with patch._begun(given) as texts:
+        with patch.begun() as texts:
             output = original.encode_prompt(self, *args, **kwargs)  # type: ignore[attr-defined]
-            patch._finished(given, texts, output)
+            patch.finished(given, texts, output)
         return output
 
     def reduce(self: Any, protocol: Any) -> Any:

@@ -197,7 +197,7 @@ def test_an_embedding_that_is_changed_in_place_is_another_text():
             draw(pipe, SD, **options)
             assert {entry.step for entry in lens.maps.entries} == {0}
             assert torch.equal(lens.maps["cat"].values, first)
-            assert lens.maps.coverage.left_out == {"without a text of this call": 1}
+            assert lens.maps.coverage.left_out == {"without the prompt": 1}
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
