@@ -115,6 +115,8 @@ class Drawing:
         texts: what the text encoders read; None when no more of it is needed.
         rows: the embeddings that are known to be of its texts.
         others: the latest embeddings that are of none.
+        first_step: when the denoiser ran first. What it got by then is what the prompt was encoded to: other embeddings that come
+            later are not, however like it they are.
         is_suspended: whether a callback runs: what the denoiser does there is not part of the call.
         is_closed: whether the call has ended: what the denoiser does later is not part of it.
         left_out: how many forwards were not recorded, by reason.
@@ -129,6 +131,7 @@ class Drawing:
     rows: list[Row] = field(default_factory=list)
     others: deque[Row] = field(default_factory=lambda: deque(maxlen=8))
     latest: tuple[torch.Tensor, int, list[Row]] | None = None
+    first_step: tuple[Any, ...] = ()
     is_suspended: bool = False
     is_closed: bool = False
     left_out: Counter[str] = field(default_factory=Counter)
@@ -151,6 +154,12 @@ class Drawing:
         self.others.clear()
         for branch in self.branches:
             branch.latents = None
+
+    def begin_step(self, step: tuple[Any, ...]) -> None:
+        """Before a forward of the denoiser in the pipeline's own call."""
+        self.first_step = self.first_step or step
+        if not _are_equal(step, self.first_step):
+            self.texts = None
 
     def row_of(self, embedding: torch.Tensor) -> Row:
         """What an embedding [N, C] carries. Raises `CaptureError` where its tokens and the texts can be aligned in several ways."""

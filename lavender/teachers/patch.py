@@ -283,6 +283,10 @@ class TeacherPatch(Handle):
                 f"{type(self.denoiser).__name__} got {type(embeddings).__name__} as text and {type(latents).__name__} as latents; "
                 "lavender reads one text [N, C] for each sample of a batch"
             )
+        scheduler = getattr(self.pipe, "scheduler", None)
+        step = (inputs.get("timestep"), getattr(scheduler, "_step_index", None), getattr(scheduler, "counter", None))
+        if drawing.whole:
+            drawing.begin_step(step)
         rows = drawing.rows_of(embeddings)
         if all(row.text is None for row in rows):
             drawing.left_out["without the prompt"] += 1
@@ -290,7 +294,7 @@ class TeacherPatch(Handle):
         wanted: list[Wanted] = []
         for branch in drawing.branches:
             try:
-                recording, samples = self._of_branch(drawing, branch, rows, latents, inputs)
+                recording, samples = self._of_branch(drawing, branch, rows, latents, step)
             except Exception as error:  # see `_open`
                 if not drawing.whole:
                     raise
@@ -302,7 +306,7 @@ class TeacherPatch(Handle):
         return wanted
 
     def _of_branch(
-        self, drawing: Drawing, branch: Branch, rows: Sequence[Row], latents: torch.Tensor, inputs: Mapping[str, Any]
+        self, drawing: Drawing, branch: Branch, rows: Sequence[Row], latents: torch.Tensor, step: tuple[Any, ...]
     ) -> tuple[Recording | None, list[int]]:
         """Where a forward is recorded for a branch, if it is, and its samples."""
         samples = [sample for sample, row in enumerate(rows) if row.text in branch.texts]
@@ -310,8 +314,6 @@ class TeacherPatch(Handle):
             return None, []
         if drawing.whole:  # else they are the user's own choice
             samples = branch.pictures([row.text for row in rows], latents)
-            scheduler = getattr(self.pipe, "scheduler", None)
-            step = (inputs.get("timestep"), getattr(scheduler, "_step_index", None), getattr(scheduler, "counter", None))
             if branch.is_further_pass(latents[samples], step, self._first_shows):
                 drawing.left_out["further passes of a step"] += branch is drawing.prompts
                 return None, []
