@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,6 @@ from torch import nn
 from ..errors import CaptureError
 from ..handle import PerThread
 from ..types import Word
-from ..words import match_words, words_and
 from .alignment import Alignment, Received, align
 from .tracing import Call, Source, trace
 
@@ -24,26 +24,8 @@ _TAIL = 2
 """Tokens that may follow a text that fills its window: the end, and one of a template."""
 
 TokenName = str | int
-"""A token's string, as `convert_ids_to_tokens` gives it, for all columns that have it; or the index of a text column."""
-
-
-def asked_words(text: str, more: Sequence[TokenName] = ()) -> tuple[tuple[Word, ...], tuple[TokenName, ...]]:
-    """The words of a text, and what of `more` is none.
-
-    Returns:
-        The words of `words_and`, then the places of those of `more` that stand in the text without being words, such as `<*>`;
-        and of `more` all numbers, and the strings that do not stand in the text, such as `<|startoftext|>`.
-    """
-    names = [name for name in more if isinstance(name, str)]
-    others = [name for name, places in zip(names, match_words(text, names), strict=True) if name and not places]
-    standing: list[Word] = []
-    for name in others:
-        at = text.find(name)
-        while at >= 0:
-            standing.append(Word(name, at, at + len(name)))
-            at = text.find(name, at + len(name))
-    absent = {name for name in others if name not in text}
-    return (*words_and(text, names), *standing), tuple(name for name in more if isinstance(name, int) or name in absent)
+"""What stands in a text without being a word, as a concept `<*>` does, for its first place; a token's string, as
+`convert_ids_to_tokens` gives it, for all columns that have it; or the index of a text column."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +47,7 @@ class Carried:
         """Each column's share of each word, then of each token.
 
         Args:
-            words: W words of `text` (as `words_of` or `asked_words` give them).
+            words: W words of `text`.
             tokens: K tokens that are no words.
 
         Returns:
@@ -75,15 +57,27 @@ class Carried:
         asked: list[Word | TokenName] = [*words, *tokens]
         weights = torch.zeros(max(1, len(asked)), len(self.columns))
         for alignment in self._alignments:
-            for w, columns in enumerate(alignment.columns_of(words)):
+            for w, columns in enumerate([*alignment.columns_of(words), *(self._standing(token, alignment) for token in tokens)]):
                 if columns:
                     weights[w, columns] += 1 / len(columns)
         for w, token in enumerate(tokens, start=len(words)):
-            columns = [c for c, name in enumerate(self.columns) if token in (c, name)]
+            columns = [] if weights[w].any() else [c for c, name in enumerate(self.columns) if token in (c, name)]
             if columns:
                 weights[w, columns] += 1 / len(columns)
         missing = [each for w, each in enumerate(asked) if not weights[w].any()]
         return weights / weights.sum(dim=1, keepdim=True).clamp_min(1), missing
+
+    def _standing(self, token: TokenName, alignment: Alignment) -> list[int]:
+        """The columns of what stands in the text without being a word, if its letters are what was tokenized."""
+        at = self.text.find(token) if isinstance(token, str) else -1
+        if not isinstance(token, str) or at < 0:
+            return []
+        word = Word(token, at, at + len(token))
+        [span] = alignment.place([word])
+        # A concept of several vectors is written out: <*> <*>_1 <*>_2.
+        vectors = rf"{re.escape(token)}(\s*{re.escape(token)}_\d+)*"
+        is_literal = span is not None and re.fullmatch(vectors, alignment.text[span[0] : span[1]]) is not None
+        return alignment.columns_of([word])[0] if is_literal else []
 
 
 class Texts:

@@ -125,25 +125,22 @@ def _keys(states: torch.Tensor) -> list[bytes]:
 def _equal(embedding: torch.Tensor, calls: Sequence[Call], offset: int) -> Iterator[tuple[int, Source]]:
     """The columns that equal a hidden state from the channel `offset` on."""
     columns = [_Column() for _ in embedding]
-    looked_up: dict[int, dict[bytes, list[int]]] = {}
+    # Per width of the window, a number for every key, and the numbers of the columns.
+    numbered: dict[int, tuple[dict[bytes, int], NDArray[np.int64]]] = {}
     for number, call in enumerate(calls):
-        batch, length = call.ids.shape
         for state in call.states:
             width = state.shape[2]
             if offset + width > embedding.shape[1]:
                 continue
-            if width not in looked_up:
-                window = embedding[:, offset : offset + width]
-                places: dict[bytes, list[int]] = {}
-                for column, key in enumerate(_keys(window)):
-                    places.setdefault(key, []).append(column)
-                looked_up[width] = places
-            matches = np.zeros((batch, len(columns), length), dtype=bool)
-            for at, key in enumerate(_keys(state[..., :_KEY_CHANNELS].to(embedding.dtype))):
-                for column in looked_up[width].get(key, ()):
-                    matches[at // length, column, at % length] = True
-            for row in np.flatnonzero(matches.any(axis=(1, 2))):
-                _compete(columns, matches[row], calls, number, int(row), state)
+            if width not in numbered:
+                numbers: dict[bytes, int] = {}
+                keys = _keys(embedding[:, offset : offset + width])
+                numbered[width] = numbers, np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+            numbers, wanted = numbered[width]
+            found = np.array([numbers.get(key, -1) for key in _keys(state[..., :_KEY_CHANNELS].to(embedding.dtype))])
+            for row, present in enumerate(found.reshape(call.ids.shape)):
+                if (present >= 0).any():
+                    _compete(columns, wanted[:, None] == present, calls, number, row, state)
     for column, best in enumerate(columns):
         if best.source is not None and best.state is not None and best.is_unique:
             _, row, position = best.source
