@@ -145,7 +145,8 @@ def forwards_of(pipe: Any, whole: bool = True, attention: bool = True) -> Iterat
     patched.
     """
     seen, running, steps = [], [], []
-    step = pipe.scheduler.step
+    scheduler = type(pipe.scheduler)
+    step = scheduler.step
     signature = inspect.signature(type(denoisers_of(pipe)[0]).forward)
     original = F.scaled_dot_product_attention
 
@@ -171,7 +172,10 @@ def forwards_of(pipe: Any, whole: bool = True, attention: bool = True) -> Iterat
         handles.append(module.register_forward_pre_hook(lambda _m, _a, name=name: running.append(name)))
         handles.append(module.register_forward_hook(_leave(running), always_call=True))
     try:
-        with mock.patch.object(scheduler, "step", counted), mock.patch.object(F, "scaled_dot_product_attention", attend) if attention else nullcontext():
+        with (
+            mock.patch.object(scheduler, "step", counted),
+            mock.patch.object(F, "scaled_dot_product_attention", attend) if attention else nullcontext(),
+        ):
             yield seen
     finally:
         for handle in handles:
