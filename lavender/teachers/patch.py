@@ -313,6 +313,7 @@ class TeacherPatch(Handle):
         if not samples or branch.error is not None:
             return None, []
         if drawing.whole:  # else they are the user's own choice
+            _require_one_time(step[0], samples, len(rows))
             samples = branch.pictures([row.text for row in rows], latents)
             if branch.is_further_pass(latents[samples], step, self._first_shows):
                 drawing.left_out["further passes of a step"] += branch is drawing.prompts
@@ -360,6 +361,16 @@ class TeacherPatch(Handle):
 
     def _say(self, error: Exception) -> None:
         warnings.warn(f"lavender cannot read this picture's maps, or not all: {first_line(error)}", stacklevel=2)
+
+
+def _require_one_time(timestep: Any, samples: Sequence[int], size: int) -> None:
+    """Raises `CaptureError` where some samples of a batch are at several timesteps, as in sampling that is parallel in time."""
+    are_apart = isinstance(timestep, torch.Tensor) and timestep.ndim > 0 and len(timestep) == size
+    if are_apart and (timestep[list(samples)] != timestep[samples[0]]).any():
+        raise CaptureError(
+            "one batch of the denoiser holds a picture at several timesteps; record the forwards that you mean with "
+            "patch.capture(word_weights)"
+        )
 
 
 def _embeddings_in(output: Any) -> Iterator[torch.Tensor]:

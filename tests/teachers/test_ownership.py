@@ -509,3 +509,17 @@ def test_an_error_of_our_own_keeps_the_picture(monkeypatch):
             assert (draw(pipe, SD) == plain).all()
         with pytest.raises(CaptureError, match="no memory left"):
             lens.maps  # noqa: B018
+
+
+def test_a_batch_of_several_timesteps_is_refused_and_the_picture_is_kept():
+    plain_pipe = PIPELINES[SD]()
+    parts = {name: part for name, part in plain_pipe.components.items() if name != "image_encoder"}
+    pipe = diffusers.StableDiffusionParadigmsPipeline(**parts, requires_safety_checker=False)
+    pipe.scheduler = diffusers.DDIMParallelScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    plain = draw(pipe, SD, parallel=2)
+    with lavender.patch(pipe) as lens:
+        with pytest.warns(UserWarning, match="several timesteps"):
+            assert (draw(pipe, SD, parallel=2) == plain).all()
+        with pytest.raises(CaptureError, match="several timesteps"):
+            lens.maps  # noqa: B018
