@@ -67,17 +67,21 @@ def pipeline_class(name: str) -> type:
 
 def built(name: str) -> Any:
     """A pipeline of the walk."""
-    cls, walked = pipeline_class(name), {**WALK, **SWITCHED}[name]
+    walked = {**WALK, **SWITCHED}[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-        made = {p.name: walked.parts[p.name]() for p in parameters if p.name in walked.parts}
-    required = {p.name: None for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-    pipe = cls(**{**required, **made})
+        pipe = walked.build() if walked.build is not None else _assembled(pipeline_class(name), walked)
     pipe.set_progress_bar_config(disable=True)
     if walked.prepare is not None:
         walked.prepare(pipe)
     return pipe
+
+
+def _assembled(cls: type, walked: Walked) -> Any:
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    made = {p.name: walked.parts[p.name]() for p in parameters if p.name in walked.parts}
+    required = {p.name: None for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    return cls(**{**required, **made})
 
 
 def drawn(pipe: Any, walked: Walked, prompt: str = PROMPT, **more: Any) -> list[torch.Tensor]:

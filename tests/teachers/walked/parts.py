@@ -43,12 +43,14 @@ class Walked:
         parts: builders of its components; those that its `__init__` does not take are left.
         options: arguments of its call, in place of the usual ones; None leaves an argument out.
         prepare: what is done to the pipeline when it is built.
+        build: what builds it, in place of its class and parts.
         call: how it is called, with a generator and a prompt, where it takes more than one call.
     """
 
     parts: Parts
     options: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[[Any], None] | None = None
+    build: Callable[[], Any] | None = None
     call: Callable[[Any, dict[str, Any]], Any] | None = None
 
     def and_(self, parts: Parts | None = None, **options: Any) -> Walked:
