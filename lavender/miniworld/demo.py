@@ -15,7 +15,7 @@ from rich.table import Table
 from ..batches.collator import Collator
 from ..config import Rows, to_dict
 from ..evaluation.localization import SpanMaps
-from ..files import write_within
+from ..files import read_file, write_within
 from ..patching import patch
 from ..students.loading import load_student
 from ..students.patch import StudentPatch
@@ -51,7 +51,7 @@ def run_demo(out: Path, config: ExperimentConfig) -> Path:
     for number, (name, store) in enumerate([("none", None), ("teacher", targets)], start=3):
         console.rule(f"{number}/4  Fine-tuning {'with the teacher maps' if store else 'without maps'}")
         handles[name] = train_arm(name, out, config, store)
-        history = json.loads((out / name / "history.json").read_text())
+        history = json.loads(read_file(out / name / "history.json"))
         arms.append({"name": name, **measure(handles[name], processor, held_out, rows, teacher_maps), "history": history})
 
     results = {

@@ -124,7 +124,7 @@ def answer_rows(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 def _draw_examples(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    with np.load(path) as arrays:
+    with np.load(io.BytesIO(read_file(path))) as arrays:
         stored = dict(arrays)
     examples = []
     for i in range(1 + max(int(key.split("/")[0]) for key in stored)):

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import TargetError
+from ..errors import DataError, TargetError
+from ..files import own_path
 from .manifest import StoreConfig, config_of, difference, read_manifest, shards_of, source_of, unlisted_shards
 from .shards import Target, group_problem, opened, require_sha256, rows_of, schema, sha256_of
 from .soundness import store_problems
@@ -203,7 +204,10 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> int:
     for store, manifest in zip(stores, manifests, strict=True):
         if how := difference(manifests[0], manifest, (f"in {stores[0].folder}", f"in {store.folder}")):
             raise TargetError(f"{store.folder} holds targets of another teacher or config ({how}); merge stores of the same ones")
-    unfinished = out.with_name(out.name + ".merging")
+    try:
+        unfinished = own_path(out.parent, f"{out.name}.merging")
+    except DataError as error:
+        raise TargetError(str(error)) from None
     taken: dict[str, TargetStore] = {}
     with TargetWriter(unfinished, stores[0].source, stores[0].config) as writer:
         writer.begin_run()

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -146,7 +146,7 @@ def load_aligner(patch_handle: StudentPatch, run: str | Path) -> None:
     if not path.exists():
         raise ModelError(f"there is no aligner at {path}; give the folder of a finished run that had targets")
     try:
-        weights = load_file(path)
+        weights = load(read_file(path))
     except SafetensorError as error:
         raise ModelError(f"{path} is damaged ({error}); train the aligner again") from error
     _require_finite(weights, path)
