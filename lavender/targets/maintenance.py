@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import chain, combinations, groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import TargetError
-from .manifest import StoreConfig, config_of, difference, read_manifest, shards_of, source_of, unlisted_shards
+from .manifest import StoreConfig, config_of, difference, proven_source_of, read_manifest, shards_of, source_of, unlisted_shards
 from .shards import Target, group_problem, opened, require_sha256, rows_of, schema, sha256_of
 from .soundness import store_problems
 from .store import TargetStore, TargetWriter
@@ -200,12 +200,14 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> int:
         raise TargetError(f"{out} exists; give a new folder")
     stores = [TargetStore(folder) for folder in folders]
     manifests = [read_manifest(store.folder) for store in stores]
-    for store, manifest in zip(stores, manifests, strict=True):
-        if how := difference(manifests[0], manifest, (f"in {stores[0].folder}", f"in {store.folder}")):
-            raise TargetError(f"{store.folder} holds targets of another teacher or config ({how}); merge stores of the same ones")
+    for (first, one), (second, other) in combinations(zip(stores, manifests, strict=True), 2):
+        if how := difference(one, other, (f"in {first.folder}", f"in {second.folder}")):
+            raise TargetError(f"{second.folder} holds targets of another teacher or config ({how}); merge stores of the same ones")
+    # Where one of them does not say what its teacher does, nothing is known of all.
+    source = min(map(proven_source_of, manifests), key=lambda source: "behavior" in source)
     unfinished = out.with_name(out.name + ".merging")
     taken: dict[str, TargetStore] = {}
-    with TargetWriter(unfinished, stores[0].source, stores[0].config) as writer:
+    with TargetWriter(unfinished, source, stores[0].config) as writer:
         writer.begin_run()
         for store in stores:
             for _, ids in groupby(store, store.shard_of):

@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..config import Normalization, Storage, check_fields, fingerprint, from_dict, to_dict
 from ..errors import ConfigError, TargetError
 from ..files import read_file
@@ -21,6 +23,11 @@ OLD_VERSION = 2
 stores are read and continued, and keep their version and their fingerprint, which run folders recorded."""
 NAMES = ("model", "model_commit", "source")
 """Entries of a source that only name it: they decide nothing about the maps."""
+PROOFS = ("weights_as_loaded", "behavior")
+"""Entries of a source that compare it with another: the digits that older stores know its weights by, and what it does.
+
+Of `behavior`, lists of numbers are the same up to the relative distance `tolerance`, other entries if they are equal; `digits` of a
+source that its weights do not tell apart enter the fingerprint."""
 SHOWN = 60
 """Characters of a wrong value that an error shows."""
 _JSON_NAMES = {dict: "a mapping", list: "a list", str: "a text", bool: "true or false"}
@@ -127,6 +134,11 @@ def _problem(manifest: dict[str, Any]) -> str:
 
 def source_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What a store's maps came from."""
+    return {name: value for name, value in proven_source_of(manifest).items() if name not in PROOFS}
+
+
+def proven_source_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with `PROOFS`, which stores that were written before do not have."""
     if manifest["version"] == OLD_VERSION:
         return {**manifest["teacher"], **manifest["config"]}
     return dict(manifest["source"])
@@ -151,7 +163,9 @@ def _fingerprint(manifest: Mapping[str, Any]) -> str:
     """Sixteen digits of a store's source and config, the same in both versions: a run folder knows a store that was extracted
     again."""
     settings = _identity(manifest)
-    return fingerprint([settings.pop("weights", None), settings])
+    behavior = proven_source_of(manifest).get("behavior")
+    digits = behavior.get("digits") if isinstance(behavior, dict) else None
+    return fingerprint([settings.pop("weights", None), settings, *([digits] if digits else [])])
 
 
 def difference(there: Mapping[str, Any], now: Mapping[str, Any], places: tuple[str, str] = ("there", "now")) -> str:
@@ -163,9 +177,38 @@ def difference(there: Mapping[str, Any], now: Mapping[str, Any], places: tuple[s
     newer = max(there["version"], now["version"])
     versions = ((now["version"], theirs), (there["version"], ours))
     names = dict.fromkeys(name for version, entries in versions if version == newer for name in entries)
-    changed = [name for name in names if ours.get(name) != theirs.get(name)]
-    settings = [f"{name}: {ours.get(name)} {places[0]}, {theirs.get(name)} {places[1]}" for name in changed if name != "weights"]
-    return "; ".join(settings) or ("other weights" if changed else "")
+    changed = [name for name in names if name != "weights" and ours.get(name) != theirs.get(name)]
+    settings = [f"{name}: {ours.get(name)} {places[0]}, {theirs.get(name)} {places[1]}" for name in changed]
+    sources = (proven_source_of(there), proven_source_of(now))
+    return "; ".join(settings) or different_teacher(*sources)
+
+
+def different_teacher(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """How the sources of maps differ in weights or behavior, in words; empty if they do not, as far as both have them."""
+    digits = [{source.get("weights"), source.get("weights_as_loaded")} for source in (there, now)]
+    if there.get("weights") != now.get("weights") and not (digits[0] & digits[1]) - {None}:
+        return "other weights"
+    ours, theirs = there.get("behavior"), now.get("behavior")
+    if not ours or not theirs:
+        return ""
+    names = [name for name in ours.keys() | theirs.keys() if name not in ("digits", "tolerance")]
+    tolerance = max(ours["tolerance"], theirs["tolerance"])
+    changed = sorted(name for name in names if not _are_alike(ours.get(name), theirs.get(name), tolerance))
+    if not changed:
+        return ""
+    return (
+        f"the weights are the same, and the teacher behaves otherwise in {', '.join(changed)}: the scale of a LoRA, FreeU, an "
+        "attention processor, the tokenizer, the scheduler or the like was switched"
+    )
+
+
+def _are_alike(ours: Any, theirs: Any, tolerance: float) -> bool:
+    if not isinstance(ours, list) or not isinstance(theirs, list):
+        return bool(ours == theirs)
+    if len(ours) != len(theirs):
+        return False
+    one, other = np.array(ours), np.array(theirs)
+    return bool(np.linalg.norm(one - other) <= tolerance * max(np.linalg.norm(one), np.linalg.norm(other)))
 
 
 def shard_name(number: int) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -42,6 +43,7 @@ from .manifest import (
     config_of,
     difference,
     new_manifest,
+    proven_source_of,
     read_manifest,
     shard_name,
     shards_of,
@@ -64,6 +66,8 @@ from .shards import (
     sha256_of,
     to_table,
 )
+
+logger = logging.getLogger("lavender")
 
 SHARD_SIZE = 256
 """Samples of a shard."""
@@ -191,6 +195,10 @@ class TargetWriter:
                 raise TargetError(
                     f"{self.folder} holds targets of another teacher or config ({how}); "
                     "give --out a new folder, or the settings that the store was begun with"
+                )
+            if "behavior" in proven_source_of(manifest) and "behavior" not in proven_source_of(self._manifest):
+                logger.warning(
+                    "%s was begun before stores kept what their teacher does: it is continued by its weights alone", self.folder
                 )
         elif (self.folder / "manifest.json").exists() and read_manifest(self.folder)["shards"]:
             raise TargetError(f"{self.folder} has lost all its shards; put them back, or give --out a new folder")

@@ -51,8 +51,8 @@ class Carried:
             tokens: K tokens that are no words.
 
         Returns:
-            float32 [max(1, W + K), N] on the CPU: a word's columns share 1 evenly over the stretches of columns that have it (Stable
-            Diffusion 3 has one of CLIP's and one of T5's), in each over the encoders that lie there side by side, and in each of
+            float32 [max(1, W + K), N] on the CPU: a word's columns share 1 evenly over the stretches of columns that have it (SD
+            3 has one of CLIP's and one of T5's), in each over the encoders that lie there side by side, and in each of
             them over its tokens; and the words and tokens that no column stands for, whose rows are zero.
         """
         asked: list[Word | TokenName] = [*words, *tokens]

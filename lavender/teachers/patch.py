@@ -155,6 +155,8 @@ class TeacherPatch(Handle):
                 "patched (the words of others are nobody's); give it as text, encode it so, or record with "
                 "patch.capture(word_weights)"
             )
+        if branch.recording is None and [hooks.denoiser for hooks in self._hooks] != denoisers_of(self.pipe):
+            raise CaptureError("nothing was recorded: the pipeline was given another denoiser after it was patched; patch it again")
         if branch.recording is None:
             unseen = ", ".join(f"{count} {reason}" for reason, count in drawing.left_out.items())
             raise CaptureError(

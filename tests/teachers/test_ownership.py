@@ -494,6 +494,15 @@ def test_what_is_no_whole_pipeline_gets_its_reason():
         lavender.patch(pipe)
 
 
+def test_a_denoiser_that_was_exchanged_after_the_patch_is_named():
+    pipe = PIPELINES[SD]()
+    with lavender.patch(pipe) as lens:
+        pipe.unet = copy.deepcopy(pipe.unet)
+        draw(pipe, SD)
+        with pytest.raises(CaptureError, match="another denoiser after it was patched"):
+            lens.maps  # noqa: B018
+
+
 def test_an_error_of_our_own_keeps_the_picture(monkeypatch):
     from lavender.teachers import recording
 
