@@ -15,7 +15,7 @@ from rich.table import Table
 from ..batches.collator import Collator
 from ..config import Rows, to_dict
 from ..evaluation.localization import SpanMaps
-from ..files import write_atomically
+from ..files import write_within
 from ..patching import patch
 from ..students.loading import load_student
 from ..students.patch import StudentPatch
@@ -61,7 +61,7 @@ def run_demo(out: Path, config: ExperimentConfig) -> Path:
         "environment": environment(),
         "duration_s": round(time.monotonic() - started, 1),
     }
-    write_atomically(out / RESULTS, json.dumps(results, indent=2) + "\n")
+    write_within(out, RESULTS, json.dumps(results, indent=2) + "\n")
     _save_examples(out, held_out, handles, processor, rows, teacher_maps)
     for handle in handles.values():
         handle.unpatch()
