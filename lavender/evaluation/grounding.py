@@ -463,6 +463,8 @@ def _read_text(path: Path) -> str:
             return file.read()
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}") from None
 
 
 def _short(value: Any) -> str:
