@@ -229,6 +229,8 @@ def _csv_rows(file: str, content: bytes) -> _Rows:
                     f"line {reader.line_num} has {len(cells)} cells, expected {len(names)}; put a caption with {delimiters[0]!r} "
                     "in it in quotes"
                 )
+            elif any("\ud800" <= character <= "\udfff" for character in "".join(cells)):
+                rows.append(f"line {reader.line_num} is no text in UTF-8; save the file as UTF-8")
             elif cells:
                 rows.append(dict(zip(names, cells, strict=False)))
     except csv.Error as error:

@@ -56,7 +56,7 @@ def test_rows_that_cannot_be_used_are_named_one_by_one(tmp_path):
     ]
     by_id = dict(entries)
     assert "is not in" in by_id["6"]
-    assert "valid Unicode" in by_id["7"]
+    assert by_id["a.csv#6"] == "line 9 is no text in UTF-8; save the file as UTF-8"
     assert [reason for own_id, reason in entries if own_id == "1"][1].startswith("the id occurs twice")
     assert entries[-1][1].startswith("the rest of the file cannot be read, from line ")
     assert len(entries) == 9
