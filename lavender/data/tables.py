@@ -203,9 +203,11 @@ def decoded(content: bytes) -> str:
 
 
 def _csv_rows(file: str, content: bytes) -> _Rows:
+    is_damaged = False
     try:
         text = decoded(content)
     except UnicodeDecodeError:  # only the rows with these bytes are lost
+        is_damaged = True
         text = content.decode("utf-8-sig", "surrogateescape")
     delimiters = _DELIMITERS[os.path.splitext(file)[1].lower()]
     headers, errors = [], []
@@ -229,7 +231,7 @@ def _csv_rows(file: str, content: bytes) -> _Rows:
                     f"line {reader.line_num} has {len(cells)} cells, expected {len(names)}; put a caption with {delimiters[0]!r} "
                     "in it in quotes"
                 )
-            elif any("\ud800" <= character <= "\udfff" for character in "".join(cells)):
+            elif is_damaged and any("\ud800" <= character <= "\udfff" for character in "".join(cells)):
                 rows.append(f"line {reader.line_num} is no text in UTF-8; save the file as UTF-8")
             elif cells:
                 rows.append(dict(zip(names, cells, strict=False)))
