@@ -6,8 +6,9 @@
                              `datasets.load_dataset("parquet", data_files="targets/*.parquet")` reads them
     pending/*.parquet        finished samples that are in no shard yet; gone when the store is complete
     .lock, .lock.json        held while a process writes the store, and which process that is
+    .pictures.jsonl          an extraction's notes of the pictures that it saw, which may go; see `lavender.extraction.seen`
 
-Only `TargetWriter` writes here. A shard is there whole before the manifest lists it, and the manifest lists it before its pending
+Only `TargetWriter` writes the rest. A shard is there whole before the manifest lists it, and the manifest lists it before its pending
 files go, so a kill at any moment leaves a store that the next writer continues.
 """
 

@@ -168,7 +168,7 @@ class TeacherPatch(Handle):
             raise CaptureError(f"there is no picture {picture}; {len(branch.owners)} were drawn")
         modules = self._hooks[0].modules
         missing_layers = branch.recording.missing_layers(modules)
-        if len(missing_layers) == len(modules):
+        if len(missing_layers) == len(modules) or (missing_layers and self._preset is not None):  # a tool's map has every layer
             branch.recording.require_layers(self.denoiser, modules)
         number = branch.owners[picture]
         found = (
