@@ -286,6 +286,8 @@ def require_teacher(pipe: Any, config: TeacherConfig) -> TeacherFamily:
     if dtype != getattr(torch, config.dtype):
         raise ConfigError(f"dtype is {config.dtype!r}, but this {name} is in {dtype}; give its own, or load it in that")
     require_inversion(config, pipe.scheduler, family.flow_matching, name)
+    if config.inversion == "null_text" and family.takes_guidance:
+        raise ConfigError(f"inversion is 'null_text', but {name} takes the guidance scale as an input; choose ddim or noise")
     if (config.image_size or family.side) % family.multiple:
         raise ConfigError(
             f"image_size is {config.image_size or family.side}; for this model it must be a multiple of {family.multiple}"
