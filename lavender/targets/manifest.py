@@ -47,11 +47,21 @@ class StoreConfig:
 def new_manifest(source: Mapping[str, Any], config: StoreConfig) -> dict[str, Any]:
     """The manifest of a store that holds nothing yet. `source` is plain JSON values."""
     manifest = {"format": FORMAT, "version": VERSION, "source": json.loads(json.dumps(dict(source))), "config": to_dict(config)}
-    settings = _identity(manifest)
-    digits_of_behavior = (manifest["source"].get("behavior") or {}).get("digits")
-    # An extraction's fingerprint is that of version 2, so that a run folder knows a store that was extracted again.
-    digits = fingerprint([settings.pop("weights", None), settings, *([digits_of_behavior] if digits_of_behavior else [])])
+    digits = _fingerprint(manifest, manifest["source"].get("weights"))
     return {**manifest, "fingerprint": digits, "complete": False, "shards": {}, "failed": []}
+
+
+def _fingerprint(manifest: Mapping[str, Any], weights: Any) -> str:
+    # An extraction's fingerprint is that of version 2, so that a run folder knows a store that was extracted again.
+    settings = {name: value for name, value in _identity(manifest).items() if name != "weights"}
+    switched = (proven_source_of(manifest).get("behavior") or {}).get("digits")
+    return fingerprint([weights, settings, *([switched] if switched else [])])
+
+
+def earlier_fingerprint(manifest: Mapping[str, Any]) -> str:
+    """The fingerprint by the digits that older stores know the weights by, which run folders may have recorded."""
+    weights = proven_source_of(manifest).get("weights_as_loaded")
+    return manifest["fingerprint"] if weights is None else _fingerprint(manifest, weights)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

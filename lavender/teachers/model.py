@@ -15,7 +15,7 @@ import torch
 
 from ..config import Offload, TeacherConfig
 from ..data.samples import require_unicode
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, ModelError
 from ..images import ImageSource, Picture
 from ..kernels.map_loss import normalize
 from ..pretrained.names import split_revision
@@ -104,6 +104,11 @@ class Teacher:
         self.side = config.image_size or self.family.side
         # Before anything is offloaded: weights that are away cannot be read.
         for part, module in modules_of(self.pipe).items():
+            if any(parameter.is_meta for parameter in module.parameters()):
+                raise ModelError(
+                    f"the weights of the {part} are away, as enable_sequential_cpu_offload() leaves them; give the pipeline before "
+                    "that, and offload='sequential'"
+                )
             require_finite(module, f"the {part} of {repr(model) if isinstance(model, str) else f'this {type(model).__name__}'}")
         self.hooks = DenoiserHooks(self.family.denoiser, config.layers)
         try:

@@ -19,7 +19,7 @@ from lavender.errors import ConfigError, ModelError, TargetError
 from lavender.extraction.engines import _require_same
 from lavender.extraction.extract import extract
 from lavender.targets.maintenance import merge
-from lavender.targets.manifest import different_teacher, read_manifest
+from lavender.targets.manifest import different_teacher, new_manifest, read_manifest
 from lavender.targets.store import TargetStore
 from lavender.teachers.identity import digits_as_loaded, digits_of_weights
 from lavender.teachers.model import Teacher
@@ -284,3 +284,31 @@ def test_numbers_that_overflow_are_named_before_the_run():
     pipe.vae.register_to_config(scaling_factor=1e9)
     with pytest.raises(ConfigError, match=r"the picture of this .* is not finite in float16; choose dtype bfloat16 or float32"):
         Teacher(pipe, replace(NOISE, dtype="float16"))
+
+
+def test_a_run_goes_on_with_targets_that_are_extracted_again(tmp_path):
+    """It recorded the fingerprint by the digits of before; the same model gives it again, and another does not."""
+    from lavender.training.train import _begin
+
+    pipe = built("sd")
+    pipe.save_pretrained(tmp_path / "model")
+    store(tmp_path / "model", tmp_path, "store")
+    targets = TargetStore(tmp_path / "store")
+    record = {"model_commit": None, "adapter_commit": None, "targets_fingerprint": [targets.fingerprint, targets.contents()]}
+    manifest = read_manifest(tmp_path / "store")
+    before = new_manifest({**targets.source, "weights": manifest["source"]["weights_as_loaded"]}, targets.config)["fingerprint"]
+    assert targets.fingerprint != before == targets.earlier_fingerprint
+    (tmp_path / "run" / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    for fingerprint in (before, targets.fingerprint):
+        (tmp_path / "run" / "run.json").write_text(json.dumps({"targets_fingerprint": [fingerprint, targets.contents()]}))
+        assert not _begin(tmp_path / "run", record, targets, writes=False)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"targets_fingerprint": ["0" * 16, targets.contents()]}))
+    with pytest.raises(TargetError, match="another targets_fingerprint"):
+        _begin(tmp_path / "run", record, targets, writes=False)
+
+
+def test_weights_that_are_away_are_named():
+    pipe = built("sd")
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    with pytest.raises(ModelError, match=r"weights of the text_encoder are away.*offload='sequential'"):
+        Teacher(pipe, NOISE)
