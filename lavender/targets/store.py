@@ -42,6 +42,7 @@ from .manifest import (
     StoreConfig,
     config_of,
     difference,
+    earlier_fingerprint,
     new_manifest,
     proven_source_of,
     read_manifest,
@@ -418,6 +419,7 @@ class TargetStore:
         source: what the maps came from, as its writer said: of an extraction the model, its weights and the teacher's settings.
         config: how the maps are kept.
         fingerprint: sixteen digits that change with source and config, but not with the model's name.
+        earlier_fingerprint: what lavender would have said before, when it changed with the model's folder too.
         failed: why samples could not be used, by id.
         shards: its files, in the order of the samples.
     """
@@ -429,6 +431,7 @@ class TargetStore:
         self.source = source_of(manifest)
         self.config = config_of(manifest)
         self.fingerprint: str = manifest["fingerprint"]
+        self.earlier_fingerprint = earlier_fingerprint(manifest)
         self.failed: dict[str, str] = {entry["id"]: entry["reason"] for entry in manifest["failed"]}
         if not manifest["complete"]:
             raise TargetError(f"the extraction into {self.folder} has not finished; run it again to continue it")

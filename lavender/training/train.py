@@ -192,11 +192,11 @@ class _Run:
         # First of all: they start the process group, and from_pretrained asks whether ZeRO-3 shards what it loads.
         arguments = _arguments(out / "checkpoints", self.training, self.progress)
         with arguments.main_process_first():
-            finished = _begin(out, self.record(), writes=False)
+            finished = _begin(out, self.record(), self.targets, writes=False)
         if finished:
             return replace(self, **self.saved()).build()[0]
         trained, student, processor = self.build()
-        _begin(out, self.record(), writes=arguments.process_index == 0)
+        _begin(out, self.record(), self.targets, writes=arguments.process_index == 0)
         collator = Batches(self.collator(processor, student.config))
         rate, samples = self.training.aligner_learning_rate, list(self.samples)
         try:
@@ -401,7 +401,7 @@ def _has_known_picture(sample: Sample | Conversation, targets: TargetStore) -> b
         return False
 
 
-def _begin(out: Path, record: dict[str, Any], writes: bool) -> bool:
+def _begin(out: Path, record: dict[str, Any], targets: TargetStore | None, writes: bool) -> bool:
     """Writes `run.json`, or compares it with the run that `out` holds already; whether that one is finished."""
     path = out / "run.json"
     if out.exists() and not out.is_dir():
@@ -419,6 +419,9 @@ def _begin(out: Path, record: dict[str, Any], writes: bool) -> bool:
             raise DataError(f"{path} is damaged ({error}); give --out a new folder") from None
         # Runs of older versions do not know their commits.
         present = {"model_commit": record["model_commit"], "adapter_commit": record["adapter_commit"]} | present
+        # Nor the digits that a teacher's weights have now, wherever they lie.
+        if targets is not None and present.get("targets_fingerprint") == [targets.earlier_fingerprint, targets.contents()]:
+            present["targets_fingerprint"] = record["targets_fingerprint"]
         changed = [key for key in record if present.get(key) != record[key]]
         if changed:
             raise TargetError(
