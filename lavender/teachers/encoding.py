@@ -130,7 +130,7 @@ class Texts:
     @property
     def received(self) -> list[str]:
         """What the text encoders received, as text, each once: for messages."""
-        texts = {}
+        texts: dict[str, None] = {}
         for call in self._calls:
             tokenizer = tokenizer_of(self._pipe, call.encoder)
             if tokenizer is not None:
@@ -219,7 +219,7 @@ class TextReader:
 def text_encoders_of(pipe: Any) -> dict[str, nn.Module]:
     """The components of a pipeline that take token ids, by attribute."""
     modules = {name: part for name, part in vars(pipe).items() if isinstance(part, nn.Module)}
-    return {name: part for name, part in modules.items() if any(_takes_ids(type(module)) for module in part.modules())}
+    return {name: part for name, part in modules.items() if any(_takes_ids(type(module).forward) for module in part.modules())}
 
 
 def tokenizer_of(pipe: Any, encoder: str) -> Any:
@@ -234,8 +234,8 @@ def tokenizer_of(pipe: Any, encoder: str) -> Any:
 
 
 @cache
-def _takes_ids(kind: type[nn.Module]) -> bool:
-    return "input_ids" in inspect.signature(kind.forward).parameters
+def _takes_ids(forward: Callable[..., Any]) -> bool:
+    return "input_ids" in inspect.signature(forward).parameters
 
 
 def _hook(component: nn.Module, name: str, texts: Texts, hooks: ExitStack) -> None:
@@ -252,7 +252,7 @@ def _hook(component: nn.Module, name: str, texts: Texts, hooks: ExitStack) -> No
     # Of what torch.compile wraps, the wrapper alone: hooks below it would be traced.
     inner = () if hasattr(component, "_orig_mod") else component.named_modules()
     for path, module in [("", component), *inner]:
-        if path and not _takes_ids(type(module)):
+        if path and not _takes_ids(type(module).forward):
             if "norm" in type(module).__name__.casefold() and not any(part.isdigit() for part in path.split(".")):
                 hooks.callback(module.register_forward_hook(normalized).remove)
         else:

@@ -154,7 +154,7 @@ def _compete(
 ) -> None:
     """Puts the matches [N, L] of one row in place of shorter runs."""
     call, runs = calls[number], _runs(matches)
-    for column in np.flatnonzero(matches.any(axis=1)):
+    for column in np.flatnonzero(matches.any(axis=1)).tolist():
         best, longest = columns[column], int(runs[column].max())
         if longest < best.run:
             continue
