@@ -76,14 +76,14 @@ class Alignment:
         spans: per token its characters in `text`; empty for those that are not of it.
         columns: per token the text columns that come from it.
         place: where the words of the prompt stand in `text`.
-        is_cut: whether the end of the text is not there.
+        closeness: 2 where the text stands there token by token, 1 where its words do, 0 where its end is not there.
     """
 
     text: str
     spans: list[Span]
     columns: list[list[int]]
     place: Place
-    is_cut: bool
+    closeness: int
 
     @property
     def coverage(self) -> int:
@@ -153,7 +153,7 @@ def _as_run(received: Received, text: str, place: Place, around: frozenset[str])
     tokens, offsets, text, place = _tokenize(received.tokenizer, text, place)
     ids = received.ids
     if not tokens:
-        return [_aligned(received, text, place, {}, False)] if _is_template(received, (), around) else []
+        return [_aligned(received, text, place, {}, 2)] if _is_template(received, (), around) else []
     whole, cut = [], []
     for start in range(len(ids)):
         count = next((n for n, (a, b) in enumerate(zip(tokens, ids[start:], strict=False)) if a != b), None)
@@ -165,7 +165,7 @@ def _as_run(received: Received, text: str, place: Place, around: frozenset[str])
                 cut.append(range(start, end))
     runs = [run for run in whole or cut if _is_template(received, run, around)]
     runs = [run for run in runs if received.reaches(run)] or runs[:1]
-    return [_aligned(received, text, place, dict(zip(run, offsets, strict=False)), not whole) for run in runs]
+    return [_aligned(received, text, place, dict(zip(run, offsets, strict=False)), 2 if whole else 0) for run in runs]
 
 
 def _as_words(received: Received, text: str, place: Place, around: frozenset[str]) -> list[Alignment]:
@@ -182,7 +182,7 @@ def _as_words(received: Received, text: str, place: Place, around: frozenset[str
                 for token in received.pieces[at][1]:
                     start, end = spans.get(token, pieces[piece][1:])
                     spans[token] = min(start, pieces[piece][1]), max(end, pieces[piece][2])
-            alignments.append(_aligned(received, text, place, spans, max(found) < len(pieces) - 1))
+            alignments.append(_aligned(received, text, place, spans, int(max(found) == len(pieces) - 1)))
     return alignments
 
 
@@ -212,8 +212,8 @@ def _is_template(received: Received, but: Sequence[int], around: frozenset[str])
     return around.issuperset(_parts(received.tokenizer.decode(rest)))
 
 
-def _aligned(received: Received, text: str, place: Place, spans: Mapping[int, Span], is_cut: bool) -> Alignment:
-    return Alignment(text, [spans.get(index, (0, 0)) for index in range(len(received.ids))], received.columns, place, is_cut)
+def _aligned(received: Received, text: str, place: Place, spans: Mapping[int, Span], closeness: int) -> Alignment:
+    return Alignment(text, [spans.get(index, (0, 0)) for index in range(len(received.ids))], received.columns, place, closeness)
 
 
 def _pieces(text: str) -> Iterator[tuple[str, int, int]]:
