@@ -1,12 +1,17 @@
-"""The border with files: reading at a path or a URL, paths that a data set names, and writing a file whole or not at all."""
+"""The border with files: reading regular files at a path or a URL, paths that a data set names, and writing a file whole or not at
+all, through no link but the user's own."""
 
 from __future__ import annotations
 
+import errno
 import os
 import posixpath
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO
 from urllib.parse import unquote
 from urllib.request import urlopen
 
@@ -17,23 +22,61 @@ TIMEOUT_S = 60
 
 
 def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
-    """Writes a file, text as UTF-8. A kill or a power cut leaves a regular file as it was before, or whole.
+    """Writes a file that the user named, text as UTF-8. A kill or a power cut leaves a regular file as it was before, or whole.
 
-    Raises `OSError` where the file cannot be written; what was there before stays.
+    A link is the user's own: it stays, and what it leads to is replaced. Raises `OSError` where the file cannot be written; what
+    was there before stays.
     """
-    content = data.encode() if isinstance(data, str) else data
-    # A link, a device or a pipe, such as /dev/stdout, is written through and not replaced.
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        path.write_bytes(content)
+    if path.exists() and not path.is_file():  # a device or a pipe, such as /dev/stdout, is written to and not replaced
+        path.write_bytes(_encoded(data))
         return
+    with replacing(Path(os.path.realpath(path)) if path.is_symlink() else path) as file:
+        file.write(_encoded(data))
+
+
+def write_within(folder: Path, name: str, data: str | bytes | memoryview) -> None:
+    """`write_atomically` in a folder that lavender keeps, such as a store or a run, and whose content may come from elsewhere.
+
+    Nothing in it is written through a link: one in the file's place is replaced, what it leads to stays.
+
+    Raises:
+        DataError: a folder on the way is a link.
+        OSError: the file cannot be written.
+    """
+    own_path(folder, str(PurePath(name).parent))
+    with replacing(folder / name) as file:
+        file.write(_encoded(data))
+
+
+def own_path(folder: Path, name: str) -> Path:
+    """The path of what lavender keeps in a folder under a name, and may write or remove: no part of the name is a link.
+
+    Where the folder itself lies is the user's own business. Raises `DataError` for a link.
+    """
+    path = folder
+    for part in PurePath(name).parts:
+        path = path / part
+        if path.is_symlink():
+            raise DataError(
+                f"{path} is a link to {os.readlink(path)}; in a folder that lavender keeps nothing is written through a link: put "
+                "what it leads to in its place, or remove it"
+            )
+    return path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes a name when the block ends: until then, or if it raises, what was there stays as it is."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "wb") as file:
-            file.write(content)
+        with suppress(FileNotFoundError):
+            os.unlink(partial)  # left by a kill
+        with open(partial, "xb") as file:  # which never follows a link
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
     if os.name == "nt":  # a folder cannot be synchronized there
@@ -43,6 +86,25 @@ def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _encoded(data: str | bytes | memoryview) -> bytes | memoryview:
+    return data.encode() if isinstance(data, str) else data
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """A file to read. Raises `OSError` if it cannot be opened or is no regular file: a pipe may never begin, a device never end."""
+    return open(path, "rb", opener=_open_regular)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    # Not blocking: to open a pipe waits for whoever writes to it.
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # `open` itself refuses a folder
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, f"expected a regular file, and this is {'a pipe' if stat.S_ISFIFO(mode) else 'a device'}", path)
 
 
 def is_url(location: object) -> bool:
@@ -71,18 +133,22 @@ def filesystem_of(url: str) -> tuple[Any, str]:
 
 
 def read_file(location: str | Path, offset: int = 0, length: int | None = None) -> bytes:
-    """A file's bytes `[offset, offset + length)`, up to its end by default. Raises `OSError` where it cannot be read."""
+    """A regular file's bytes `[offset, offset + length)`, up to its end by default. Raises `OSError` where it cannot be read."""
     if str(location).lower().startswith(("http://", "https://")) and (offset, length) == (0, None):
         return _fetch(str(location))
     if is_url(location):
+        from fsspec.implementations.local import LocalFileSystem
+
         system, path = filesystem_of(str(location))
-        try:
-            return bytes(system.cat_file(path, start=offset, end=None if length is None else offset + length))
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:  # each file system has errors of its own
-            raise OSError(f"{type(error).__name__}: {error}") from None
-    with open(location, "rb") as file:
+        if not isinstance(system, LocalFileSystem):
+            try:
+                return bytes(system.cat_file(path, start=offset, end=None if length is None else offset + length))
+            except (OSError, MemoryError):
+                raise
+            except Exception as error:  # each file system has errors of its own
+                raise OSError(f"{type(error).__name__}: {error}") from None
+        location = path
+    with open_regular(location) as file:
         file.seek(offset)
         return file.read(-1 if length is None else length)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -32,11 +33,21 @@ class LayerMaps:
         layer: the module's dotted name in its model.
         maps: [..., C, W, y, x], or [..., C, W, F, y, x] of a video with F frames; C is the number of heads, or 1 for their mean.
         step: the denoiser's forward, from 0; None for the mean over all of them, or where there was one.
+        forwards: how many forwards the maps are the mean of; a layer that ran on several grids has maps of each.
     """
 
     layer: str
     maps: torch.Tensor
     step: int | None = None
+    forwards: int = 1
+
+
+def layer_shares(entries: Sequence[LayerMaps]) -> list[float]:
+    """Each entry's share of their mean: that of layers, of which each is the mean over its forwards."""
+    forwards = Counter[str]()
+    for entry in entries:
+        forwards[entry.layer] += entry.forwards
+    return [entry.forwards / forwards[entry.layer] / len(forwards) for entry in entries]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +135,21 @@ def chosen_names(names: Sequence[str], parts: Sequence[str]) -> list[str]:
     return [name for name in names if any(part == name if part in names else part in name for part in parts)]
 
 
+@dataclass(frozen=True)
+class Coverage:
+    """What the maps of a picture were read from.
+
+    Attributes:
+        forwards: how many of the denoiser's forwards were read: one in each step.
+        left_out: how many were not, by reason.
+        missing_layers: attention layers that could not be read.
+    """
+
+    forwards: int
+    left_out: Mapping[str, int]
+    missing_layers: tuple[str, ...]
+
+
 class Maps(Mapping[str, HeatMap]):
     """The heat maps of every word of a text for one picture.
 
@@ -133,14 +159,26 @@ class Maps(Mapping[str, HeatMap]):
         text: the prompt of a diffusion model, the answer of a vision-language model.
         words: W words of it, in order; a repeated word repeats.
         entries: what was recorded, per layer (and per step, if steps were kept).
-        missing: the words that have no map: the text was cut off before them.
+        missing: the words, and tokens, that have no map: the text was cut off before them.
+        tokens: of a diffusion model's text, further tokens that have maps: by their strings, or by the numbers of their columns.
+        coverage: of a diffusion model's picture, what was read; None of a vision-language model's answer.
     """
 
-    def __init__(self, text: str, words: Sequence[Word], entries: Sequence[LayerMaps], missing: Sequence[Word] = ()) -> None:
+    def __init__(
+        self,
+        text: str,
+        words: Sequence[Word],
+        entries: Sequence[LayerMaps],
+        missing: Sequence[Word | str | int] = (),
+        tokens: Sequence[str | int] = (),
+        coverage: Coverage | None = None,
+    ) -> None:
         self.text = text
         self.words = tuple(words)
         self.entries = tuple(entries)
         self.missing = tuple(missing)
+        self.tokens = tuple(tokens)
+        self.coverage = coverage
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -160,28 +198,28 @@ class Maps(Mapping[str, HeatMap]):
         except (KeyError, CaptureError):
             return False
 
-    def __getitem__(self, word: str) -> HeatMap:
-        """Heat map of a word or phrase, whatever its case; of a repeated one, its first occurrence."""
+    def __getitem__(self, word: str | int) -> HeatMap:
+        """Heat map of a word or phrase, whatever its case; of a repeated one, its first occurrence. Of a token, see `tokens`."""
         return self.heat_map(word)
 
     def heat_map(
         self,
-        word: str,
+        word: str | int,
         *,
-        occurrence: int = 0,
+        occurrence: int | None = None,
         layers: str | int | Sequence[str | int] = (),
         head: int | None = None,
-        step: int | None = None,
+        step: int | Literal["all"] | None = None,
         frame: int | None = None,
     ) -> HeatMap:
         """One word's heat map, the mean over everything that is not chosen, each layer resampled to the finest one's grid.
 
         Args:
-            word: a word of the text, or several in a row: the mean over their maps.
-            occurrence: which of a repeated word's occurrences, from 0.
+            word: a word of the text, or several in a row: the mean over their maps; or one of `tokens`.
+            occurrence: which of a repeated word's occurrences, from 0, which is the one by default.
             layers: numbers into `layers`, names, or parts of names; all if empty.
             head: an attention head; heads must have been kept.
-            step: a forward of the denoiser, from 0; steps must have been kept.
+            step: a forward of the denoiser, from 0, where steps were kept; or "all".
             frame: a frame of a video's latent.
 
         Raises:
@@ -191,28 +229,31 @@ class Maps(Mapping[str, HeatMap]):
         """
         places = self._places(word, occurrence)
         wanted = self._wanted([layers] if isinstance(layers, str | int) else layers, step)
-        size = max((entry.maps.shape[-2:] for entry in wanted), key=lambda s: s[0] * s[1])
+        values = self._mean(wanted, places, head, frame)
+        return HeatMap(self._title(word, places), values)
+
+    def _mean(self, entries: Sequence[LayerMaps], places: Sequence[int], head: int | None, frame: int | None) -> torch.Tensor:
+        """The map [y, x] of some words, from some of the entries."""
+        size = max((entry.maps.shape[-2:] for entry in entries), key=lambda s: s[0] * s[1])
         total: torch.Tensor | None = None
-        for entry in wanted:
-            maps = entry.maps[:, places].mean(dim=1)
-            if head is None:
-                maps = maps.mean(dim=0)
-            elif entry.maps.shape[0] == 1:
-                raise CaptureError("heads were not kept apart; ask for them with lavender.patch(..., heads=True)")
-            elif not 0 <= head < entry.maps.shape[0]:
-                raise CaptureError(f"there is no head {head}; {entry.layer} has heads 0 to {entry.maps.shape[0] - 1}")
-            else:
-                maps = maps[head]
-            if frame is not None and not (maps.ndim == 3 and 0 <= frame < len(maps)):
-                raise CaptureError(f"there is no frame {frame}; there are {len(maps) if maps.ndim == 3 else 'none'}")
-            if maps.ndim == 3:
-                maps = maps.mean(dim=0) if frame is None else maps[frame]
-            resized = resample(maps[None, None], size)[0, 0]
+        for entry, share in zip(entries, layer_shares(entries), strict=True):
+            maps = of_frame(of_head(entry, entry.maps[:, places].mean(dim=1), head).mean(dim=0), frame)
+            resized = share * resample(maps[None, None], size)[0, 0]
             total = resized if total is None else total + resized
         assert total is not None
-        return HeatMap(" ".join(self.words[i].text for i in places), total / len(wanted))
+        return total
 
-    def _places(self, word: str, occurrence: int) -> list[int]:
+    def _title(self, word: str | int, places: Sequence[int]) -> str:
+        return str(word) if word in self.tokens else " ".join(self.words[i].text for i in places)
+
+    def _places(self, word: str | int, occurrence: int | None) -> list[int]:
+        if word in self.tokens:
+            if word in self.missing:
+                raise CaptureError(f"{word!r} has no map: no text column of {self.text!r} comes from such a token")
+            return [self.tokens.index(word) - len(self.tokens)]  # behind the words
+        if not isinstance(word, str):
+            raise KeyError(f"column {word} was not asked for; a pipeline reads it with lavender.patch(..., tokens=({word},))")
+        occurrence = occurrence or 0
         parts = [part.text for part in words_of(word)] or [word]
         starts = self._starts(parts) or self._starts([part.casefold() for part in parts], fold=True)
         if not starts:  # part of a run that has no spaces, or another composition of the letters
@@ -221,7 +262,11 @@ class Maps(Mapping[str, HeatMap]):
             starts = [i for i, w in enumerate(self.words) if any(w.start <= p.start and p.end <= w.end for p in parts_of_run)]
         if not 0 <= occurrence < len(starts):
             known = list(dict.fromkeys(w.text for w in self.words))
-            raise KeyError(f"no word {word!r} (occurrence {occurrence}) in {self.text!r}; its words: {known}")
+            is_word = [part.text for part in words_of(word)] == parts and " ".join(parts) == word
+            raise KeyError(
+                f"no word {word!r} (occurrence {occurrence}) in {self.text!r}; its words: {known}"
+                + ("" if is_word else f". A pipeline reads a token that is no word with lavender.patch(..., tokens=({word!r},))")
+            )
         places = list(range(starts[occurrence], starts[occurrence] + len(parts)))
         lost = [self.words[i].text for i in places if self.words[i] in self.missing]
         if lost:
@@ -238,7 +283,7 @@ class Maps(Mapping[str, HeatMap]):
         in_order = [all(a.end <= b.start for a, b in pairwise(run)) for run in runs]
         return [i for i, ordered in enumerate(in_order) if ordered and texts[i : i + len(parts)] == list(parts)]
 
-    def _wanted(self, layers: Sequence[str | int], step: int | None) -> list[LayerMaps]:
+    def _wanted(self, layers: Sequence[str | int], step: int | Literal["all"] | None) -> list[LayerMaps]:
         names = self.layers
         numbers = [c for c in layers if isinstance(c, int)]
         beyond = [number for number in numbers if not 0 <= number < len(names)]
@@ -248,7 +293,7 @@ class Maps(Mapping[str, HeatMap]):
             named = chosen_names(names, [c for c in layers if isinstance(c, str)])
             names = tuple(name for i, name in enumerate(names) if i in numbers or name in named)
         entries = [entry for entry in self.entries if entry.layer in names]
-        if step is None:
+        if step is None or step == "all":
             return entries
         steps = sorted({entry.step for entry in entries if entry.step is not None})
         if not steps:
@@ -295,6 +340,26 @@ class Maps(Mapping[str, HeatMap]):
         return f"Maps({self.text!r}, {len(self.layers)} layers)"
 
 
+def of_head(entry: LayerMaps, maps: torch.Tensor, head: int | None) -> torch.Tensor:
+    """Of an entry's maps [C, ...] one head's, [1, ...], or all. Raises `CaptureError` if it was not kept."""
+    if head is None:
+        return maps
+    if len(maps) == 1:
+        raise CaptureError("heads were not kept apart; ask for them with lavender.patch(..., heads=True)")
+    if not 0 <= head < len(maps):
+        raise CaptureError(f"there is no head {head}; {entry.layer} has heads 0 to {len(maps) - 1}")
+    return maps[head : head + 1]
+
+
+def of_frame(maps: torch.Tensor, frame: int | None) -> torch.Tensor:
+    """Of maps [y, x], or [F, y, x] of a video, one frame's or the mean of all, [y, x]. Raises `CaptureError` if there is none."""
+    if frame is not None and not (maps.ndim == 3 and 0 <= frame < len(maps)):
+        raise CaptureError(f"there is no frame {frame}; there are {len(maps) if maps.ndim == 3 else 'none'}")
+    if maps.ndim == 2:
+        return maps
+    return maps.mean(dim=0) if frame is None else maps[frame]
+
+
 def of_picture(entries: Sequence[LayerMaps], picture: int) -> list[LayerMaps]:
     """One picture of a batch: its entries without the leading batch axis."""
-    return [LayerMaps(entry.layer, entry.maps[picture], entry.step) for entry in entries]
+    return [replace(entry, maps=entry.maps[picture]) for entry in entries]

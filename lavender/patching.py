@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, overload
 from torch import nn
 
 from .config import AlignmentConfig
-from .errors import ConfigError
+from .errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from .students.patch import StudentPatch
     from .teachers.patch import TeacherPatch
+    from .teachers.presets import Preset
 
 
 @overload
@@ -27,6 +28,8 @@ def patch(
     heads: bool = False,
     steps: bool = False,
     words: str | Sequence[str] = (),
+    tokens: str | int | Sequence[str | int] = (),
+    preset: Preset | None = None,
 ) -> TeacherPatch: ...
 def patch(
     model: Any,
@@ -37,6 +40,8 @@ def patch(
     heads: bool = False,
     steps: bool = False,
     words: str | Sequence[str] = (),
+    tokens: str | int | Sequence[str | int] = (),
+    preset: Preset | None = None,
 ) -> Any:
     """Makes a model's attention readable, word by word, without changing what the model computes.
 
@@ -51,6 +56,10 @@ def patch(
         heads: pipelines only: whether maps are kept per head. Memory grows by the number of heads.
         steps: pipelines only: whether maps are kept per denoising step. Memory grows by the number of steps.
         words: pipelines only: words to map beside those between spaces: parts of a Chinese or Thai run, which has no spaces.
+        tokens: pipelines only: tokens to map that are no words: by their string ("<|startoftext|>", "<*>"), or by the number of
+            their text column.
+        preset: pipelines only: "daam" or "amd" for the maps of these two tools, numbers and all; `maps` is then a `DaamMaps` or
+            `AmdMaps` of `lavender.teachers.presets`, which say how they are made. It chooses which heads and steps are kept.
 
     Returns:
         A handle. A pipeline's `maps` has the heat maps of the words of the prompt that was drawn last; a language model's, those
@@ -68,15 +77,20 @@ def patch(
     if config is not None and not isinstance(config, AlignmentConfig):
         raise ConfigError(f"config is a {type(config).__name__}; expected an AlignmentConfig (processor= takes the processor)")
     if isinstance(model, nn.Module):
-        if layers or heads or steps or words:
+        if layers or heads or steps or words or tokens or preset:
             raise ConfigError(
-                "layers, heads, steps and words are settings of pipelines; AlignmentConfig(layers=...) is the models'"
+                "layers, heads, steps, words, tokens and preset are settings of pipelines; AlignmentConfig(layers=...) is the "
+                "models'"
             )
         from .students.patch import patch_student
 
+        if any(kind.__module__.startswith("diffusers.") for kind in type(model).__mro__):
+            raise ModelError(f"a {type(model).__name__} is a part of a pipeline, which knows the prompt: patch the pipeline")
         return patch_student(model, config, processor)
     if config is not None or processor is not None:
-        raise ConfigError("config and processor are settings of transformers models; a pipeline has layers, heads, steps and words")
+        raise ConfigError(
+            "config and processor are settings of transformers models; a pipeline has layers, heads, steps, words and tokens"
+        )
     from .teachers.patch import patch_teacher
 
-    return patch_teacher(model, layers, heads, steps, words)
+    return patch_teacher(model, layers, heads, steps, words, tokens, preset)

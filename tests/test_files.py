@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lavender.errors import DataError
-from lavender.files import path_within, write_atomically
+from lavender.files import open_regular, own_path, path_within, read_file, write_atomically, write_within
+from lavender.images import load_image
 
 NAMES = st.lists(
     st.sampled_from(["..", ".", "a", "b", "", "/", "~", "%2e%2e", "%2f", "..\\", "\0", "é", "root", "file://", "::"]), max_size=8
@@ -105,3 +106,63 @@ def test_a_link_stays_and_its_target_is_written(tmp_path):
     write_atomically(tmp_path / "link", "after")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "target").read_text() == "after"
+
+
+def test_what_a_users_link_leads_to_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/target").write_text("before")
+    (tmp_path / "link").symlink_to("disk/target")
+    (tmp_path / "chain").symlink_to("link")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            write_atomically(tmp_path / "chain", "after")
+    assert (tmp_path / "disk/target").read_text() == "before"
+    write_atomically(tmp_path / "chain", "after")
+    assert (tmp_path / "disk/target").read_text() == "after"
+    (tmp_path / "new").symlink_to("disk/new")  # to nothing yet
+    write_atomically(tmp_path / "new", "first")
+    assert (tmp_path / "disk/new").read_text() == "first"
+    assert {path.name for path in (tmp_path / "disk").iterdir()} == {"target", "new"}
+
+
+def test_nothing_inside_a_folder_that_lavender_keeps_is_written_through_a_link(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for name in ("a.json", "b.json.partial"):
+        (kept / name).symlink_to(victim)
+    os.link(victim, kept / "c.json")
+    for name in ("a.json", "b.json", "c.json"):
+        write_within(kept, name, "ours")
+        assert (kept / name).read_text() == "ours"
+        assert not (kept / name).is_symlink()
+    assert victim.read_text() == "mine"
+    (tmp_path / "away").mkdir()
+    (kept / "pending").symlink_to(tmp_path / "away")
+    for name in ("pending/a", "pending/deeper/a"):
+        with pytest.raises(DataError, match=r"kept/pending is a link to .*away; in .* remove it"):
+            write_within(kept, name, "ours")
+    with pytest.raises(DataError, match="is a link"):
+        own_path(kept, "pending")
+    assert not list((tmp_path / "away").iterdir())
+    (tmp_path / "link").symlink_to(kept)  # the folder itself is where the user says
+    write_within(tmp_path / "link", "a.json", "again")
+    assert (kept / "a.json").read_text() == "again"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes, which this system lacks")
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for path, kind in ((tmp_path / "pipe", "a pipe"), ("/dev/zero", "a device"), (tmp_path / "link", "a device")):
+        for read in (open_regular, read_file, lambda path: read_file(f"file://{path}")):
+            with pytest.raises(OSError, match=f"expected a regular file, and this is {kind}"):
+                read(path)
+        with pytest.raises(DataError, match=f"cannot read the image .*{path}.*: .*{kind}"):
+            load_image(path)
+    with pytest.raises(IsADirectoryError):
+        open_regular(tmp_path)
+    (tmp_path / "file").write_bytes(b"abcd")
+    assert read_file(tmp_path / "file", 1, 2) == read_file(f"file://{tmp_path}/file", 1, 2) == b"bc"

@@ -322,6 +322,13 @@ class Collator:
             if found is None:
                 return None, None
             target = found
+        from ..targets.soundness import store_problems  # here, since pyarrow comes with it, which a batch without targets can lack
+
+        if problem := next(store_problems(target.word_maps, self.targets.config.map_size, self.targets.config.normalization), ""):
+            raise TargetError(
+                f"the targets of sample {conversation.id!r} in {self.targets.folder} cannot be trained on: {problem}. Extract them "
+                "anew, or write their store with the StoreConfig that they have"
+            )
         if target.image_sha256 in digests:
             return target, digests.index(target.image_sha256)
         raise TargetError(

@@ -35,7 +35,10 @@ def extract(
     ],
     data: Annotated[
         str,
-        typer.Option(help='JSON lines {"image", "caption"}; imagefolder; parquet or tars, or a pattern of them; a hub id; URLs.'),
+        typer.Option(
+            help='JSON lines {"image", "caption"}; a folder: imagefolder, or a.txt beside a.jpg; CSV, parquet or tars, or a '
+            "pattern of them; a hub id; URLs."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the target store; an interrupted extraction in it is continued.")],
     pairs: dict[str, Any],
@@ -46,6 +49,10 @@ def extract(
         ),
     ] = None,
     failed_only: Annotated[bool, typer.Option("--failed-only", help="Only try again what failed before.")] = False,
+    rehash: Annotated[
+        bool,
+        typer.Option("--rehash", help="Read every stored picture again, not only those whose files have another size or time."),
+    ] = False,
     teacher: dict[str, Any],
     extraction: dict[str, Any],
     setting: Annotated[
@@ -75,7 +82,7 @@ def extract(
     if preview is not None:
         print(draw(model, source, out, preview, config, work))
         return
-    summary = run(model, source, out, config, work, failed_only=failed_only)
+    summary = run(model, source, out, config, work, failed_only=failed_only, rehash=rehash)
     print(f"{out}: {summary.written} written, {summary.present} there before, {summary.failed} skipped")
     if summary.failed:
         print(f'what was skipped, and why: "failed" in {out / "manifest.json"}; to try it alone: --failed-only')

@@ -28,7 +28,7 @@ class PairOptions:
     images: str | None = None
     """Folder that image paths are relative to; the data's own by default."""
     split: str = "train"
-    """Split of a hub data set or of Karpathy's JSON."""
+    """Split of a hub data set, of a folder with splits or of Karpathy's JSON."""
     captions: Captions = "first"
     """Which captions of a picture to take, where it has several."""
     image_column: str | None = None

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..config import DEFAULT_QUESTION
 from ..errors import ConfigError, DataError
 from ..files import is_folder, is_url, path_within, read_file
-from ..images import ImageSource
 from .conversations import (
     CONTENT,
     PLACEHOLDER,
@@ -30,9 +27,13 @@ from .conversations import (
     source_of,
     written_path,
 )
+from .folders import open_folder
+from .pairs import BadPair, Pair
+from .tables import TABLE_ENDINGS, Columns, folder_of, read_table
 
 __all__ = [
     "PLACEHOLDER",
+    "BadPair",
     "Conversation",
     "Message",
     "Pair",
@@ -44,23 +45,6 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, eq=False)
-class Pair:
-    """A picture and its caption, for `lavender.extract`.
-
-    Raises `DataError` if the caption is no text, or the id neither a text nor a whole number.
-    """
-
-    id: str
-    image: ImageSource
-    caption: str
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "id", id_of(self.id, "a pair"))
-        if not isinstance(self.caption, str):
-            raise DataError(f"pair {self.id!r}: the caption is a {type(self.caption).__name__}; expected a text")
-
-
 def read_pairs(
     data: str | Path, *, split: str | None = "train", images: str | Path | None = None, captions: str = "first"
 ) -> list[Pair]:
@@ -68,9 +52,9 @@ def read_pairs(
 
     Args:
         data: JSON lines, or a JSON list, of `{"image": path, "caption": text}` with an optional `"id"` (the image path is the id by
-            default); or Karpathy's JSON of Flickr30k or COCO; or a folder in the `imagefolder` layout of `datasets` with captions
-            in its `metadata.csv` or `metadata.jsonl` under `caption` or `text`. What a file is shows in its content.
-        split: of Karpathy's file, the pictures of this split; None takes all.
+            default), where `"text"` serves as caption and `"file_name"` as image; or Karpathy's JSON of Flickr30k or COCO; or a
+            CSV file or a folder of pictures, see `lavender.open_pairs`. What a file is shows in its content.
+        split: of Karpathy's file and of a folder with splits, the pictures of this split; None takes all.
         images: the folder that image paths in a file are relative to, and that none may lead out of; by default the one that
             the file is in. Files and folders may be URLs that fsspec knows.
         captions: of Karpathy's file, the `"first"` caption of each picture, whose id is its file name, or `"all"` of them, with
@@ -83,7 +67,10 @@ def read_pairs(
     """
     path = str(data) if is_url(data) else Path(data)
     if is_folder(path):
-        pairs = _pairs_of_folder(path)
+        pairs = [_whole(path, entry) for entry in open_folder(path, split, Columns(), images, captions)]
+    elif str(path).endswith(TABLE_ENDINGS):
+        entries_of_table = read_table(str(path), images or folder_of(str(path)), Columns(), captions)
+        pairs = [_whole(path, entry) for entry in entries_of_table]
     else:
         folder, entries = _folder_of(path, images), _json(path)
         if isinstance(entries, dict):
@@ -273,6 +260,8 @@ def _within(folder: str | Path, name: str, place: str) -> str | Path:
 
 
 def _pair_of(place: str, entry: Mapping[str, Any], folder: str | Path) -> Pair:
+    if "image" not in entry and "file_name" in entry:
+        entry = {**entry, "image": entry["file_name"]}
     image = _image_of(place, entry, folder)
     caption = entry.get("caption", entry.get("text"))
     if not isinstance(caption, str):
@@ -280,50 +269,17 @@ def _pair_of(place: str, entry: Mapping[str, Any], folder: str | Path) -> Pair:
     return Pair(_id_of(place, entry, image, [caption]), image, caption)
 
 
+def _whole(path: str | Path, entry: Pair | BadPair) -> Pair:
+    if isinstance(entry, BadPair):
+        raise DataError(f"{path}, {entry.id}: {entry.reason}")
+    return entry
+
+
 def _id_of(place: str, entry: Mapping[str, Any], image: str | Path | bytes, texts: Sequence[str]) -> str:
     """The id of an entry; without one the path of its picture as it is written, or a hash where it holds the picture itself."""
     if entry.get("id") is not None:
         return id_of(entry["id"], place)
     return written_path(entry["image"]) or content_id([image], texts)
-
-
-def _pairs_of_folder(path: str | Path) -> list[Pair]:
-    if isinstance(path, str):
-        return _pairs_of_metadata(path.rstrip("/"))
-    from datasets import Image as ImageFeature
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        dataset = load_dataset("imagefolder", data_dir=str(path), split="train")
-    except (FileNotFoundError, ValueError, DatasetGenerationError) as error:
-        cause = str(error.__cause__ or error).splitlines()[0]  # what datasets raises while it reads says nothing in itself
-        raise DataError(f"{path} is no folder of pictures in the imagefolder layout ({cause})") from None
-    column = next((name for name in ("caption", "text") if name in dataset.column_names), None)
-    if column is None:
-        raise DataError(f"{path} has no captions; expected a metadata.jsonl with 'file_name' and 'caption' in it")
-    pairs = []
-    for row in dataset.cast_column("image", ImageFeature(decode=False)):
-        file, caption = row["image"]["path"], row[column] or ""
-        name = os.path.relpath(file, os.path.abspath(path))
-        if not isinstance(caption, str):
-            raise DataError(f"{path}: the caption of {name} is {caption!r}; expected a text")
-        pairs.append(Pair(name, row["image"]["bytes"] or path_within(path, name, f"{path}, the entry {name}"), caption))
-    return pairs
-
-
-def _pairs_of_metadata(folder: str) -> list[Pair]:
-    """The imagefolder layout at a URL, where `datasets` does not read it."""
-    try:
-        table = io.StringIO(read_file(f"{folder}/metadata.csv").decode("utf-8-sig"))
-        entries: Any = [(f"{folder}/metadata.csv, row {n}", row) for n, row in enumerate(csv.DictReader(table), start=1)]
-    except FileNotFoundError:
-        entries = _json(f"{folder}/metadata.jsonl")
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot read {folder}/metadata.csv: {error}") from None
-    if isinstance(entries, dict):
-        raise DataError(f"{folder}/metadata.jsonl is no list; expected lines with 'file_name' and 'caption'")
-    return [_pair_of(place, {**entry, "image": entry.get("file_name"), "id": None}, folder) for place, entry in entries]
 
 
 def _require_unique(ids: Sequence[str], path: str | Path) -> None:

@@ -11,118 +11,42 @@ import json
 import os
 import re
 import tarfile
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast, get_args
+from typing import Any, BinaryIO, cast, get_args
 
 from ..config import Captions
 from ..errors import ConfigError, DataError
-from ..files import filesystem_of, is_url, path_within
-from ..images import ImageSource, StoredImage
-from .conversations import require_unicode, source_of, written_path
-from .samples import Pair, read_pairs
+from ..files import filesystem_of, is_folder, is_url, open_regular
+from ..images import StoredImage
+from .folders import LONGEST_TEXT, METADATA, ask_server, open_folder
+from .pairs import BadPair, Listed, Pair, Pairs
+from .samples import read_pairs
+from .tables import (
+    CAPTION_COLUMNS,
+    TABLE_ENDINGS,
+    Columns,
+    captions_of,
+    folder_of,
+    kind_of,
+    pairs_of,
+    pairs_of_row,
+    path_of,
+    read_table,
+)
 
-IMAGE_COLUMNS = ("image", "img", "jpg", "picture")
-CAPTION_COLUMNS = ("caption", "text", "captions", "sentence")
 ENDINGS = ("jpg", "jpeg", "png", "webp")
 """What the names of pictures in a tar end with."""
 ROWS_AT_ONCE = 64
 """Rows of a table that are read together, encoded pictures and all."""
-LONGEST_TEXT = 2**20
-"""Bytes of a text in a tar; a caption is shorter."""
 
 _HUB_ID = re.compile(r"(?:hf://datasets/)?(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^/]+))?/?")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_FILE_ENDINGS = (".json", ".jsonl", ".csv", ".txt", ".parquet", ".tar", *_COMPRESSED)
+_FILE_ENDINGS = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".tar", *_COMPRESSED)
 """What shows that a missing `a/b` was meant as a file, not as a data set of the hub."""
 _SAMPLE_FILE = re.compile(r"(?:\./)*(?P<key>(?:.*/)?[^./][^./]*)\.(?P<ending>[^/]+)", re.DOTALL)
 """`key.ending`, split at the first dot of the file's name, as WebDataset does."""
-
-_Answer = TypeVar("_Answer")
-
-
-@dataclass(frozen=True)
-class BadPair:
-    """An entry of a data set that cannot be used: what it is called, and why."""
-
-    id: str
-    reason: str
-
-
-class Pairs(ABC):
-    """Pictures with captions, read anew and in the same order whenever they are iterated over. They can be pickled.
-
-    Attributes:
-        count: how many entries there are, bad ones too; None where only reading all of them would tell.
-    """
-
-    count: int | None = None
-
-    def __iter__(self) -> Iterator[Pair | BadPair]:
-        seen: set[str] = set()
-        for entry in self._entries():
-            if isinstance(entry, Pair):
-                try:
-                    require_unicode(entry.id, "the id")
-                    require_unicode(entry.caption, "the caption")
-                    if entry.id in seen:
-                        raise DataError("the id occurs twice; name a column of ids that differ (--id-column)")
-                except DataError as error:
-                    entry = BadPair(entry.id, str(error))
-                else:
-                    seen.add(entry.id)
-            if isinstance(entry, BadPair):
-                entry = BadPair(_printable(entry.id), _printable(entry.reason))
-            yield entry
-
-    @abstractmethod
-    def _entries(self) -> Iterator[Pair | BadPair]:
-        """The entries as they are stored, each of which may still repeat an id."""
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-@dataclass(frozen=True)
-class _TableColumns:
-    """The columns of a table that are read."""
-
-    image: str
-    caption: str
-    id: str | None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter([self.image, self.caption] + ([] if self.id is None else [self.id]))
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The columns that hold pictures, captions and ids, as the user names them; None stands for the usual ones."""
-
-    image: str | None = None
-    caption: str | None = None
-    id: str | None = None
-
-    def among(self, names: Sequence[str], place: str) -> _TableColumns:
-        """Those of a table, which may do without an `id`. Raises `ConfigError` if they cannot be told."""
-
-        def chosen(own: str | None, usual: Sequence[str], what: str, option: str) -> str:
-            found = [name for name in (usual if own is None else [own]) if name in names]
-            if not found:
-                raise ConfigError(
-                    f"{place} has no column of {what} ({' or '.join(usual) if own is None else own}); it has "
-                    f"{', '.join(names) or 'none'}. Name the column ({option})"
-                )
-            return found[0]
-
-        return _TableColumns(
-            chosen(self.image, IMAGE_COLUMNS, "pictures", "--image-column"),
-            chosen(self.caption, CAPTION_COLUMNS, "captions", "--caption-column"),
-            None if self.id is None and "id" not in names else chosen(self.id, ("id",), "ids", "--id-column"),
-        )
 
 
 def open_pairs(
@@ -143,22 +67,28 @@ def open_pairs(
     - Parquet files, or a folder with some in it. A picture is encoded bytes, the struct that `datasets` makes of it, or a path.
     - Tars in the WebDataset layout, or a folder with some in it: `key.jpg` (or jpeg, png, webp) beside `key.txt`, or beside
       `key.json` with the caption in it. The id is `<name of the tar>/<key>`, the column of the pictures is their ending.
-    - Any other folder: the `imagefolder` layout of `datasets`.
+    - CSV files (`.csv`, `.tsv`) whose first line names the columns; cells with commas in them are in quotes.
+    - Any other folder: the `imagefolder` layout of `datasets`, with a `metadata.csv`, `metadata.jsonl` or `metadata.parquet` that
+      has a `file_name` and a caption for each picture, and maybe with folders for splits; or `a.txt` (or `a.caption`) beside
+      `a.jpg`. What has both is ambiguous. The id is the path of the picture in the folder.
     - A data set of the hub, `hf://datasets/owner/name` or `owner/name`, with `@revision` behind it if need be. It is streamed.
 
-    Rows of tables are called by their `id`, else by the path of their picture, else `<file name>#<row>`.
+    Rows of tables are called by their `id`, else by the path of their picture, else `<file name>#<row>`. Columns are found by their
+    usual names (pictures: image, img, jpg, picture, else file_name, image_file_name, filename, image_path; captions: caption, text,
+    captions, sentence); where there are several of these, one is to be named.
 
     Args:
         data: path, URL, pattern or hub id.
         images: the folder that relative paths are relative to, and that no path leads out of; by default the one that the file
             with the paths is in. It may be a URL.
-        split: of a hub data set and of Karpathy's JSON; None takes all of the latter.
-        captions: where a picture has several, the `"first"`, or `"all"`, with the ids `id#0`, `id#1`...
+        split: of a hub data set, of Karpathy's JSON and of a folder with splits; None takes all of the latter two.
+        captions: where a picture has several, the `"first"`, or `"all"`, with the ids `id#0`, `id#1`... In a CSV or metadata file
+            they have a row each; the id of the first one is the path alone, and with `"first"` the others fail.
         image_column, caption_column, id_column: names of columns, where the usual ones are not there.
 
     Raises:
         ConfigError: an option is wrong, or columns are to be named.
-        DataError: the data is missing, or no data set of these forms.
+        DataError: the data is missing, empty, or no data set of these forms; or none of a table's rows can be used.
     """
     if captions not in get_args(Captions):
         raise ConfigError(f"captions is {captions!r}; choose {' or '.join(get_args(Captions))}")
@@ -172,25 +102,35 @@ def open_pairs(
     files = _files(location)
     if files and files[0].endswith(".parquet"):
         return _Parquet.opened(files, columns, images, captions)
+    if files and files[0].endswith(TABLE_ENDINGS):
+        tables = [read_table(file, images or folder_of(file), columns, captions) for file in files]
+        return Listed(tuple(entry for entries in tables for entry in entries))
     if files:
         return _Shards.opened(files, columns, captions)
+    if is_folder(location):
+        return open_folder(location, split, columns, images, captions)
     if columns != Columns():
         raise ConfigError(f"{data} has no columns: --image-column, --caption-column and --id-column are for tables and tars")
-    pairs = tuple(read_pairs(data, split=split, images=images, captions=captions))
-    return _Listed(pairs, len(pairs))
+    return Listed(tuple(read_pairs(data, split=split, images=images, captions=captions)))
 
 
 def _files(data: str) -> tuple[str, ...]:
-    """The parquet files or the tars that are meant, in the order of their names; none if `data` is something else."""
-    paths = _ask_server(data, lambda: _list_files_at(data)) if is_url(data) else _list_files(data)
+    """The parquet files, tars or CSV files that are meant, in the order of their names; none if `data` is something else."""
+    paths = ask_server(data, lambda: _list_files_at(data)) if is_url(data) else _list_files(data)
     is_pattern = paths is None
     if paths is None:
-        paths = _ask_server(data, lambda: _list_matching(data)) if is_url(data) else glob.glob(data, recursive=True)
-    kinds = {kind: tuple(sorted(file for file in paths if file.endswith(kind))) for kind in (".parquet", ".tar", *_COMPRESSED)}
+        paths = ask_server(data, lambda: _list_matching(data)) if is_url(data) else glob.glob(data, recursive=True)
+    if paths != [data]:  # a folder's metadata belongs to its pictures
+        paths = [path for path in paths if os.path.basename(path) not in METADATA]
+    tables = TABLE_ENDINGS if is_pattern or paths == [data] else ()
+    wanted = (".parquet", ".tar", *_COMPRESSED, *tables)
+    kinds = {kind: tuple(sorted(file for file in paths if file.endswith(kind))) for kind in wanted}
     files = next(filter(None, kinds.values()), ())
     if is_pattern and len(files) < max(1, len(paths)):
         other = next((file for file in sorted(paths) if file not in files), "nothing")
-        raise DataError(f"{data} stands for {other}; expected a pattern of parquet files alone, or of tars alone")
+        raise DataError(
+            f"{data} stands for {other}; expected a pattern of parquet files alone, or of tars alone, or of CSV files alone"
+        )
     if files and files[0].endswith(_COMPRESSED):
         raise DataError(f"{files[0]} is compressed, so that no picture in it can be read by itself; unpack it to a plain .tar")
     return files
@@ -224,29 +164,15 @@ def _list_matching(pattern: str) -> list[str]:
     return [system.unstrip_protocol(name) for name in system.glob(path)]
 
 
-def _ask_server(url: str, question: Callable[[], _Answer]) -> _Answer:
-    try:
-        return question()
-    except (ConfigError, DataError):
-        raise
-    except Exception as error:  # each file system has errors of its own
-        raise DataError(f"cannot read {url}: {error or type(error).__name__}") from None
-
-
 def _open(file: str) -> BinaryIO:
     if not is_url(file):
-        return open(file, "rb")
+        return open_regular(file)
+    from fsspec.implementations.local import LocalFileSystem
+
     system, path = filesystem_of(file)
-    return _ask_server(file, lambda: cast(BinaryIO, system.open(path, "rb")))
-
-
-@dataclass(frozen=True)
-class _Listed(Pairs):
-    pairs: tuple[Pair, ...]
-    count: int | None
-
-    def _entries(self) -> Iterator[Pair | BadPair]:
-        return iter(self.pairs)
+    if isinstance(system, LocalFileSystem):
+        return open_regular(path)
+    return ask_server(file, lambda: cast(BinaryIO, system.open(path, "rb")))
 
 
 @dataclass(frozen=True)
@@ -274,6 +200,8 @@ class _Parquet(Pairs):
             caption = columns.among(names, file).caption
             one_each &= captions == "first" or not isinstance(schema.field(caption).type, pa.ListType | pa.LargeListType)
             count += rows
+        if not count:
+            raise DataError(f"{', '.join(files[:3])} has no rows; expected one for each picture")
         return cls(files, columns, images, captions, count if one_each else None)
 
     def _entries(self) -> Iterator[Pair | BadPair]:
@@ -288,7 +216,7 @@ class _Parquet(Pairs):
     def _entries_of(self, file: str) -> Iterator[Pair | BadPair]:
         import pyarrow.parquet as pq
 
-        folder = file.rpartition("/")[0] if is_url(file) else os.path.dirname(file) or "."
+        folder = folder_of(file)
         row = 0
         with _open(file) as raw:
             table = pq.ParquetFile(raw)
@@ -297,7 +225,7 @@ class _Parquet(Pairs):
             for batch in table.iter_batches(ROWS_AT_ONCE, columns=list(columns), use_threads=False):
                 for cells in zip(*(batch.column(name) for name in columns), strict=True):
                     name = f"{os.path.basename(file)}#{row}"
-                    yield from _pairs_of_row(
+                    yield from pairs_of_row(
                         dict(zip(columns, cells, strict=True)), columns, name, self.images or folder, self.captions
                     )
                     row += 1
@@ -363,73 +291,12 @@ class _Hub(Pairs):
         for n, row in enumerate(self._rows(dataset)):
             columns = columns or self.columns.among(list(row), self._place)
             root = self.images or self._root(row.get(columns.image))
-            yield from _pairs_of_row(row, columns, f"{self.split}#{n}", root, self.captions)
+            yield from pairs_of_row(row, columns, f"{self.split}#{n}", root, self.captions)
 
     def _root(self, image: Any) -> str:
         """Where the pictures are. `datasets` puts the commit that it reads into the paths that it makes."""
-        path = _path_of(image) or ""
+        path = path_of(image) or ""
         return "/".join(path.split("/")[:5]) if path.startswith(f"hf://datasets/{self.name}@") else self._place
-
-
-def _pairs_of_row(
-    row: Mapping[str, Any], columns: _TableColumns, name: str, root: str | Path, captions: str
-) -> Iterator[Pair | BadPair]:
-    """The pairs of a row, whose cells are values of Python or of arrow; `name` is the id where the row has none."""
-    sample_id = name
-    try:
-        picture = _value(row.get(columns.image))
-        cell = None if columns.id is None else _value(row.get(columns.id))
-        if isinstance(cell, bool) or not isinstance(cell, str | int | None):
-            raise DataError(f"the id is a {type(cell).__name__}; expected a text or a whole number")
-        sample_id = str(cell) if cell is not None else written_path(picture) or name
-        image = _picture_of(picture, root, f"{name} ({sample_id})")
-        texts = _captions_of(_value(row.get(columns.caption)), captions)
-    except (DataError, UnicodeDecodeError) as error:
-        yield BadPair(sample_id, str(error))
-        return
-    yield from _pairs_of(sample_id, image, texts)
-
-
-def _value(cell: Any) -> Any:
-    return cell.as_py() if hasattr(cell, "as_py") else cell
-
-
-def _path_of(picture: Any) -> str | None:
-    path = picture.get("path") if isinstance(picture, Mapping) else picture
-    return path if isinstance(path, str) and path else None
-
-
-def _picture_of(picture: Any, root: str | Path, place: str) -> ImageSource:
-    encoded = picture.get("bytes") if isinstance(picture, Mapping) else picture
-    if isinstance(encoded, bytes):
-        return encoded
-    path = _path_of(picture)
-    if path is None:
-        raise DataError(f"no picture; expected encoded bytes or a path, found {_kind(encoded)}")
-    require_unicode(path, "the path of the picture")
-    source: ImageSource = source_of(path, lambda written: path_within(root, written, place))
-    return source
-
-
-def _captions_of(value: Any, captions: str) -> list[tuple[str, Any]]:
-    """What is put behind the id, and the text, of each caption that is wanted."""
-    if isinstance(value, str):
-        return [("", value)]
-    if not isinstance(value, list) or not value:
-        raise DataError(f"no caption; expected a text or a list of texts, found {_kind(value)}")
-    return [("", value[0])] if captions == "first" else [(f"#{k}", text) for k, text in enumerate(value)]
-
-
-def _kind(value: Any) -> str:
-    return "none" if value is None else "an empty list" if value == [] else f"a {type(value).__name__}"
-
-
-def _pairs_of(sample_id: str, image: ImageSource, texts: Sequence[tuple[str, Any]]) -> Iterator[Pair | BadPair]:
-    for number, text in texts:
-        if isinstance(text, str):
-            yield Pair(sample_id + number, image, text)
-        else:
-            yield BadPair(sample_id + number, f"no caption; expected a text, found {_kind(text)}")
 
 
 @dataclass
@@ -508,7 +375,7 @@ class _Shards(Pairs):
             sample.fault = f"its {ending} cannot be read: {error}"
             return
         if not isinstance(value, dict):
-            sample.fault = f"its json is {_kind(value)}; expected an object with a caption in it"
+            sample.fault = f"its json is {kind_of(value)}; expected an object with a caption in it"
             return
         usual = CAPTION_COLUMNS if self.columns.caption is None else (self.columns.caption,)
         sample.json = next((value[name] for name in usual if value.get(name) is not None), None)
@@ -526,11 +393,11 @@ class _Shards(Pairs):
                 raise DataError(
                     f"{len(sample.pictures)} pictures; expected one whose name ends with {self.columns.image or ', '.join(ENDINGS)}"
                 )
-            texts = _captions_of(caption, self.captions)
+            texts = captions_of(caption, self.captions)
         except DataError as error:
             yield BadPair(sample_id, str(error))
             return
-        yield from _pairs_of(sample_id, sample.pictures[0], texts)
+        yield from pairs_of(sample_id, sample.pictures[0], texts)
 
 
 def _stem(file: str) -> str:

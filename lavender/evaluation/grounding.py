@@ -23,6 +23,7 @@ number of a caption ("images/a.jpg#3"), for Entities also without the ending.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections import Counter, defaultdict
@@ -37,6 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
+from ..files import open_regular
 from ..images import load_image
 from ..types import WHOLE_PICTURE, Box, Span
 from ..words import FUNCTION_WORDS, words_of
@@ -457,9 +459,12 @@ def _require_list(value: Any, place: str, name: str) -> list[Any]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with open_regular(path) as file:
+            return io.TextIOWrapper(file, "utf-8-sig").read()
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}") from None
 
 
 def _short(value: Any) -> str:

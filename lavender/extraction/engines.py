@@ -25,9 +25,10 @@ import torch
 from tqdm import tqdm
 
 from ..config import ExtractionConfig, TeacherConfig
-from ..data.samples import Pair
+from ..data.pairs import Pair
 from ..errors import ConfigError, DataError, LavenderError, ModelError
 from ..images import Picture
+from ..targets.manifest import different_teacher
 from ..targets.shards import Target
 from ..teachers.model import Teacher
 from ..words import Caption
@@ -65,10 +66,10 @@ class Engine(ABC):
     """Computes batches, in any order. A context manager.
 
     Attributes:
-        identity: the teacher's name and the digits of its weights.
+        identity: what tells the teacher from others; see `Teacher`.
     """
 
-    identity: dict[str, str]
+    identity: dict[str, Any]
 
     @abstractmethod
     def results(self, batches: Iterable[Batch]) -> Generator[Finished]:
@@ -226,7 +227,7 @@ class _Processes(Engine):
                 finished.append(answer)
             else:
                 _require_same(self.identity or answer, answer)
-                self.identity, process.is_ready = answer, True
+                self.identity, process.is_ready = self.identity or answer, True
                 self._deaths.pop(_name_loading(number), None)
         return finished
 
@@ -346,9 +347,16 @@ def _hush() -> None:
         library.disable_progress_bar()
 
 
-def _require_same(expected: dict[str, str], loaded: dict[str, str]) -> None:
-    if expected != loaded:
-        raise ModelError(f"the processes loaded different teachers, {expected} and {loaded}; give them all the same files")
+def _require_same(expected: dict[str, Any], loaded: dict[str, Any]) -> None:
+    named = [
+        {name: identity[name] for name in ("model", "model_commit", "weights") if name in identity}
+        for identity in (expected, loaded)
+    ]
+    how = "" if named[0] == named[1] else "different names or weights"
+    if how := how or different_teacher(expected, loaded):
+        raise ModelError(
+            f"the processes loaded different teachers, {named[0]} and {named[1]} ({how}); give them all the same files"
+        )
 
 
 class _Ray(Engine):
@@ -476,7 +484,7 @@ def _quiet(ray: Any) -> Iterator[None]:
 class _Actor:
     """What Ray Data makes an actor of."""
 
-    def __init__(self, model: str, config: TeacherConfig, work: ExtractionConfig, device: str, identity: dict[str, str]) -> None:
+    def __init__(self, model: str, config: TeacherConfig, work: ExtractionConfig, device: str, identity: dict[str, Any]) -> None:
         self._worker = Worker(model, config, work, device)
         _require_same(identity, self._worker.teacher.identity)
 
@@ -484,7 +492,7 @@ class _Actor:
         return {"finished": pickle.dumps(self._worker(pickle.loads(row["batch"])))}
 
 
-def _identity_of(model: str, config: TeacherConfig, work: ExtractionConfig, device: str) -> dict[str, str]:
+def _identity_of(model: str, config: TeacherConfig, work: ExtractionConfig, device: str) -> dict[str, Any]:
     return Worker(model, config, work, device).teacher.identity
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from ..config import ExtractionConfig, TeacherConfig, require_kind, to_dict
-from ..data.samples import Pair
-from ..data.sources import BadPair
+from ..data.pairs import BadPair, Pair
 from ..errors import DataError, TargetError
 from ..targets.manifest import StoreConfig, read_manifest
 from ..targets.store import TargetWriter
 from .engines import Batch, Finished, engine_of
+from .seen import SeenPictures, stamp_of
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,13 @@ def extract(
     work: ExtractionConfig | None = None,
     *,
     failed_only: bool = False,
+    rehash: bool = False,
     progress: bool = True,
 ) -> Summary:
     """Writes a target store of word maps for pictures with captions.
 
-    A store that was begun with the same teacher and config is continued. A picture or caption that cannot be used is reported,
+    A store that was begun with the same teacher and config is continued; pictures that are stored are not read again if their files
+    have the size and the time of their last change that they had. A picture or caption that cannot be used is reported,
     listed in the store's manifest and skipped; the next run tries it again. What the store holds in the end depends neither on the
     engine nor on where earlier runs were cut off.
 
@@ -52,9 +55,11 @@ def extract(
         config: how the maps are read.
         work: where, and how many pictures at a time.
         failed_only: whether only what failed before is tried, without a look at the rest; the store must be complete.
+        rehash: whether every stored picture is read, so that a change is found that left size and time as they were.
         progress: whether to show a progress bar.
 
     Raises:
+        DataError: there is no entry in `pairs`.
         ConfigError: the settings do not fit the model, or the engine is missing.
         ModelError: `model` cannot be loaded or read, or its processes die.
         TargetError: `out` holds something else, is not complete (`failed_only`), or another process writes it; the disk is full.
@@ -66,18 +71,23 @@ def extract(
     out = Path(out)
     if failed_only and not read_manifest(out)["complete"]:
         raise TargetError(f"the extraction into {out} has not finished; finish it before you try what failed")
+    count = getattr(pairs, "count", None) if not isinstance(pairs, Sequence) else len(pairs)
+    given = iter(pairs)
+    first = next(given, None)
+    if first is None:
+        raise DataError("there is no picture with a caption in the data, not even one that cannot be used; nothing was written")
     kept = StoreConfig(config.map_size, config.storage, config.normalization)
     with (
         engine_of(model, config, work) as engine,
         TargetWriter(out, {**engine.identity, **to_dict(config)}, kept, work.shard_size) as writer,
     ):
-        entries = _Entries(pairs, writer, work.batch_size, failed_only)
-        count = getattr(pairs, "count", None) if not isinstance(pairs, Sequence) else len(pairs)
+        entries = _Entries(chain([first], given), writer, work.batch_size, failed_only, SeenPictures(out, rehash))
         with tqdm(total=count, desc="word maps", unit="picture", disable=not progress, smoothing=0.05) as bar:
             written = 0
             with closing(engine.results(entries)) as results:
                 for finished in results:
                     writer.add(*finished.targets, position=finished.positions)
+                    entries.note(finished)
                     written += len(finished.targets)
                     for sample_id, reason in finished.failures:
                         entries.fail(sample_id, reason)
@@ -100,9 +110,18 @@ class _Entries:
         seen: entries that are dealt with.
     """
 
-    def __init__(self, pairs: Iterable[Pair | BadPair], writer: TargetWriter, batch_size: int, failed_only: bool) -> None:
+    def __init__(
+        self,
+        pairs: Iterable[Pair | BadPair],
+        writer: TargetWriter,
+        batch_size: int,
+        failed_only: bool,
+        pictures: SeenPictures,
+    ) -> None:
         self.present = self.failed = self.seen = 0
         self._pairs, self._writer, self._size = pairs, writer, batch_size
+        self._pictures = pictures
+        self._stamps: dict[str, str | None] = {}
         self._tried = set(writer.failed) if failed_only else None
         self._in_work: dict[int, int] = {}
         self._next = 0
@@ -134,19 +153,33 @@ class _Entries:
         if isinstance(entry, BadPair):
             self.fail(entry.id, entry.reason)
             return False
-        try:
-            is_present = self._writer.has(entry.id, entry.image, entry.caption)
-        except DataError as error:
-            self.fail(entry.id, str(error))
-            return False
-        self.present += is_present
-        return not is_present
+        stamp = stamp_of(entry.image)  # before it is read: if the file changes in between, the next run reads it again
+        stored = self._writer.done.get(entry.id)
+        if stored is None:
+            self._stamps[entry.id] = stamp
+            return True
+        if stored.caption != entry.caption or not self._pictures.knows(entry.id, stamp, stored):
+            try:
+                self._writer.has(entry.id, entry.image, entry.caption)
+            except DataError as error:
+                self.fail(entry.id, str(error))
+                return False
+            self._pictures.add([(entry.id, stamp, stored)])
+        self.present += 1
+        return False
 
     def fail(self, sample_id: str, reason: str) -> None:
         """Lists a sample that cannot be used."""
         self.failed += 1
         self._writer.fail(sample_id, reason)
         tqdm.write(f"skipped {sample_id}: {reason}")
+
+    def note(self, finished: Finished) -> None:
+        """Notes which pictures a batch's stored targets were made from."""
+        stamps = {target.id: self._stamps.pop(target.id, None) for target in finished.targets}
+        self._pictures.add((sample_id, stamp, self._writer.done[sample_id]) for sample_id, stamp in stamps.items())
+        for sample_id, _ in finished.failures:
+            self._stamps.pop(sample_id, None)
 
     def finish(self, finished: Finished) -> int:
         """Notes that a batch is done; before the place that is returned, every entry is stored or has failed."""

@@ -14,8 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import ExtractionConfig, TeacherConfig
-from ..data.samples import Pair
-from ..data.sources import BadPair
+from ..data.pairs import BadPair, Pair
 from ..errors import DataError
 from ..images import load_image
 from ..maps import overlay

@@ -16,6 +16,9 @@ from .boxes import grid_of, rasterize
 from .registry import Request
 from .resamplers import Resamplers
 
+_PICTURES = ("pixel_values", "cross_attention_states")
+"""Inputs of which a model with cross-attention needs one."""
+
 
 @dataclass(eq=False)
 class Forward:
@@ -105,6 +108,11 @@ class Forward:
     def _in_order(self, recorded: dict[int, Any]) -> list[Any]:
         num_layers = len(self.layers)
         missing = [layer for layer in range(num_layers) if layer not in recorded]
+        if missing and self.crosses and all(self.inputs.get(name) is None for name in _PICTURES):
+            raise CaptureError(
+                "the batch has no picture, without which the model leaves its cross-attention out; give it "
+                f"{' or '.join(_PICTURES)} (the processor makes them of images=)"
+            )
         if missing:
             raise CaptureError(
                 f"{len(missing)} of {num_layers} attention layers recorded nothing (numbers {missing}). Was the attention "

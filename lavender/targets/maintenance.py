@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, combinations, groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from ..errors import TargetError
-from .manifest import StoreConfig, config_of, difference, read_manifest, source_of, unlisted_shards
-from .shards import GROUP_SIZE, Target, opened, schema, sha256_of, targets_of
+from .manifest import StoreConfig, config_of, difference, proven_source_of, read_manifest, shards_of, source_of, unlisted_shards
+from .shards import Target, group_problem, opened, require_sha256, rows_of, schema, sha256_of
+from .soundness import store_problems
 from .store import TargetStore, TargetWriter
 
 NAMED = 10
@@ -54,21 +55,24 @@ def info(folder: str | Path) -> StoreInfo:
     """Looks through a store, finished or not. Raises `TargetError` if it is none, or damaged."""
     folder = Path(folder)
     manifest = read_manifest(folder)
+    config = config_of(manifest)
+    for shard in shards_of(folder, manifest):
+        require_sha256(shard)
     shards = sorted(folder.glob("data-*.parquet"))
     files = [*shards, *sorted((folder / "pending").glob("*.parquet"))]
     words = without_map = 0
     ids: set[str] = set()
     for path in files:
         with opened(path) as file:
-            table = file.read(["id", "ranges" if "ranges" in file.schema_arrow.names else "maps"])
-        for sample_id, num_words, missing in zip(table["id"].to_pylist(), *_word_counts(table), strict=True):
-            if sample_id not in ids:  # a kill may leave samples that are pending although they are in a shard
-                ids.add(sample_id)
-                words += num_words
-                without_map += missing
+            for row in chain.from_iterable(rows_of(file, number) for number in range(file.num_row_groups)):
+                if row.id not in ids:  # a kill may leave samples that are pending although they are in a shard
+                    ids.add(row.id)
+                    maps = row.decoded(path).word_maps.maps
+                    words += len(maps)
+                    without_map += int(np.isnan(maps).all(axis=(1, 2)).sum())
     return StoreInfo(
         source=source_of(manifest),
-        config=config_of(manifest),
+        config=config,
         complete=manifest["complete"],
         samples=len(ids),
         words=words,
@@ -77,20 +81,6 @@ def info(folder: str | Path) -> StoreInfo:
         shards=len(shards),
         num_bytes=sum(path.stat().st_size for path in [*files, folder / "manifest.json"]),
     )
-
-
-def _word_counts(table: pa.Table) -> tuple[list[int], list[int]]:
-    """Per row, how many words there are, and how many of them have no map. One value of each word shows it."""
-    rows = table[1].combine_chunks()
-    words = rows.values
-    first = words.offsets.to_numpy()[:-1]
-    values = words.values
-    if pa.types.is_list(values.type):  # maps, whose words are lists of lines; ranges are lists of numbers
-        first, values = values.offsets.to_numpy()[first], values.values
-    missing = np.isnan(values.to_numpy(zero_copy_only=False)[first])
-    before = np.concatenate([[0], np.cumsum(missing)])
-    offsets = rows.offsets.to_numpy()
-    return np.diff(offsets).tolist(), np.diff(before[offsets]).tolist()
 
 
 def verify(folder: str | Path, pairs: Iterable[Any] | None = None) -> list[str]:
@@ -120,12 +110,17 @@ def verify(folder: str | Path, pairs: Iterable[Any] | None = None) -> list[str]:
     whole = True
     for name, listed in manifest["shards"].items():
         path = folder / name
-        if not path.is_file():
+        try:
+            digest = sha256_of(path)
+        except FileNotFoundError:
             wrong, readable = ["it is missing: put it back, or extract into a new folder"], False
-        elif sha256_of(path) != listed["sha256"]:
-            wrong, readable = ["it is damaged, its sha256 is not that of the manifest: restore it, or extract anew"], False
+        except OSError as error:
+            wrong, readable = [f"it cannot be read ({error.strerror}): restore it, or extract anew"], False
         else:
-            wrong, readable = _shard_problems(path, listed["samples"], config, captions)
+            if digest != listed["sha256"]:
+                wrong, readable = ["it is damaged, its sha256 is not that of the manifest: restore it, or extract anew"], False
+            else:
+                wrong, readable = _shard_problems(path, listed["samples"], config, captions)
         problems += [f"{name}: {problem}" for problem in wrong]
         whole = whole and readable
     if pairs is not None and whole:
@@ -138,62 +133,24 @@ def verify(folder: str | Path, pairs: Iterable[Any] | None = None) -> list[str]:
 def _shard_problems(path: Path, samples: int, config: StoreConfig, captions: dict[str, str]) -> tuple[list[str], bool]:
     """What is wrong with a shard's rows, and whether they could be read. Adds their captions to `captions`, by id."""
     problems: list[str] = []
+    columns = schema(config.storage)
     try:
         with opened(path) as file:
-            if not file.schema_arrow.equals(schema(config.storage)):
+            if not file.schema_arrow.equals(columns):
                 return [f"it has other columns or types than the storage {config.storage!r}: extract anew"], False
             if file.metadata.num_rows != samples:
                 problems.append(f"it has {file.metadata.num_rows} samples, the manifest says {samples}")
+            problems += filter(None, [group_problem(file)])
             for number in range(file.num_row_groups):
-                table = file.read_row_group(number)
-                if table.num_rows != GROUP_SIZE and number < file.num_row_groups - 1:
-                    problems.append(f"its row group {number} has {table.num_rows} rows, expected {GROUP_SIZE}")
-                if any(column.null_count for column in table.columns):
-                    return [*problems, f"its row group {number} has empty cells"], False
-                for n, row in enumerate(table.drop_columns(["maps"]).to_pylist()):
-                    if row["id"] in captions:
-                        problems.append(f"sample {row['id']!r} is there twice")
-                    captions[row["id"]] = row["caption"]
-                    wrong = _row_problems(row, table["maps"].slice(n, 1).combine_chunks(), config)
-                    problems += [f"sample {row['id']!r}: {problem}" for problem in wrong]
+                for row in rows_of(file, number):
+                    if row.id in captions:
+                        problems.append(f"sample {row.id!r} is there twice")
+                    captions[row.id] = row.caption
+                    wrong = row.problems or store_problems(row.decoded(path).word_maps, config.map_size, config.normalization)
+                    problems += [f"sample {row.id!r}: {problem}" for problem in wrong]
     except TargetError as error:
         return [*problems, str(error)], False
     return problems, True
-
-
-def _row_problems(row: dict[str, Any], maps: pa.ListArray, config: StoreConfig) -> list[str]:
-    problems = [
-        f"the word {word['text']!r} is not at {word['start']} to {word['end']} of its caption"
-        for word in row["words"]
-        if not 0 <= word["start"] < word["end"] or row["caption"][word["start"] : word["end"]] != word["text"]
-    ]
-    crop = np.array(row["crop"], np.float64)
-    # The fractions of a crop are rounded to float32.
-    if not (crop.shape == (4,) and (crop >= -1e-6).all() and (crop <= 1 + 1e-6).all() and (crop[:2] < crop[2:]).all()):
-        problems.append(f"the crop {row['crop']} is no [top, left, bottom, right] in fractions of the picture")
-    words = maps.flatten()
-    lines = words.flatten()
-    if len(words) != len(row["words"]):
-        return [*problems, f"it has {len(words)} maps for {len(row['words'])} words"]
-    heights, widths = set(words.value_lengths().to_pylist()), set(lines.value_lengths().to_pylist())
-    if len(row["grid"]) != 2 or not (heights <= {row["grid"][0]} and widths <= {row["grid"][1]}):
-        return [*problems, f"its maps are not of its grid {row['grid']}"]
-    if config.storage == "uint8":
-        if [len(ends or []) for ends in row["ranges"]] != [2] * len(words):
-            return [*problems, f"its ranges are no [low, high] for each of {len(words)} words"]
-        values = np.array(row["ranges"], np.float64).reshape(-1, 2)
-        ordered = ~(values[:, 0] > values[:, 1])
-    else:
-        values = lines.flatten().to_numpy(zero_copy_only=False).reshape(len(words), -1)
-        ordered = np.ones(len(words), bool)
-    usable = ordered & (np.isfinite(values).all(axis=1) | np.isnan(values).all(axis=1))
-    usable_and_negative = usable & (values < 0).any(axis=1) & (config.normalization == "none")
-    for wrong, what in (
-        (~usable, "values that are not finite"),
-        (usable_and_negative, "negative values, though it is raw attention"),
-    ):
-        problems += [f"the map of {row['words'][w]['text']!r} has {what}" for w in np.flatnonzero(wrong)]
-    return problems
 
 
 def _input_problems(pairs: Iterable[Any], captions: Mapping[str, str], failed: set[str]) -> list[str]:
@@ -243,18 +200,18 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> int:
         raise TargetError(f"{out} exists; give a new folder")
     stores = [TargetStore(folder) for folder in folders]
     manifests = [read_manifest(store.folder) for store in stores]
-    for store, manifest in zip(stores, manifests, strict=True):
-        if how := difference(manifests[0], manifest, (f"in {stores[0].folder}", f"in {store.folder}")):
-            raise TargetError(f"{store.folder} holds targets of another teacher or config ({how}); merge stores of the same ones")
+    for (first, one), (second, other) in combinations(zip(stores, manifests, strict=True), 2):
+        if how := difference(one, other, (f"in {first.folder}", f"in {second.folder}")):
+            raise TargetError(f"{second.folder} holds targets of another teacher or config ({how}); merge stores of the same ones")
+    # Where one of them does not say what its teacher does, nothing is known of all.
+    source = min(map(proven_source_of, manifests), key=lambda source: "behavior" in source)
     unfinished = out.with_name(out.name + ".merging")
     taken: dict[str, TargetStore] = {}
-    with TargetWriter(unfinished, stores[0].source, stores[0].config) as writer:
+    with TargetWriter(unfinished, source, stores[0].config) as writer:
         writer.begin_run()
-        for store, manifest in zip(stores, manifests, strict=True):
-            for path in store.shards:
-                if sha256_of(path) != manifest["shards"][path.name]["sha256"]:
-                    raise TargetError(f"{path} is damaged, its sha256 is not that of the manifest; restore it, or extract anew")
-                writer.add(*[target for target in _take_new(path, store, taken) if target.id not in writer.done])
+        for store in stores:
+            for _, ids in groupby(store, store.shard_of):
+                writer.add(*[target for target in _take_new(ids, store, taken) if target.id not in writer.done])
         if writer.done.keys() != taken.keys():
             raise TargetError(f"{unfinished} is left from a merge of other stores; remove it, or give another --out")
         for sample_id, reason in {key: reason for store in stores for key, reason in store.failed.items()}.items():
@@ -265,11 +222,9 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> int:
     return len(taken)
 
 
-def _take_new(path: Path, store: TargetStore, taken: dict[str, TargetStore]) -> Iterator[Target]:
+def _take_new(ids: Iterable[str], store: TargetStore, taken: dict[str, TargetStore]) -> Iterator[Target]:
     """The samples of a shard that no shard before it had."""
-    with opened(path) as file:
-        table = file.read()
-    for target in targets_of(table):
+    for target in map(store.__getitem__, ids):
         if target.id not in taken:
             taken[target.id] = store
             yield target

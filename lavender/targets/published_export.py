@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..config import DEFAULT_QUESTION, Format
 from ..data.samples import PLACEHOLDER, Conversation, Sample
 from ..errors import ConfigError, DataError, TargetError
+from ..files import path_within, replacing
 from ..images import ImageSource, image_sha256, load_image, read_bytes
 from ..types import WHOLE_PICTURE, Box
 from .published_format import ROWS_AT_ONCE, images_of, name_of, without_number
@@ -120,7 +121,7 @@ def _prepare(store: TargetStore, sample_id: str, known: dict[str, Sample | Conve
             raise TargetError("the maps were made from another picture than the sample's")
         question = _question_of(known[sample_id])
     elif images is not None:
-        image = images / without_number(sample_id)
+        image = path_within(images, without_number(sample_id), f"the sample {sample_id!r}")
         store.checked(sample_id, load_image(image))
     name = name_of(image, sample_id)
     return _Outgoing(sample_id, name, image, question, frozenset(_average([target])), target.image_sha256)
@@ -207,9 +208,12 @@ def _write_table(
     }
     schema = Features(features).arrow_schema
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     count = 0
-    with pq.ParquetWriter(partial, schema) as writer, tqdm(total=len(outgoing), unit="sample", disable=not progress) as bar:
+    with (
+        replacing(Path(os.path.realpath(path))) as file,
+        pq.ParquetWriter(file, schema) as writer,
+        tqdm(total=len(outgoing), unit="sample", disable=not progress) as bar,
+    ):
         for start in range(0, len(outgoing), ROWS_AT_ONCE):
             rows = []
             for item in outgoing[start : start + ROWS_AT_ONCE]:
@@ -230,7 +234,6 @@ def _write_table(
                 )
                 bar.update()
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-    os.replace(partial, path)
     return len(outgoing), count
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from ..data.samples import Conversation, Sample, require_unicode
 from ..errors import ConfigError, DataError
+from ..files import open_regular, path_within
 from ..images import ImageSource, Picture, load_image
 from ..types import WordMaps
 from ..words import match_words, words_and
@@ -43,13 +45,13 @@ class _Row:
         name: the picture's file name.
         image: the picture, encoded or as the path that the set has; None where it has neither.
         answers: the captions that the set has.
-        maps: words, each with its map as an encoded picture.
+        maps: words, each with its map as an encoded picture, or as the path that the set has.
     """
 
     name: str
     image: bytes | str | None
     answers: tuple[str, ...]
-    maps: tuple[tuple[str, bytes | Path], ...]
+    maps: tuple[tuple[str, bytes | str], ...]
 
 
 def import_targets(
@@ -103,7 +105,7 @@ def import_targets(
                 counts["failed"] += 1
                 fail(row.name, str(error))
                 continue
-            maps, reasons = _maps_of(row, size, [caption for _, _, caption in samples_of_row])
+            maps, reasons = _maps_of(row, rows.root, size, [caption for _, _, caption in samples_of_row])
             for reason in reasons:
                 counts["unused"] += 1
                 writer.fail(samples_of_row[0][0] if len(samples_of_row) == 1 else row.name, reason)
@@ -176,9 +178,12 @@ class _Owners:
         if isinstance(row.image, bytes):
             return row.image
         folders = [folder for folder in (self._images, self._root) if folder is not None]
-        for path in [folder / name for folder in folders for name in (row.image, row.name) if name]:
-            if path.is_file():
-                return path
+        for folder in folders:
+            for name in filter(None, (row.image, row.name)):
+                with suppress(DataError):  # a set may name pictures where its makers had them
+                    path = Path(path_within(folder, name, row.name))
+                    if path.is_file():
+                        return path
         raise DataError(f"there is no picture {row.name} in {' or '.join(map(str, folders))}; give its folder (--images)")
 
 
@@ -202,7 +207,7 @@ def _look_through(rows: _FolderRows | _ParquetRows, progress: bool) -> tuple[int
         captions[row.name] += max(1, len(row.answers))
         for word, source in row.maps:
             try:
-                values = _grey(source)
+                values = _grey(source, rows.root)
             except DataError:
                 continue
             sizes[values.shape] += 1
@@ -213,11 +218,12 @@ def _look_through(rows: _FolderRows | _ParquetRows, progress: bool) -> tuple[int
     return square[0], digest.hexdigest()[:16], captions
 
 
-def _grey(source: bytes | Path) -> NDArray[np.uint8]:
-    return np.asarray(load_image(source).convert("L"))
+def _grey(source: bytes | str, root: Path) -> NDArray[np.uint8]:
+    image = source if isinstance(source, bytes) else path_within(root, source, "the set's own file")
+    return np.asarray(load_image(image).convert("L"))
 
 
-def _maps_of(row: _Row, size: int, captions: Sequence[str]) -> tuple[list[tuple[str, NDArray[np.float32]]], list[str]]:
+def _maps_of(row: _Row, root: Path, size: int, captions: Sequence[str]) -> tuple[list[tuple[str, NDArray[np.float32]]], list[str]]:
     """A row's usable maps [size, size] in [0, 1] with their words, and why others are not usable."""
     places_per_caption = [match_words(caption, [word for word, _ in row.maps]) for caption in captions]
     usable: list[tuple[str, NDArray[np.float32]]] = []
@@ -227,7 +233,7 @@ def _maps_of(row: _Row, size: int, captions: Sequence[str]) -> tuple[list[tuple[
             reasons.append(f"the word {word!r} is not in {' or '.join(map(repr, captions))}")
             continue
         try:
-            values = _grey(source)
+            values = _grey(source, root)
         except DataError as error:
             reasons.append(f"the map of {word!r} cannot be used: {error}")
             continue
@@ -285,7 +291,7 @@ class _FolderRows:
         for name in self._names:
             # The authors' code reads every folder below, whatever its name.
             files = sorted((self.root / name / "lpm_attention").glob("*/attention_*.jpg"))
-            words = tuple((file.name[len("attention_") : -len(".jpg")], file) for file in files)
+            words = tuple((file.name[len("attention_") : -len(".jpg")], str(file.relative_to(self.root))) for file in files)
             yield _Row(name, None, (), words)
 
 
@@ -297,11 +303,8 @@ class _ParquetRows:
         self._files = files
         self._length = 0
         for file in files:
-            try:
-                with pq.ParquetFile(file) as table:
-                    schema, rows = table.schema_arrow, table.metadata.num_rows
-            except (pa.ArrowInvalid, OSError) as error:
-                raise DataError(f"{file} is no parquet file ({str(error).splitlines()[0]})") from None
+            with _table(file) as table:
+                schema, rows = table.schema_arrow, table.metadata.num_rows
             if "attention_images" not in schema.names or "image" not in schema.names:
                 raise DataError(
                     f"{file} has the columns {', '.join(schema.names)}; expected image, question, answers and attention_images"
@@ -315,7 +318,7 @@ class _ParquetRows:
     def __iter__(self) -> Iterator[_Row]:
         number = 0
         for file in self._files:
-            with pq.ParquetFile(file) as table:
+            with _table(file) as table:
                 columns = [name for name in ("image", "answers", "attention_images") if name in table.schema_arrow.names]
                 for batch in table.iter_batches(ROWS_AT_ONCE, columns=columns):
                     answers = batch["answers"].to_pylist() if "answers" in columns else [None] * len(batch)
@@ -328,19 +331,29 @@ class _ParquetRows:
     def _row(self, number: int, image: Any, answers: Any, pairs: list[tuple[str, Any]]) -> _Row:
         data, path = _image_of(image)
         texts = answers if isinstance(answers, list) else [answers]
-        maps: list[tuple[str, bytes | Path]] = []
+        maps: list[tuple[str, bytes | str]] = []
         for word, value in pairs:
             own_data, own_path = _image_of(value)
-            if own_data is not None:
-                maps.append((word, own_data))
-            elif own_path is not None:
-                maps.append((word, self.root / own_path))
+            source = own_data if own_data is not None else own_path
+            if source is not None:
+                maps.append((word, source))
         return _Row(
             PurePosixPath(path or str(number)).name,
             data if data is not None else path,
             tuple(text for text in texts if isinstance(text, str) and text.strip()),
             tuple(maps),
         )
+
+
+@contextmanager
+def _table(file: Path) -> Iterator[pq.ParquetFile]:
+    """A table to read from. Raises `DataError` if it is none, or damaged."""
+    try:
+        open_regular(file).close()
+        with pq.ParquetFile(file) as table:
+            yield table
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file} is no parquet file ({str(error).splitlines()[0]})") from None
 
 
 def _require_words(kind: pa.DataType, file: Path) -> None:

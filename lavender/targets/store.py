@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -33,17 +34,47 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from ..config import fingerprint, require_kind
-from ..errors import TargetError, warn_renamed
-from ..files import write_atomically
+from ..errors import DataError, TargetError, warn_renamed
+from ..files import own_path, write_within
 from ..images import ImageSource, file_sha256, image_sha256, load_image
-from .manifest import StoreConfig, config_of, difference, new_manifest, read_manifest, shard_paths, source_of, unlisted_shards
-from .shards import GROUP_SIZE, Target, encoded, group_of, read, schema, sha256_of, targets_of, to_table
+from .manifest import (
+    StoreConfig,
+    config_of,
+    difference,
+    new_manifest,
+    proven_source_of,
+    read_manifest,
+    shard_name,
+    shards_of,
+    source_of,
+    unlisted_shards,
+)
+from .shards import (
+    GROUP_SIZE,
+    Shard,
+    Target,
+    damaged,
+    encoded,
+    group_of,
+    ids_of,
+    opened,
+    read,
+    require_rows,
+    require_sha256,
+    schema,
+    sha256_of,
+    to_table,
+)
+
+logger = logging.getLogger("lavender")
 
 SHARD_SIZE = 256
 """Samples of a shard."""
 
+_POSITION = pa.field("position", pa.int64())
+"""A pending file's column beside those of a shard: the samples' places in the input."""
 _IDENTITY = ["id", "image_sha256", "file_sha256", "caption"]
-_EARLY_FILES = {".lock", ".lock.json", "manifest.json.partial", "pending", "preview.png"}
+_EARLY_FILES = {".lock", ".lock.json", ".lock.json.partial", "manifest.json.partial", "pending", "preview.png"}
 """What a folder may hold before it is a store: left by a writer that was killed at once, or by `lavender extract --preview`."""
 
 
@@ -60,9 +91,9 @@ def _name_full_disk(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _write(path: Path, data: str | memoryview) -> None:
-    with _name_full_disk(path.parent):
-        write_atomically(path, data)
+def _write(folder: Path, name: str, data: str | memoryview) -> None:
+    with _name_full_disk((folder / name).parent):
+        write_within(folder, name, data)
 
 
 class Identity(NamedTuple):
@@ -88,7 +119,8 @@ class _Lock:
             ) from None
         with suppress(OSError):
             since = time.strftime("%Y-%m-%d %H:%M:%S")
-            self._holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
+            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+            write_within(folder, self._holder.name, json.dumps(holder))
 
     def _named(self) -> str:
         try:
@@ -102,8 +134,10 @@ class _Lock:
 
     def release(self) -> None:
         if self._lock.is_locked:
-            self._holder.unlink(missing_ok=True)
-            self._lock.release()
+            try:
+                self._holder.unlink(missing_ok=True)
+            finally:
+                self._lock.release()
 
 
 class _Waiting(NamedTuple):
@@ -161,12 +195,17 @@ class TargetWriter:
                     f"{self.folder} holds targets of another teacher or config ({how}); "
                     "give --out a new folder, or the settings that the store was begun with"
                 )
+            if "behavior" in proven_source_of(manifest) and "behavior" not in proven_source_of(self._manifest):
+                logger.warning(
+                    "%s was begun before stores kept what their teacher does: it is continued by its weights alone", self.folder
+                )
         elif (self.folder / "manifest.json").exists() and read_manifest(self.folder)["shards"]:
             raise TargetError(f"{self.folder} has lost all its shards; put them back, or give --out a new folder")
         self.failed: dict[str, str] = {entry["id"]: entry["reason"] for entry in self._manifest["failed"]}
         self.done: dict[str, Identity] = {}
-        for path in shard_paths(self.folder, self._manifest):
-            self.done |= _identities(path)
+        for shard in shards_of(self.folder, self._manifest):
+            require_sha256(shard)
+            self.done |= _identities(shard.path)
         self._adopt()
         for path in chain(self.folder.glob("*.partial"), self._pending.glob("*.partial")):
             path.unlink()
@@ -184,13 +223,15 @@ class TargetWriter:
             identities = _identities(path)
             if path.name != self._next_shard() or identities.keys() & self.done.keys():
                 raise TargetError(f"{path} is no shard of this store, by its name or its samples; move it elsewhere")
+            require_rows(path, schema(self._storage))
             self._manifest["shards"][path.name] = {"sha256": sha256_of(path), "samples": len(identities)}
             self._manifest["complete"] = False
             self.done |= identities
 
     def _take_up(self, path: Path) -> None:
         """Finds the samples of a pending file. Those that are in a shard already were written just before a kill."""
-        positions = read(path, ["position"])["position"].to_pylist()
+        require_rows(path, schema(self._storage).append(_POSITION))
+        positions = read(path, ["position"])["position"]
         identities = _identities(path)
         new = [
             _Waiting(position, sample_id, path, row)
@@ -225,7 +266,7 @@ class TargetWriter:
             if target.id in self.done or target.id in seen:
                 raise TargetError(f"the store has a sample {target.id!r} already")
             seen.add(target.id)
-        table = to_table(targets, self._storage).append_column("position", pa.array(positions, pa.int64()))
+        table = to_table(targets, self._storage).append_column(_POSITION, pa.array(positions, _POSITION.type))
         if self._manifest["complete"]:  # until here a run may end, and the store is what it was
             self._manifest["complete"] = False
             self._write_manifest()
@@ -233,7 +274,7 @@ class TargetWriter:
         # The id makes the name unique where an earlier run counted the input's places in another way.
         name = hashlib.sha256(targets[0].id.encode()).hexdigest()[:16]
         path = self._pending / f"{positions[0]:012d}-{name}.parquet"
-        _write(path, encoded(table, "none"))
+        _write(self.folder, f"{self._pending.name}/{path.name}", encoded(table, "none"))
         for row, (place, target) in enumerate(zip(positions, targets, strict=True)):
             self._waiting.append(_Waiting(place, target.id, path, row))
             self.done[target.id] = Identity(target.image_sha256, target.file_sha256, target.word_maps.caption)
@@ -323,20 +364,23 @@ class TargetWriter:
             raise TargetError(f"the writer of {self.folder} is closed; open another one to continue the store")
 
     def _next_shard(self) -> str:
-        return f"data-{len(self._manifest['shards']):05d}.parquet"
+        return shard_name(len(self._manifest["shards"]))
 
     def _write_manifest(self) -> None:
         self._manifest["failed"] = [{"id": sample_id, "reason": reason} for sample_id, reason in self.failed.items()]
-        _write(self.folder / "manifest.json", json.dumps(self._manifest, indent=2) + "\n")
+        _write(self.folder, "manifest.json", json.dumps(self._manifest, indent=2) + "\n")
 
     def _write_shard(self, samples: Sequence[_Waiting]) -> None:
         """A kill after the first step leaves a shard to adopt, one after the second pending files to ignore."""
         columns = schema(self._storage).names
-        tables = {path: read(path, columns) for path in {sample.file for sample in samples}}
+        tables = {}
+        for path in {sample.file for sample in samples}:
+            with opened(path) as file:
+                tables[path] = file.read(columns)
         table = pa.concat_tables([tables[sample.file].slice(sample.row, 1) for sample in samples])
         data = encoded(table, "zstd")
         name = self._next_shard()
-        _write(self.folder / name, data)
+        _write(self.folder, name, data)
         self._manifest["shards"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "samples": len(samples)}
         self._write_manifest()
         written = {sample.id for sample in samples}
@@ -351,6 +395,13 @@ def _require_store(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if "manifest.json" not in names and names - _EARLY_FILES:
         raise TargetError(f"{folder} exists and is no target store; give --out a new or empty folder")
+    try:
+        lock, pending = (own_path(folder, name) for name in (".lock", "pending"))
+    except DataError as error:
+        raise TargetError(str(error)) from None
+    for path, is_one, kind in ((lock, lock.is_file(), "file"), (pending, pending.is_dir(), "folder")):
+        if path.exists() and not is_one:
+            raise TargetError(f"{path} is no {kind}, as a store has one under this name; remove it, or give --out a new folder")
 
 
 def _is_picture(image: ImageSource, stored: Identity) -> bool:
@@ -380,17 +431,25 @@ class TargetStore:
         self.failed: dict[str, str] = {entry["id"]: entry["reason"] for entry in manifest["failed"]}
         if not manifest["complete"]:
             raise TargetError(f"the extraction into {self.folder} has not finished; run it again to continue it")
-        self.shards = shard_paths(self.folder, manifest)
-        if not self.shards:
+        if any((self.folder / "pending").glob("*.parquet")):
+            raise TargetError(
+                f"{self.folder} is marked as finished, but samples are pending; run the extraction again to continue it"
+            )
+        if extra := unlisted_shards(self.folder, manifest):
+            raise TargetError(f"{extra[0]} is not listed in the manifest; move it elsewhere, or extract into a new folder")
+        shards = shards_of(self.folder, manifest)
+        self.shards = [shard.path for shard in shards]
+        if not shards:
             raise TargetError(
                 f'{self.folder} holds no targets; was every picture refused? See "failed" in {self.folder / "manifest.json"}'
             )
-        self._place_of: dict[str, tuple[Path, str, int]] = {}
-        for path in self.shards:
-            ids, listed = read(path, ["id"])["id"].to_pylist(), manifest["shards"][path.name]
-            if len(ids) != listed["samples"]:
-                raise TargetError(f"{path} is damaged (it has {len(ids)} samples, the manifest says {listed['samples']})")
-            self._place_of |= {sample_id: (path, listed["sha256"], row) for row, sample_id in enumerate(ids)}
+        self._shards = shards
+        self._place_of: dict[str, tuple[Shard, int]] = {}
+        for shard in shards:
+            for row, sample_id in enumerate(ids_of(shard, self.config.storage)):
+                if sample_id in self._place_of:
+                    raise damaged(shard.path, f"the store has the sample {sample_id!r} twice")
+                self._place_of[sample_id] = shard, row
 
     @property
     def teacher(self) -> dict[str, str]:
@@ -402,17 +461,33 @@ class TargetStore:
         return len(self._place_of)
 
     def __contains__(self, sample_id: object) -> bool:
-        return sample_id in self._place_of
+        """Raises `TargetError` where the store cannot tell since a shard is damaged."""
+        if sample_id in self._place_of:
+            return True
+        self._require_shards()  # a sample is missing only where all ids are what was written
+        return False
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._place_of)
 
     def __getitem__(self, sample_id: str) -> Target:
-        """Raises `TargetError` naming the sample that is missing."""
-        if sample_id not in self._place_of:
+        """Raises `TargetError` naming the sample that is missing, or the shard that is damaged."""
+        if sample_id not in self:
             raise TargetError(f"{self.folder} has no targets for sample {sample_id!r}; extract them, or drop the sample")
-        path, sha256, row = self._place_of[sample_id]
-        return next(targets_of(group_of(path, sha256, row // GROUP_SIZE).slice(row % GROUP_SIZE, 1)))
+        shard, number = self._place_of[sample_id]
+        require_sha256(shard)
+        row = group_of(shard.path, shard.sha256, number // GROUP_SIZE)[number % GROUP_SIZE]
+        if row.id != sample_id:  # the ids were read before the shard's bytes were compared
+            raise TargetError(f"{shard.path} has changed while it was in use; load the store again")
+        return row.decoded(shard.path)
+
+    def shard_of(self, sample_id: str) -> Path:
+        """The file that has a sample."""
+        return self._place_of[sample_id][0].path
+
+    def _require_shards(self) -> None:
+        for shard in self._shards:
+            require_sha256(shard)
 
     def of_pictures(self, images: Sequence[str], captions: Sequence[str]) -> Target | None:
         """The targets that were made from one of these pictures, by `image_sha256`: of several the first with one of these
@@ -424,6 +499,7 @@ class TargetStore:
     @cached_property
     def _samples_of(self) -> dict[str, list[tuple[str, str]]]:
         """Of every picture the ids and captions of its samples, in the order of the store."""
+        self._require_shards()
         samples: dict[str, list[tuple[str, str]]] = {}
         for path in self.shards:
             for sample_id, identity in _identities(path).items():
@@ -432,9 +508,10 @@ class TargetStore:
 
     def contents(self) -> str:
         """Sixteen hexadecimal digits that change with the samples: their ids, pictures and captions."""
+        self._require_shards()
         names = ["id", "image_sha256", "caption"]
-        table = pa.concat_tables([read(path, names) for path in self.shards])
-        return fingerprint([table[name].to_pylist() for name in names])
+        columns = [read(path, names) for path in self.shards]
+        return fingerprint([[cell for column in columns for cell in column[name]] for name in names])
 
     def checked(self, sample_id: str, image: Image.Image) -> Target:
         """The targets of a sample after a look at its picture. Raises `TargetError` if they were made from another one."""
@@ -449,5 +526,8 @@ class TargetStore:
 
 def _identities(path: Path) -> dict[str, Identity]:
     """The picture and caption of every sample in a file, by id, in their order."""
-    ids, *rest = (column.to_pylist() for column in read(path, _IDENTITY).columns)
-    return dict(zip(ids, map(Identity, *rest), strict=True))
+    ids, *rest = read(path, _IDENTITY).values()
+    identities = dict(zip(ids, map(Identity, *rest), strict=True))
+    if len(identities) != len(ids):
+        raise damaged(path, "it has a sample twice")
+    return identities

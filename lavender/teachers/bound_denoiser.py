@@ -14,10 +14,12 @@ from .encoding import TextReader, Texts
 from .families import TeacherFamily, Text
 from .framing import on_picture
 from .recording import DenoiserHooks, Recording
+from .schedules import kind_of
 
 
 class BoundDenoiser:
-    """A denoiser with the captions of one batch. Latents are float32 [B, C, h, w], timesteps scalars from 0 to 1000.
+    """A denoiser with the captions of one batch. Latents are float32 [B, C, h, w], timesteps scalars, as the denoiser
+    takes them.
 
     Attributes:
         scheduler: the pipeline's, of which the noise schedule and the kind of prediction are used.
@@ -46,7 +48,8 @@ class BoundDenoiser:
             words: of every caption; the columns are then those of the tokens that the text encoders receive, whatever
                 `word_weights` says. A caption that is not found among these has no words.
         """
-        self.scheduler, self.flow_matching = family.pipe.scheduler, family.flow_matching
+        self.scheduler = family.pipe.scheduler
+        self.flow_matching = kind_of(self.scheduler, type(family.pipe).__name__) == "flow"
         self._family, self._hooks, self._config = family, hooks, config
         # Whether classifier-free guidance takes a second forward, for empty captions.
         self._guided = config.guidance_scale > 1 and config.inversion != "noise" and not family.takes_guidance
@@ -93,6 +96,11 @@ class BoundDenoiser:
         with self._recorded():
             return self._predict_guided(latents, timestep)
 
+    @property
+    def text(self) -> torch.Tensor:
+        """Embeddings [B, N, C] of the captions."""
+        return self._text.embeddings
+
     def empty(self) -> torch.Tensor:
         """Embeddings [B, N, C] of empty captions."""
         assert self._empty is not None
@@ -108,7 +116,7 @@ class BoundDenoiser:
         return self._predict(latents, timestep, self._empty.with_embeddings(embeddings.to(self._empty.embeddings)), 1.0)
 
     def sigmas(self, num_steps: int, latents: torch.Tensor) -> list[float]:
-        """Noise levels of a flow-matching model's denoising, from noise to 0."""
+        """Noise levels of a denoising by a scheduler that has sigmas, from noise to picture."""
         return self._family.sigmas(num_steps, latents)
 
     def maps(self, inside: Sequence[Box]) -> torch.Tensor:

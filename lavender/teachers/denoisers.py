@@ -63,6 +63,10 @@ def _by_shapes(denoiser: nn.Module, inputs: Mapping[str, Any]) -> Grid:
 
 def _by_numbers(denoiser: nn.Module, inputs: Mapping[str, Any]) -> Grid:
     """Packed latents, whose grid is in three arguments."""
+    if any(inputs.get(name) is None for name in ("num_frames", "height", "width")):
+        raise CaptureError(
+            f"this pipeline does not give {type(denoiser).__name__} num_frames, height and width, which say where its tokens stand"
+        )
     return inputs["num_frames"], inputs["height"], inputs["width"]
 
 
@@ -77,6 +81,17 @@ def _unpadded(denoiser: nn.Module, inputs: Mapping[str, Any]) -> list[int]:
     return lengths
 
 
+def _packed(inputs: Mapping[str, Any]) -> int:
+    """All that the pipeline made tokens of before."""
+    return int(inputs["hidden_states"].shape[1])
+
+
+def _unet_level(name: str) -> str:
+    """The block of transformer layers, or the module of the attention itself where there is none."""
+    around, found, _ = name.rpartition(".transformer_blocks.")
+    return around if found else name.rpartition(".")[0]
+
+
 @dataclass(frozen=True)
 class Layout:
     """How one class of denoisers attends to text.
@@ -87,6 +102,8 @@ class Layout:
         grid: the grid of image tokens, from the denoiser and its arguments.
         lead: tokens before the text.
         text_tokens: text tokens in the joint sequence, per sample.
+        image_tokens: image tokens in the joint sequence, those of further pictures with them; the grid's if None.
+        level: of a U-Net, the name of the module around an attention module whose input [B, C, y, x] has that level's grid.
     """
 
     modules: str
@@ -94,18 +111,20 @@ class Layout:
     grid: Callable[[nn.Module, Mapping[str, Any]], Grid]
     lead: Callable[[Any], int] = _no_lead
     text_tokens: Callable[[nn.Module, Mapping[str, Any]], list[int]] = _text_tokens
+    image_tokens: Callable[[Mapping[str, Any]], int] | None = None
+    level: Callable[[str], str] | None = None
 
 
 _DOUBLE_AND_SINGLE = r"(single_)?transformer_blocks\.\d+\.attn"
 _SECOND = r"(transformer_)?blocks\.\d+\.attn2"
 
 LAYOUTS = {
-    "UNet2DConditionModel": Layout(r".*\.attn2", "cross", _latent_places),
+    "UNet2DConditionModel": Layout(r".*\.attn2", "cross", _latent_places, level=_unet_level),
     "SD3Transformer2DModel": Layout(r"transformer_blocks\.\d+\.attn", "image first", _patches),
-    "FluxTransformer2DModel": Layout(_DOUBLE_AND_SINGLE, "text first", _by_ids),
-    "Flux2Transformer2DModel": Layout(_DOUBLE_AND_SINGLE, "text first", _by_ids),
-    "ChromaTransformer2DModel": Layout(_DOUBLE_AND_SINGLE, "text first", _by_ids),
-    "QwenImageTransformer2DModel": Layout(r"transformer_blocks\.\d+\.attn", "text first", _by_shapes),
+    "FluxTransformer2DModel": Layout(_DOUBLE_AND_SINGLE, "text first", _by_ids, image_tokens=_packed),
+    "Flux2Transformer2DModel": Layout(_DOUBLE_AND_SINGLE, "text first", _by_ids, image_tokens=_packed),
+    "ChromaTransformer2DModel": Layout(_DOUBLE_AND_SINGLE, "text first", _by_ids, image_tokens=_packed),
+    "QwenImageTransformer2DModel": Layout(r"transformer_blocks\.\d+\.attn", "text first", _by_shapes, image_tokens=_packed),
     "AuraFlowTransformer2DModel": Layout(r"(joint|single)_transformer_blocks\.\d+\.attn", "text first", _patches, lead=_registers),
     "Lumina2Transformer2DModel": Layout(r"layers\.\d+\.attn", "text first", _patches, text_tokens=_unpadded),
     "CogView4Transformer2DModel": Layout(r"transformer_blocks\.\d+\.attn1", "text first", _patches),
@@ -119,21 +138,20 @@ LAYOUTS = {
 
 
 def layout_of(denoiser: object) -> Layout:
-    """The layout of a pipeline's denoiser. Raises `ModelError` naming the known classes."""
-    name = type(denoiser).__name__
-    if name not in LAYOUTS:
-        raise ModelError(f"lavender cannot read word maps from a {name}; it reads {sorted(LAYOUTS)}")
-    return LAYOUTS[name]
+    """The layout of a denoiser, by its class or the nearest one that it inherits from. Raises `ModelError` naming the known."""
+    for kind in type(denoiser).__mro__:
+        if kind.__name__ in LAYOUTS:
+            return LAYOUTS[kind.__name__]
+    raise ModelError(f"lavender cannot read word maps from a {type(denoiser).__name__}; it reads {sorted(LAYOUTS)}")
 
 
-def level_grid(grid: Grid, num_queries: int) -> Grid:
-    """The grid of a layer with so many queries: the denoiser's, its sides halved some times (odd sides round up)."""
-    frames, height, width = grid
-    while frames * height * width > num_queries and height * width > 1:
-        height, width = (height + 1) // 2, (width + 1) // 2
-    if frames * height * width != num_queries:
-        raise CaptureError(f"{num_queries} queries are no halving of a grid of {grid[1]}x{grid[2]} in {grid[0]} frames")
-    return frames, height, width
+def unwrapped(denoiser: nn.Module) -> nn.Module:
+    """The one denoiser that lavender reads in a module: itself, or what torch.compile, PEFT or a wrapper of one's own holds.
+
+    A module that holds none of them, or several, is returned as it is.
+    """
+    found = [module for module in denoiser.modules() if any(kind.__name__ in LAYOUTS for kind in type(module).__mro__)]
+    return found[0] if len(found) == 1 else denoiser
 
 
 @dataclass(frozen=True)
@@ -144,17 +162,24 @@ class Places:
         grid: of the image tokens.
         image_start: int64 [B], the first image token among the queries.
         text_start: the first text token among the keys.
+        num_tokens: of the whole sequence.
     """
 
     grid: Grid
     image_start: torch.Tensor
     text_start: int
+    num_tokens: int
 
 
 def places_of(layout: Layout, denoiser: nn.Module, inputs: Mapping[str, Any]) -> Places:
     """Where things stand in a denoiser's attention, from the arguments of its forward."""
     grid, lead = layout.grid(denoiser, inputs), layout.lead(denoiser)
+    text_tokens = torch.tensor(layout.text_tokens(denoiser, inputs))
+    num_image_tokens = math.prod(grid) if layout.image_tokens is None else layout.image_tokens(inputs)
     if layout.order == "text first":
-        return Places(grid, lead + torch.tensor(layout.text_tokens(denoiser, inputs)), lead)
-    start = math.prod(grid) if layout.order == "image first" else 0
-    return Places(grid, torch.zeros(len(inputs["encoder_hidden_states"]), dtype=torch.long), start)
+        starts = lead + text_tokens
+        return Places(grid, starts, lead, int(starts.max()) + num_image_tokens)
+    starts = torch.zeros_like(text_tokens)
+    if layout.order == "image first":
+        return Places(grid, starts, num_image_tokens, num_image_tokens + int(text_tokens.max()))
+    return Places(grid, starts, 0, num_image_tokens)

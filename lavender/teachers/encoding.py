@@ -51,21 +51,38 @@ class Carried:
             tokens: K tokens that are no words.
 
         Returns:
-            float32 [max(1, W + K), N] on the CPU: a word's columns share 1 evenly over the encoders that have it, and in each over
-            its tokens; and the words and tokens that no column stands for, whose rows are zero.
+            float32 [max(1, W + K), N] on the CPU: a word's columns share 1 evenly over the stretches of columns that have it (SD
+            3 has one of CLIP's and one of T5's), in each over the encoders that lie there side by side, and in each of
+            them over its tokens; and the words and tokens that no column stands for, whose rows are zero.
         """
         asked: list[Word | TokenName] = [*words, *tokens]
         weights = torch.zeros(max(1, len(asked)), len(self.columns))
-        for alignment in self._alignments:
-            for w, columns in enumerate([*alignment.columns_of(words), *(self._standing(token, alignment) for token in tokens)]):
-                if columns:
-                    weights[w, columns] += 1 / len(columns)
+        for stretch in self._stretches():
+            own = torch.zeros_like(weights)
+            for alignment in stretch:
+                for w, columns in enumerate(
+                    [*alignment.columns_of(words), *(self._standing(token, alignment) for token in tokens)]
+                ):
+                    if columns:
+                        own[w, columns] += 1 / len(columns)
+            weights += own / own.sum(dim=1, keepdim=True).clamp_min(1)
         for w, token in enumerate(tokens, start=len(words)):
             columns = [] if weights[w].any() else [c for c, name in enumerate(self.columns) if token in (c, name)]
             if columns:
                 weights[w, columns] += 1 / len(columns)
         missing = [each for w, each in enumerate(asked) if not weights[w].any()]
         return weights / weights.sum(dim=1, keepdim=True).clamp_min(1), missing
+
+    def _stretches(self) -> list[list[Alignment]]:
+        """The encoders' tokens, those that share columns together."""
+        stretches: list[tuple[set[int], list[Alignment]]] = []
+        for alignment in self._alignments:
+            columns = {column for each in alignment.columns for column in each}
+            beside = [stretch for stretch in stretches if columns & stretch[0]]
+            stretches = [stretch for stretch in stretches if stretch not in beside]
+            joined = [each for _, alignments in beside for each in alignments]
+            stretches.append((columns.union(*(others for others, _ in beside)), [*joined, alignment]))
+        return [alignments for _, alignments in stretches]
 
     def _standing(self, token: TokenName, alignment: Alignment) -> list[int]:
         """The columns of what stands in the text without being a word, if its letters are what was tokenized."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -44,12 +46,10 @@ class TeacherFamily(ABC):
     Attributes:
         pipe: the pipeline.
         denoiser: its U-Net or transformer.
-        flow_matching: whether its prediction is a velocity and its timestep a thousand times sigma.
-        takes_guidance: whether the guidance scale is an input of the denoiser.
+        flow_matching: whether models of this family are flow-matching ones; another family's are where their scheduler says so.
     """
 
     flow_matching = False
-    takes_guidance = False
     denoiser_name = "transformer"
     patch_size = 1
 
@@ -59,14 +59,27 @@ class TeacherFamily(ABC):
             cls.flow_matching = vars(cls)["flows"]
 
     def __init__(self, pipe: Any) -> None:
+        """Raises `ModelError` if the denoiser takes what a caption and a picture do not give."""
         self.pipe = pipe
         self.denoiser = getattr(pipe, self.denoiser_name)
-        channels, expected = self.denoiser.config.in_channels, self.packed_channels(pipe.vae.config.latent_channels)
+        latent_channels = getattr(pipe.vae.config, "latent_channels", None)
+        if latent_channels is None:
+            raise ModelError(
+                f"the autoencoder of this {type(pipe).__name__} is a {type(pipe.vae).__name__}, which says no "
+                "latent_channels; give the pipeline one that it draws with"
+            )
+        channels, expected = self.denoiser.config.in_channels, self.packed_channels(latent_channels)
         if channels != expected:
             raise ModelError(
-                f"the denoiser of this {type(pipe).__name__} takes {channels} channels and its pictures have {expected}; lavender "
-                "takes plain text-to-image models, none for inpainting or editing"
+                f"the denoiser of this {type(pipe).__name__} takes {channels} channels and its pictures have {expected} by its "
+                f"{type(pipe.vae).__name__}; lavender takes plain text-to-image models with their own autoencoder, none for "
+                "inpainting or editing"
             )
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the guidance scale is an input of the denoiser."""
+        return False
 
     def packed_channels(self, latent_channels: int) -> int:
         """Channels of the denoiser's input, for latents of so many."""
@@ -83,9 +96,21 @@ class TeacherFamily(ABC):
         return int(self.denoiser.config.sample_size) * int(self.pipe.vae_scale_factor)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Scaled latents [B, C, h, w] of pictures [B, 3, y, x] in [-1, 1]: the mean of the encoder's distribution."""
-        vae = self.pipe.vae
-        latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
+        """Scaled latents [B, C, h, w] of pictures [B, 3, y, x] in [-1, 1]: the mean of the encoder's distribution if it has one."""
+        return self.latents_of(self.pipe.vae.encode(pixels.to(self.pipe.vae.dtype)))
+
+    def latents_of(self, encoded: Any) -> torch.Tensor:
+        """Scaled latents [B, C, h, w] from what the autoencoder's `encode` returned. Raises `ModelError`."""
+        if hasattr(encoded, "latent_dist"):
+            latents = encoded.latent_dist.mode()
+        else:  # autoencoders without a distribution: tiny, quantized and deeply compressing ones
+            latents = getattr(encoded, "latents", None)
+            latents = getattr(encoded, "latent", None) if latents is None else latents
+        if latents is None:
+            raise ModelError(
+                f"the autoencoder of this {type(self.pipe).__name__} is a {type(self.pipe.vae).__name__}, which encodes a picture "
+                f"as a {type(encoded).__name__} without latents; give the pipeline one that it draws with"
+            )
         shift, scale = self._moments(latents)
         return ((latents - shift) * scale).to(self.denoiser.dtype)
 
@@ -108,26 +133,54 @@ class TeacherFamily(ABC):
 
     @abstractmethod
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor, text: Text, guidance_scale: float) -> torch.Tensor:
-        """The denoiser's output [B, C, h, w] for noisy latents at a timestep from 0 to 1000; `guidance_scale` if it takes one."""
+        """The denoiser's output [B, C, h, w] for noisy latents at a timestep as the pipeline counts; `guidance_scale` if taken."""
 
     def sigmas(self, num_steps: int, latents: torch.Tensor) -> list[float]:
-        """Of a flow-matching model, the noise levels of a denoising in so many steps, from noise to 0: one more than steps."""
+        """Of a scheduler with sigmas, those of a denoising in so many steps, from noise to picture: one more than steps."""
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-        # A scheduler of the same kind: the pipeline's own keeps its state.
-        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+        scheduler = copy.deepcopy(self.pipe.scheduler)  # the pipeline's own keeps its steps
         config, arguments = scheduler.config, {}
         if config.get("use_dynamic_shifting"):
-            names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
             tokens = latents.shape[-2] * latents.shape[-1] // self.patch_size**2
-            arguments["mu"] = calculate_shift(tokens, *(config[name] for name in names))
-            arguments["sigmas"] = np.linspace(1.0, 1 / num_steps, num_steps)
+            # The defaults are the pipelines', for schedulers that have no such settings.
+            defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+            arguments["mu"] = calculate_shift(tokens, *(config.get(name, value) for name, value in defaults.items()))
+            if not config.get("use_flow_sigmas"):
+                arguments["sigmas"] = np.linspace(1.0, 1 / num_steps, num_steps)
         scheduler.set_timesteps(num_steps, **arguments)
-        return [float(sigma) for sigma in scheduler.sigmas]
+        # Schedulers of second order have each level twice.
+        return [sigma for sigma, _ in groupby(map(float, scheduler.sigmas))]
 
 
 class _StableDiffusion(TeacherFamily):
     denoiser_name = "unet"
+    additions: tuple[str | None, ...] = (None, "text")
+    """Kinds of additional embeddings whose inputs the pipeline makes of a caption."""
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        config, name = self.denoiser.config, type(pipe).__name__
+        further = {
+            "class labels": config.class_embed_type is not None or config.num_class_embeds is not None,
+            f"what an addition_embed_type {config.addition_embed_type!r} adds": config.addition_embed_type not in self.additions,
+            "the picture of an IP-Adapter or image projection (call pipe.unload_ip_adapter() if one is loaded)": (
+                config.encoder_hid_dim_type not in (None, "text_proj")
+            ),
+        }
+        for what, is_taken in further.items():
+            if is_taken:
+                raise ModelError(f"the U-Net of this {name} also takes {what}, which a caption and a picture do not give it")
+        channels, learned = config.out_channels, str(pipe.scheduler.config.get("variance_type")).startswith("learned")
+        if channels != config.in_channels * (2 if learned else 1):
+            raise ModelError(
+                f"the U-Net of this {name} predicts {channels} channels for {config.in_channels}, and its scheduler a "
+                f"{'learned' if learned else 'fixed'} variance; give it the scheduler that its model was trained for"
+            )
+
+    @property
+    def takes_guidance(self) -> bool:
+        return self.denoiser.config.time_cond_proj_dim is not None
 
     @property
     def multiple(self) -> int:
@@ -139,14 +192,34 @@ class _StableDiffusion(TeacherFamily):
         return Text(prompt, {}), Text(empty, {}) if guided else None
 
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor, text: Text, guidance_scale: float) -> torch.Tensor:
-        more = {"added_cond_kwargs": text.more} if text.more else {}
-        return self.denoiser(latents, timestep, text.embeddings, **more).sample
+        more: dict[str, Any] = {"added_cond_kwargs": text.more} if text.more else {}
+        if self.takes_guidance:  # the scale without 1 is what the pipeline embeds
+            scales = torch.full((len(latents),), guidance_scale - 1)
+            width = self.denoiser.config.time_cond_proj_dim
+            more["timestep_cond"] = self.pipe.get_guidance_scale_embedding(scales, width).to(latents)
+        output = self.denoiser(latents, timestep, text.embeddings, **more).sample
+        return output[:, : latents.shape[1]]  # the rest is the learned variance
 
 
 class _StableDiffusionXL(_StableDiffusion):
+    additions = (None, "text", "text_time")
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        if self.denoiser.config.addition_embed_type != "text_time" or pipe.text_encoder_2 is None:
+            return
+        width, encoder = self.denoiser.config.addition_time_embed_dim, self.pipe.text_encoder_2
+        rest = self.denoiser.add_embedding.linear_1.in_features - encoder.config.projection_dim
+        if rest != 6 * width:
+            raise ModelError(
+                f"the U-Net of this {type(pipe).__name__} takes {rest / width:g} numbers of sizes and scores beside the pooled "
+                "text, and the pipeline gives it 6; a refiner, which takes an aesthetic score, or another text encoder's U-Net "
+                "cannot be a teacher"
+            )
+
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         # Its first autoencoder overflows in half precision, as its config says.
-        if self.pipe.vae.config.force_upcast and self.pipe.vae.dtype == torch.float16:
+        if getattr(self.pipe.vae.config, "force_upcast", False) and self.pipe.vae.dtype == torch.float16:
             self.pipe.vae.to(torch.float32)
         return super().encode(pixels)
 
@@ -208,8 +281,11 @@ class _StableDiffusion3(TeacherFamily):
 
 class _Flux(TeacherFamily):
     flow_matching = True
-    takes_guidance = True
     patch_size = 2
+
+    @property
+    def takes_guidance(self) -> bool:
+        return True
 
     def packed_channels(self, latent_channels: int) -> int:
         return latent_channels * 4

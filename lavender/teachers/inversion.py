@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 
 from ..config import TeacherConfig
-from ..errors import ConfigError
 from .bound_denoiser import BoundDenoiser
+from .schedules import EdmLevels, FlowLevels, Levels, ddim_of, kind_of
 
 Noise = Callable[[], torch.Tensor]
 """Gives standard normal noise like the latents, other noise at every call."""
@@ -20,17 +18,6 @@ Ends = tuple[torch.Tensor, torch.Tensor]
 """The noisiest latents, and those at the end: of every inversion but `noise`, what the denoising made of them."""
 _ADAM_RATE = 1e-2
 """Learning rate of null-text inversion at the first timestep; it falls to half of that (Mokady et al. 2023, their code)."""
-
-
-def require_inversion(config: TeacherConfig, scheduler: Any, flow_matching: bool, name: str) -> None:
-    """Raises `ConfigError` if a model of this kind cannot be inverted as the config says."""
-    kind = scheduler.config.get("prediction_type", "epsilon")
-    if flow_matching and config.inversion in ("ddim", "null_text"):
-        raise ConfigError(f"inversion is {config.inversion!r}, but {name} is a flow-matching model; choose flow or noise")
-    if not flow_matching and config.inversion == "flow":
-        raise ConfigError(f"inversion is 'flow', but {name} is no flow-matching model; choose ddim, null_text or noise")
-    if not flow_matching and kind not in ("epsilon", "v_prediction"):
-        raise ConfigError(f"{name} predicts {kind!r}; lavender inverts models that predict epsilon or v_prediction")
 
 
 def read_maps(denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherConfig, noise: Noise) -> Ends:
@@ -42,20 +29,31 @@ def read_maps(denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherCon
         config: which way, and its numbers of steps.
         noise: see `Noise`.
     """
-    ways = {"noise": _add_noise, "ddim": _ddim, "null_text": _null_text, "flow": _flow_matching}
-    return ways[config.inversion](denoiser, latents, config, noise)
+    ways = {"noise": _add_noise, "ddim": _ddim, "null_text": _null_text, "flow": _euler}
+    way = ways[config.inversion]
+    # Where latents have a sigma, DDIM's steps are Euler's (Karras et al. 2022, appendix B.3).
+    return (_euler if way is _ddim and _levels(denoiser) is not None else way)(denoiser, latents, config, noise)
+
+
+def noisy_at(
+    denoiser: BoundDenoiser, latents: torch.Tensor, noise: torch.Tensor, number: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents with noise at what the config calls a timestep; what the denoiser is given for them; and the timestep it takes."""
+    levels = _levels(denoiser)
+    if levels is None:
+        timestep = torch.tensor(number, device=latents.device)
+        noisy = ddim_of(DDIMScheduler, denoiser.scheduler).add_noise(latents, noise, timestep.expand(len(latents)))
+        return noisy, noisy, timestep
+    sigma = levels.sigma(number)
+    noisy = levels.noisy(latents, noise, sigma)
+    return noisy, levels.given(noisy, sigma), levels.timestep(sigma).to(latents.device)
 
 
 def _add_noise(denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherConfig, noise: Noise) -> Ends:
-    ddim = None if denoiser.flow_matching else _scheduler(DDIMScheduler, denoiser)
     noisiest = latents
     for number in config.timesteps:
-        timestep = torch.tensor(number, device=latents.device)
-        if ddim is None:
-            noisy = latents + number / 1000 * (noise() - latents)
-        else:
-            noisy = ddim.add_noise(latents, noise(), timestep.expand(len(latents)))
-        denoiser.record(noisy, timestep)
+        noisy, given, timestep = noisy_at(denoiser, latents, noise(), number)
+        denoiser.record(given, timestep)
         if number == max(config.timesteps):
             noisiest = noisy
     return noisiest, latents
@@ -65,7 +63,7 @@ def _ddim(denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherConfig,
     """DDIM inversion (Song et al. 2021, section 4.3), then DDIM denoising from the noise level that inversion reached."""
     path, reached = _invert(denoiser, latents, config.inversion_steps)
     noisiest = latents = path[-1]
-    ddim = _scheduler(DDIMScheduler, denoiser)
+    ddim = ddim_of(DDIMScheduler, denoiser.scheduler)
     ddim.set_timesteps(config.diffusion_steps, device=latents.device)
     for timestep in ddim.timesteps:
         # Few inversion steps stop short of the noisiest level: denoising starts where they stopped.
@@ -79,7 +77,7 @@ def _null_text(denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherCo
     """Null-text inversion (Mokady et al. 2023): the empty caption's embedding is fitted at every timestep, picture by picture."""
     path, _ = _invert(denoiser, latents, config.diffusion_steps)
     noisiest = latents = path.pop()
-    ddim = _scheduler(DDIMScheduler, denoiser)
+    ddim = ddim_of(DDIMScheduler, denoiser.scheduler)
     ddim.set_timesteps(config.diffusion_steps, device=latents.device)
     empty = denoiser.empty().float()
     for step, timestep in enumerate(ddim.timesteps):
@@ -124,26 +122,35 @@ def _fit_empty(
     return embeddings.detach()
 
 
-def _flow_matching(denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherConfig, noise: Noise) -> Ends:
+def _euler(denoiser: BoundDenoiser, latents: torch.Tensor, config: TeacherConfig, noise: Noise) -> Ends:
     """Euler's method: from the picture to noise over the scheduler's noise levels, and back.
 
-    As in DDIM inversion, the velocity of a step is that at its noisier end, where the way back takes it too.
+    As in DDIM inversion, the slope of a step is that at its noisier end, where the way back takes it too.
     """
-
-    def at(sigma: float) -> torch.Tensor:
-        return torch.tensor(1000 * sigma, device=latents.device)
-
+    levels = _levels(denoiser)
+    assert levels is not None
     for high, low in reversed(list(pairwise(denoiser.sigmas(config.inversion_steps, latents)))):
-        latents = latents + (high - low) * denoiser.predict(latents, at(high))
+        output = denoiser.predict(levels.given(latents, high), levels.timestep(high).to(latents.device))
+        latents = latents + (high - low) * levels.slope(latents, output, high)
     noisiest = latents
     for high, low in pairwise(denoiser.sigmas(config.diffusion_steps, latents)):
-        latents = latents - (high - low) * denoiser.predict_guided(latents, at(high), _is_recorded(config, at(high)))
+        output = denoiser.predict_guided(
+            levels.given(latents, high), levels.timestep(high).to(latents.device), _is_recorded(config, levels.number(high))
+        )
+        latents = latents - (high - low) * levels.slope(latents, output, high)
     return noisiest, latents
+
+
+def _levels(denoiser: BoundDenoiser) -> Levels | None:
+    """The noise levels of a model that has sigmas; None of one that has timesteps alone."""
+    if denoiser.flow_matching:
+        return FlowLevels(denoiser.scheduler)
+    return EdmLevels(denoiser.scheduler) if kind_of(denoiser.scheduler, "pipeline") == "edm" else None
 
 
 def _invert(denoiser: BoundDenoiser, latents: torch.Tensor, num_steps: int) -> tuple[list[torch.Tensor], int]:
     """The latents on DDIM's way to noise, those of the picture first, and the last timestep."""
-    inverse = _scheduler(DDIMInverseScheduler, denoiser)
+    inverse = ddim_of(DDIMInverseScheduler, denoiser.scheduler)
     inverse.set_timesteps(num_steps, device=latents.device)
     path = [latents]
     for timestep in inverse.timesteps:
@@ -151,17 +158,5 @@ def _invert(denoiser: BoundDenoiser, latents: torch.Tensor, num_steps: int) -> t
     return path, int(inverse.timesteps[-1])
 
 
-def _scheduler(kind: Any, denoiser: BoundDenoiser) -> Any:
-    """One of diffusers' schedulers with the pipeline's noise schedule."""
-    # Not by `from_config`: it leaves out what the pipeline's scheduler has by default, and defaults differ from kind to kind.
-    known = inspect.signature(kind).parameters
-    settings = {name: value for name, value in denoiser.scheduler.config.items() if name in known}
-    # With "linspace" (usual for Euler and DPM-Solver) the steps there and back would not be the same.
-    if settings.get("timestep_spacing") == "linspace":
-        settings["timestep_spacing"] = "leading"
-    # Schedulers of other kinds do not say in their configs that latents are not clipped.
-    return kind(**{**settings, "clip_sample": False})
-
-
-def _is_recorded(config: TeacherConfig, timestep: torch.Tensor) -> bool:
+def _is_recorded(config: TeacherConfig, timestep: float | torch.Tensor) -> bool:
     return config.first_timestep <= float(timestep) <= config.last_timestep

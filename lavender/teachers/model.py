@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,15 +21,26 @@ from ..kernels.map_loss import normalize
 from ..pretrained.names import split_revision
 from ..pretrained.weights import require_finite
 from ..types import Box, Word, WordMaps
-from ..words import Caption
+from ..words import Caption, words_of
 from .bound_denoiser import BoundDenoiser
 from .encoding import TextReader
 from .families import TeacherFamily, teacher_family_of
 from .framing import frame
-from .inversion import read_maps, require_inversion
+from .identity import (
+    CAPTION,
+    asking,
+    behavior_of,
+    digits_as_loaded,
+    digits_of_behavior,
+    digits_of_weights,
+    modules_of,
+    remedy_of_overflow,
+)
+from .inversion import read_maps
 from .loading import load_pipeline, pin_pipeline
 from .prompts import word_weights
 from .recording import DenoiserHooks
+from .schedules import require_inversion
 from .turns import turn_of
 
 _PROBE = "a (red:1.3) cat, [two] birds and a half-open door"
@@ -65,7 +75,9 @@ class Teacher:
         pipe: the pipeline.
         family: how its parts are called.
         hooks: on its denoiser.
-        identity: its name, sixteen digits that change with its weights, and the commit that it was loaded from if it is of the hub.
+        identity: its name; the commit that it was loaded from if it is of the hub; `weights`, sixteen digits that change with its
+            weights and settings, and `weights_as_loaded`, those that lavender took before; and `behavior`: see
+            `lavender.teachers.identity`. Of a pipeline that was handed in, `behavior` has `digits` too: anything may be switched.
         side: of the square that pictures are brought to, in pixels.
     """
 
@@ -81,8 +93,8 @@ class Teacher:
         """`model` is a folder, a hub id, maybe as `NAME@REVISION`, or a loaded pipeline.
 
         Raises:
-            ModelError: `model` cannot be loaded, is no text-to-image pipeline that lavender knows, or has weights that are missing,
-                NaN or infinite.
+            ModelError: `model` cannot be loaded, is no text-to-image pipeline that lavender knows, has weights that are missing,
+                NaN or infinite, or parts that cannot be asked for maps.
             ConfigError: the config does not fit this model.
         """
         self.config = config
@@ -95,15 +107,20 @@ class Teacher:
         self.family = require_teacher(self.pipe, config)
         self.side = config.image_size or self.family.side
         # Before anything is offloaded: weights that are away cannot be read.
-        for part, module in _modules_of(self.pipe).items():
+        for part, module in modules_of(self.pipe).items():
             require_finite(module, f"the {part} of {repr(model) if isinstance(model, str) else f'this {type(model).__name__}'}")
         self.hooks = DenoiserHooks(self.family.denoiser, config.layers)
-        self.identity = {**_name_of(model), "weights": _weights_fingerprint(self.pipe)}
-        self.pipe.set_progress_bar_config(disable=True)
-        self._place(offload, vae_slicing)
-        with torch.no_grad():
-            self._num_columns = self.family.encode_prompts([""], self.device, self.side, False)[0].embeddings.shape[1]
-            self._require_columns()
+        try:
+            self.identity: dict[str, Any] = {**_name_of(model), **_weights_of(self.pipe)}
+            self.pipe.set_progress_bar_config(disable=True)
+            self._place(offload, vae_slicing)
+            with turn_of(self.pipe):
+                self.identity["behavior"] = self._behavior()
+        except BaseException:
+            self.close()
+            raise
+        if not isinstance(model, str):
+            self.identity["behavior"]["digits"] = digits_of_behavior(self.identity["behavior"])
 
     def _place(self, offload: Offload, vae_slicing: bool) -> None:
         if offload != "none" and self.device.type == "cpu":
@@ -114,10 +131,21 @@ class Teacher:
             self.pipe.enable_sequential_cpu_offload(device=self.device)
         else:
             self.pipe.to(self.device)
-        if self.config.vae_tiling:
-            self.pipe.vae.enable_tiling()
-        if vae_slicing:
-            self.pipe.vae.enable_slicing()
+        for setting, is_set in (("tiling", self.config.vae_tiling), ("slicing", vae_slicing)):
+            if is_set:
+                try:
+                    getattr(self.pipe.vae, f"enable_{setting}")()
+                except (AttributeError, NotImplementedError):
+                    raise ConfigError(
+                        f"vae_{setting} is true, which the autoencoder, a {type(self.pipe.vae).__name__}, cannot do; leave it out"
+                    ) from None
+
+    def _behavior(self) -> dict[str, Any]:
+        with torch.no_grad(), asking(f"this {type(self.pipe).__name__} cannot encode a caption"):
+            self._num_columns = self.family.encode_prompts([""], self.device, self.side, False)[0].embeddings.shape[1]
+            self._require_columns()
+        weights = self._passage(0, CAPTION, words_of(CAPTION)).weights[None].to(self.device)
+        return behavior_of(self.family, self.hooks, self.config, self.side, weights)
 
     def _require_columns(self) -> None:
         """Raises `ModelError` where words cannot be found among the tokens that the text encoders receive."""
@@ -153,7 +181,9 @@ class Teacher:
                 f"no word of the caption {maps.caption[:200]!r} is found among the tokens that the text encoder received"
             )
         if np.isinf(maps.maps).any():
-            raise DataError(f"the teacher's attention is not finite in {self.config.dtype}; choose dtype bfloat16 or float32")
+            raise DataError(
+                f"the teacher's attention is not finite in {self.config.dtype}; {remedy_of_overflow(self.config.dtype)}"
+            )
 
     def refusal(self, caption: Caption) -> str | None:
         """Why a caption cannot be read, or None."""
@@ -291,22 +321,14 @@ def _name_of(model: Any) -> dict[str, str]:
     return {"model": name} if commit is None else {"model": name, "model_commit": commit}
 
 
-def _modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
-    """What shapes the maps: text encoders, autoencoder and denoiser."""
-    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module) and name != "safety_checker"}
+def _weights_of(pipe: Any) -> dict[str, str]:
+    """What the identity says of weights."""
+    with ThreadPoolExecutor(2) as pool:  # hashing takes the time, and leaves Python free meanwhile
+        digits, before = pool.submit(_weights_fingerprint, pipe), pool.submit(digits_as_loaded, pipe)
+        return {"weights": digits.result(), "weights_as_loaded": before.result()}
 
 
-def _weights_fingerprint(pipe: Any) -> str:
-    """Sixteen digits of what shapes the maps: the weights, and the noise schedule."""
-    parts = _modules_of(pipe)
-    denoiser: Any = parts.get("unet", parts.get("transformer"))
-    configs = [dict(denoiser.config), dict(pipe.scheduler.config)]
-    digest = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())
-    for part in sorted(parts):
-        for name, tensor in sorted(parts[part].state_dict().items()):
-            digest.update(f"{part}.{name}".encode())
-            digest.update(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+_weights_fingerprint = digits_of_weights
 
 
 @contextmanager

@@ -1,89 +1,51 @@
-"""The patch of a diffusers pipeline: it knows the prompt that is drawn, and which of the denoiser's samples carry it."""
+"""The patch of a diffusers pipeline: it knows the texts that a call encoded, and which of the denoiser's samples carry them."""
 
 from __future__ import annotations
 
-import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import wraps
-from types import MethodType
 from typing import Any
 
 import torch
 
-from ..errors import CaptureError, ConfigError, ModelError
+from ..errors import CaptureError, ConfigError, LavenderError, ModelError, first_line
 from ..handle import Handle
-from ..maps import Maps, of_picture
-from ..types import Word
-from ..words import words_and
-from .prompts import word_weights
-from .recording import DenoiserHooks, Recording
+from ..maps import Coverage, Maps, of_picture
+from .denoisers import unwrapped
+from .drawing import Branch, Drawing, Row, branch_of
+from .encoding import TextReader, Texts, TokenName
+from .presets import AmdMaps, DaamMaps, Preset, by_token, daam_side, require_preset
+from .recording import DenoiserHooks, Recording, Wanted
 from .turns import turn_of
+from .watching import watched_class
 
 _SEVERAL = object()
 """Stands for more than one thread."""
-
-
-@dataclass(eq=False)
-class _Drawing:
-    """What a pipeline was asked to draw.
-
-    Attributes:
-        arguments: of the pipeline's call, or of `encode_prompt`, with defaults; forgotten when the call ends.
-        prompts: P texts; None where embeddings were given instead.
-        words: of each prompt.
-        copies: pictures per prompt.
-        whole: whether the pipeline's own call draws, and not a user's loop over its parts.
-        closed: whether that call has ended: what the denoiser does later is not part of it.
-        embeddings: what `encode_prompt` made of the prompts, [P * copies, N, C].
-        owners: the prompt of every picture that was recorded.
-        missing: of each prompt, the words that have no text column.
-    """
-
-    arguments: Mapping[str, Any]
-    prompts: tuple[str, ...] | None
-    words: tuple[tuple[Word, ...], ...]
-    copies: int
-    whole: bool
-    closed: bool = False
-    embeddings: torch.Tensor | None = None
-    owners: list[int] = field(default_factory=list)
-    missing: list[list[Word]] = field(default_factory=list)
-    recording: Recording | None = None
-
-    @classmethod
-    def of(cls, arguments: dict[str, Any], more: tuple[str, ...], whole: bool) -> _Drawing:
-        prompt = arguments.get("prompt")
-        prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt) if isinstance(prompt, list | tuple) else None
-        copies = arguments.get("num_images_per_prompt", arguments.get("num_videos_per_prompt", 1))
-        words = tuple(words_and(text, more) for text in prompts or ())
-        return cls(arguments, prompts, words, copies or 1, whole)
-
-    def close(self) -> None:
-        """The pipeline's call has ended: its maps stay, its tensors do not."""
-        self.closed, self.arguments, self.embeddings = True, {}, None
-
-    @property
-    def num_pictures(self) -> int:
-        return len(self.prompts or ()) * self.copies
+_FIRST_SHOWS = {"StableDiffusionSAGPipeline"}
+"""Classes of pipelines that ask the denoiser about other latents too in a step, after those of the picture."""
+_KEPT = 64
+"""Embeddings that are remembered for calls that are given them in place of their text."""
 
 
 class _State(threading.local):
-    """What one thread draws: its latest drawing, and the branch that the denoiser computes, if it has a name."""
+    """What one thread draws: its latest drawing."""
 
     def __init__(self) -> None:
         self.thread = object()  # the system gives the number of a thread that has ended to another one
-        self.drawing: _Drawing | None = None
-        self.context: str | None = None
+        self.drawing: Drawing | None = None
 
 
 class TeacherPatch(Handle):
     """A patched text-to-image pipeline: what `lavender.patch(pipe)` returns for diffusers pipelines.
 
     Whatever the pipeline draws while it is patched is recorded: `maps` has the heat maps of the latest prompt's words. Usable as
-    a context manager.
+    a context manager. The pipeline's pictures are what they are without it: where maps cannot be read, it is `maps` that says so.
+
+    A forward of the denoiser is recorded if it got an embedding that the text encoders made of the prompt in this call, and once
+    in a step: what callbacks, other pipelines and further passes ask the denoiser is left out, and counted in `maps.coverage`.
 
     Threads may share it. Calls of pipelines that have a part in common wait for each other, since diffusers keeps the state of a
     drawing in the pipeline and its scheduler. Each thread has the maps of what it drew itself; one that drew nothing has the
@@ -96,24 +58,33 @@ class TeacherPatch(Handle):
     """
 
     def __init__(
-        self, pipe: Any, layers: tuple[str, ...] = (), heads: bool = False, steps: bool = False, words: tuple[str, ...] = ()
+        self,
+        pipe: Any,
+        layers: tuple[str, ...] = (),
+        heads: bool = False,
+        steps: bool = False,
+        words: tuple[str, ...] = (),
+        tokens: tuple[TokenName, ...] = (),
+        preset: Preset | None = None,
     ) -> None:
         self.pipe = pipe
-        self.settings = (layers, heads, steps, words)
-        self._more = words
-        self._heads, self._steps = heads, steps
+        self.settings = (layers, heads, steps, words, tokens, preset)
+        self._words, self._tokens = words, tokens
+        self._heads, self._steps, self._preset = heads, steps or preset == "amd", preset
         self._state = _State()
         # The latest drawing while one thread alone has drawn, and which.
-        self._latest: _Drawing | None = None
+        self._latest: Drawing | None = None
         self._author: object = None
+        # Texts that were encoded apart from a call, for calls that are given embeddings.
+        self._encoded: deque[Row] = deque(maxlen=_KEPT)
         # Wan 2.2 draws the late steps with a second transformer.
-        self._hooks = [DenoiserHooks(denoiser, layers, self._open) for denoiser in denoisers_of(pipe)]
+        self._hooks = [DenoiserHooks(denoiser, layers, self._open, self._after) for denoiser in denoisers_of(pipe)]
+        self._reader = TextReader(pipe)
         self.denoiser = self._hooks[0].denoiser
         self.layers = tuple(self._hooks[0].modules)
         self._class = type(pipe)
         if callable(pipe):
-            pipe.__class__ = _watch_class(type(pipe), self)
-        self._names = [_NamedContext(hooks.denoiser, self) for hooks in self._hooks if hasattr(hooks.denoiser, "cache_context")]
+            pipe.__class__ = watched_class(type(pipe), self)
 
     @property
     def is_patched(self) -> bool:
@@ -127,8 +98,6 @@ class TeacherPatch(Handle):
                 return
             for hooks in self._hooks:
                 hooks.remove()
-            for named in self._names:
-                named.remove()
             if self._drawing is not None:
                 self._drawing.close()
             if callable(self.pipe):
@@ -143,13 +112,28 @@ class TeacherPatch(Handle):
         """Heat maps of the words of the latest prompt, for its first picture; see `maps_of`."""
         return self.maps_of(0)
 
+    @property
+    def negative_maps(self) -> Maps:
+        """Heat maps of the words of the latest negative prompt, for the first picture; see `negative_maps_of`."""
+        return self.negative_maps_of(0)
+
     def maps_of(self, picture: int) -> Maps:
         """Heat maps for one picture of the latest call, numbered as the pipeline returns them: prompt by prompt.
 
         Raises:
-            CaptureError: nothing was drawn yet, or not by this thread but by several others; or the prompt was given as
-                embeddings.
+            CaptureError: nothing was drawn yet, or not by this thread but by several others; the prompt was given as embeddings
+                that `encode_prompt` did not make while the pipeline was patched; or its maps could not be read, and why.
         """
+        drawing = self._shown()
+        return self._maps_of(drawing, drawing.prompts, picture)
+
+    def negative_maps_of(self, picture: int) -> Maps:
+        """Heat maps of the negative prompt's words, read where guidance runs the denoiser with it; like `maps_of`."""
+        drawing = self._shown()
+        return self._maps_of(drawing, drawing.negatives, picture)
+
+    def _shown(self) -> Drawing:
+        """This thread's drawing, or the one there is. Raises `CaptureError`."""
         drawing = self._drawing or self._latest
         if drawing is None and self._author is not None:
             raise CaptureError(
@@ -159,25 +143,52 @@ class TeacherPatch(Handle):
             raise CaptureError(
                 "nothing was recorded: call the pipeline, or its encode_prompt and its denoiser, while it is patched"
             )
-        if drawing.prompts is None:
+        return drawing
+
+    def _maps_of(self, drawing: Drawing, branch: Branch, picture: int) -> Maps:
+        if error := drawing.error or branch.error:
+            kind = type(error) if isinstance(error, LavenderError) else CaptureError
+            raise kind(str(error) if kind is type(error) else f"the maps could not be read ({first_line(error)})") from error
+        if not branch.texts:
             raise CaptureError(
-                "no prompt was given as text (the words of embeddings are nobody's); give it as text, or record with "
+                f"no {branch.name} was given as text, nor as an embedding that this pipeline's encode_prompt made while it was "
+                "patched (the words of others are nobody's); give it as text, encode it so, or record with "
                 "patch.capture(word_weights)"
             )
-        if drawing.recording is None:
+        if branch.recording is None and [hooks.denoiser for hooks in self._hooks] != denoisers_of(self.pipe):
+            raise CaptureError("nothing was recorded: the pipeline was given another denoiser after it was patched; patch it again")
+        if branch.recording is None:
+            unseen = ", ".join(f"{count} {reason}" for reason, count in drawing.left_out.items())
             raise CaptureError(
-                "nothing was recorded: the denoiser did not run with the embedding of the prompt that was encoded last"
+                f"nothing was recorded: the denoiser did not run with the embedding of the {branch.name} that was encoded last"
+                + (f"; its forwards: {unseen}" if unseen else "")
+                + ("" if branch is drawing.prompts else ". Without guidance there is no negative prompt")
             )
-        if not 0 <= picture < len(drawing.owners):
-            raise CaptureError(f"there is no picture {picture}; {len(drawing.owners)} were drawn")
-        prompt = drawing.owners[picture]
-        entries = of_picture(drawing.recording.entries, picture)
-        return Maps(drawing.prompts[prompt], drawing.words[prompt], entries, drawing.missing[prompt])
+        if not 0 <= picture < len(branch.owners):
+            raise CaptureError(f"there is no picture {picture}; {len(branch.owners)} were drawn")
+        modules = self._hooks[0].modules
+        missing_layers = branch.recording.missing_layers(modules)
+        if len(missing_layers) == len(modules):
+            branch.recording.require_layers(self.denoiser, modules)
+        number = branch.owners[picture]
+        found = (
+            branch.texts[number],
+            branch.words[number],
+            of_picture(branch.recording.entries, picture),
+            branch.missing[number],
+            self._tokens,
+            Coverage(branch.recording.num_forwards, dict(drawing.left_out), tuple(missing_layers)),
+        )
+        if self._preset == "daam":
+            assert branch.recording.token_shares is not None
+            return DaamMaps(*found, shares=branch.recording.token_shares[picture], side=daam_side(self.pipe, self.denoiser))
+        return AmdMaps(*found) if self._preset == "amd" else Maps(*found)
 
     def clear(self) -> None:
         """Forgets what was recorded of the prompt, graphs included: a loop that takes a gradient at every step begins each so."""
         if self._drawing is not None:
-            self._drawing.recording = None
+            for branch in self._drawing.branches:
+                branch.clear()
 
     def capture(
         self, word_weights: torch.Tensor, branch: slice = slice(None), fused: bool = False
@@ -186,218 +197,250 @@ class TeacherPatch(Handle):
         return self._hooks[0].capture(word_weights, branch, fused)
 
     @property
-    def _drawing(self) -> _Drawing | None:
+    def _drawing(self) -> Drawing | None:
         """This thread's."""
         return self._state.drawing
 
     @_drawing.setter
-    def _drawing(self, drawing: _Drawing) -> None:
+    def _drawing(self, drawing: Drawing) -> None:
         self._state.drawing = drawing
         is_alone = self._author in (None, self._state.thread)
         self._latest, self._author = (drawing, self._state.thread) if is_alone else (None, _SEVERAL)
 
     @contextmanager
-    def _running(self, arguments: dict[str, Any]) -> Iterator[None]:
-        """The pipeline's own call, from its arguments to its end."""
+    def running(self, arguments: dict[str, Any]) -> Iterator[Drawing]:
+        """The pipeline's own call, from its arguments to its end. Raises `CaptureError` where nothing could be read of it."""
+        for hooks in self._hooks:
+            hooks.require_readable()
         outer = self._drawing
-        drawing = self._drawing = _Drawing.of(arguments, self._more, whole=True)
+        drawing = Drawing.of(arguments, self._words, whole=True)
+        for branch, name in ((drawing.prompts, "prompt_embeds"), (drawing.negatives, "negative_prompt_embeds")):
+            if isinstance(arguments.get(name), torch.Tensor):
+                self._take_up(drawing, branch, arguments[name])
+        self._drawing = drawing
         try:
-            yield
+            with self._reader.reading() as drawing.texts:
+                yield drawing
         finally:
             drawing.close()
-            if outer is not None and outer.whole and not outer.closed:  # this call was made by a callback of another
+            if outer is not None and outer.whole and not outer.is_closed:  # this call was made by a callback of another
                 self._drawing = outer
-        if drawing.recording is not None:
-            drawing.recording.require_layers(self.denoiser, self._hooks[0].modules)
 
-    def _encoded(self, arguments: dict[str, Any], output: Any) -> None:
+    def _take_up(self, drawing: Drawing, branch: Branch, embeddings: torch.Tensor) -> None:
+        """Embeddings [P, N, C] that a call was given: texts that were encoded before, if they all are."""
+        known = [
+            next((row for row in reversed(self._encoded) if row.is_of(embedding)), Row(embedding))
+            for embedding in embeddings.detach()
+        ]
+        texts = [row.text for row in known if row.text is not None]
+        if len(texts) == len(known):
+            fresh = branch_of(branch.name, texts, self._words, branch.copies)
+            branch.texts, branch.words = fresh.texts, fresh.words
+            drawing.rows += known
+
+    def begun(self) -> AbstractContextManager[Any]:
+        """Around `encode_prompt`: inside the pipeline's call, what that reads is read already."""
+        drawing = self._drawing
+        is_inside = drawing is not None and drawing.whole and not drawing.is_closed
+        return nullcontext() if is_inside else self._reader.reading()
+
+    def finished(self, arguments: dict[str, Any], texts: Texts | None, output: Any) -> None:
         """`encode_prompt` ran: by a user it says what is drawn next; inside the pipeline's call its first run has the prompt."""
         drawing = self._drawing
-        if drawing is None or not drawing.whole or drawing.closed:
-            self._drawing = drawing = _Drawing.of(arguments, self._more, whole=False)
-        elif drawing.prompts is None and drawing.embeddings is None:
-            # A subclass's call that hands all its arguments on does not say which of them is the prompt.
-            encoded = _Drawing.of(arguments, self._more, whole=True)
-            drawing.arguments = {**arguments, **drawing.arguments}
-            drawing.prompts, drawing.words, drawing.copies = encoded.prompts, encoded.words, encoded.copies
-        first = output[0] if isinstance(output, tuple) else output
-        if drawing.embeddings is None and isinstance(first, torch.Tensor):
-            drawing.embeddings = first.detach()
+        if texts is None:
+            assert drawing is not None
+            if not drawing.prompts.texts and not drawing.rows:
+                # A subclass's call that hands all its arguments on does not say which of them is the prompt.
+                inner = Drawing.of(arguments, self._words, whole=True)
+                drawing.arguments = {**arguments, **drawing.arguments}
+                drawing.prompts, drawing.negatives = inner.prompts, inner.negatives
+            return
+        self._drawing = drawing = Drawing.of(arguments, self._words, whole=False)
+        drawing.texts = texts
+        try:
+            for embedding in _embeddings_in(output):
+                row = drawing.row_of(embedding.detach())
+                if row.text is not None:
+                    self._encoded.append(row)
+        except CaptureError as error:
+            drawing.error = error
+        drawing.texts, drawing.arguments = None, {}
+        drawing.others.clear()
 
-    def _open(self, inputs: Mapping[str, Any]) -> tuple[Recording, list[int]] | None:
+    def _open(self, inputs: Mapping[str, Any]) -> list[Wanted]:
         """Before a forward of the denoiser: where to record it, and which samples."""
         drawing = self._drawing
-        if drawing is None or drawing.prompts is None or drawing.closed:
-            return None
-        text = inputs["encoder_hidden_states"]
-        samples, owners = self._samples(drawing, text, inputs)
-        if not samples:
-            return None
-        if drawing.recording is None:
-            weights, drawing.missing = word_weights(self.pipe, drawing.prompts, drawing.words, text.shape[1], drawing.arguments)
-            drawing.recording, drawing.owners = Recording(weights[owners], heads=self._heads, steps=self._steps), owners
-        elif owners != drawing.owners:
-            raise CaptureError(
-                f"the denoiser ran for the prompts {owners} of those that were encoded, and for {drawing.owners} before; call "
-                "clear() between the two"
-            )
-        return drawing.recording, samples
-
-    def _samples(self, drawing: _Drawing, text: torch.Tensor, inputs: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        """The samples of the denoiser's batch that carry a prompt, and each one's prompt.
-
-        In a loop of the user's own they are those whose embedding is the prompt's. A pipeline that computes its branches apart
-        names them by `cache_context`, or gives the prompt's embedding to one of them; one that computes them together orders them
-        [unconditional, conditional, perturbed].
-        """
+        if drawing is None or drawing.is_closed or drawing.error is not None:
+            return []
+        if drawing.is_suspended:
+            drawing.left_out["inside a callback"] += 1
+            return []
         if not drawing.whole:
-            return _find_carriers(drawing, text)
-        size, batch = drawing.num_pictures, text.shape[0]
-        # Stable Diffusion 3 can compute the prompt's branch once more with layers left out.
-        if self._state.context not in (None, "cond", "cond_uncond") or inputs.get("skip_layers") is not None:
-            return [], []
-        count, rest = divmod(batch, size)
-        if rest or not 1 <= count <= 3:
-            raise CaptureError(
-                f"the denoiser got a batch of {batch} for {size} pictures; expected 1 to 3 times as many. Record with "
-                "patch.capture(word_weights)"
-            )
-        first = 0 if count == 1 else size
-        if count == 1 and self._state.context is None and drawing.embeddings is not None and drawing.embeddings.shape == text.shape:
-            first = 0 if torch.equal(drawing.embeddings.to(text), text) else batch
-        elif count == 2 and getattr(self.pipe, "do_perturbed_attention_guidance", False):
-            first = size if getattr(self.pipe, "do_classifier_free_guidance", True) else 0
-        if first == batch:
-            return [], []
-        return list(range(first, first + size)), [picture // drawing.copies for picture in range(size)]
-
-
-class _NamedContext:
-    """Stands in for a denoiser's `cache_context`, by which a pipeline names the branch that it computes, and notes the name."""
-
-    def __init__(self, denoiser: Any, patch: TeacherPatch) -> None:
-        self.denoiser, self.patch = denoiser, patch
-        self.removed = False
-        self.inner: Any = vars(denoiser).get("cache_context")  # another patch's, of a pipeline that shares the denoiser
-        vars(denoiser)["cache_context"] = self
-
-    @contextmanager
-    def __call__(self, name: str, **kwargs: Any) -> Iterator[None]:
-        patch = self.patch
-        state = patch._state
-        before, state.context = state.context, name
+            return self._wanted(drawing, inputs)
         try:
-            original = self.inner or MethodType(type(self.denoiser).cache_context, self.denoiser)
-            with original(name, **kwargs):
-                yield
-        finally:
-            state.context = before
+            return self._wanted(drawing, inputs)
+        except Exception as error:  # whatever it is: nobody's picture is lost for its maps, which say so
+            drawing.error = error
+            self._say(error)
+            return []
 
-    def remove(self) -> None:
-        """Takes this away, and whatever is left below it; where another patch stands above it, that one does so later."""
-        self.removed = True
-        top = vars(self.denoiser).pop("cache_context", None)
-        while isinstance(top, _NamedContext) and top.removed:
-            top = top.inner
-        if top is not None:
-            vars(self.denoiser)["cache_context"] = top
+    def _wanted(self, drawing: Drawing, inputs: Mapping[str, Any]) -> list[Wanted]:
+        embeddings, latents = inputs.get("encoder_hidden_states"), inputs.get("sample", inputs.get("hidden_states"))
+        if not isinstance(embeddings, torch.Tensor) or embeddings.ndim != 3 or not isinstance(latents, torch.Tensor):
+            raise CaptureError(
+                f"{type(self.denoiser).__name__} got {type(embeddings).__name__} as text and {type(latents).__name__} as latents; "
+                "lavender reads one text [N, C] for each sample of a batch"
+            )
+        scheduler = getattr(self.pipe, "scheduler", None)
+        step = (inputs.get("timestep"), getattr(scheduler, "_step_index", None), getattr(scheduler, "counter", None))
+        if drawing.whole:
+            drawing.begin_step(step)
+        rows = drawing.rows_of(embeddings)
+        if all(row.text is None for row in rows):
+            drawing.left_out["without the prompt"] += 1
+            return []
+        wanted: list[Wanted] = []
+        for branch in drawing.branches:
+            try:
+                recording, samples = self._of_branch(drawing, branch, rows, latents, step)
+            except Exception as error:  # see `_open`
+                if not drawing.whole:
+                    raise
+                branch.error = error
+                if branch is drawing.prompts:
+                    self._say(error)
+            else:
+                wanted += [(recording, samples)] if recording is not None else []
+        return wanted
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copied denoiser's own method."""
-        twin = memo[id(self.denoiser)]
-        return MethodType(type(twin).cache_context, twin)
+    def _of_branch(
+        self, drawing: Drawing, branch: Branch, rows: Sequence[Row], latents: torch.Tensor, step: tuple[Any, ...]
+    ) -> tuple[Recording | None, list[int]]:
+        """Where a forward is recorded for a branch, if it is, and its samples."""
+        samples = [sample for sample, row in enumerate(rows) if row.text in branch.texts]
+        if not samples or branch.error is not None:
+            return None, []
+        if drawing.whole:  # else they are the user's own choice
+            _require_one_time(step[0], samples, len(rows))
+            samples = branch.pictures([row.text for row in rows], latents)
+            if branch.is_further_pass(latents[samples], step, self._first_shows):
+                drawing.left_out["further passes of a step"] += branch is drawing.prompts
+                return None, []
+        owners = [branch.texts.index(rows[sample].text) for sample in samples]
+        if branch.recording is None:
+            branch.recording = self._recording(drawing, branch, [rows[sample] for sample in samples])
+            branch.owners = owners
+        elif owners != branch.owners:
+            raise CaptureError(
+                f"the denoiser ran for the {branch.name}s {owners} of those that were encoded, and for {branch.owners} before; "
+                "call clear() between the two"
+            )
+        return branch.recording, samples
+
+    def _recording(self, drawing: Drawing, branch: Branch, rows: Sequence[Row]) -> Recording:
+        """A recording of the samples that carry these texts."""
+        weights = []
+        for row in rows:
+            assert row.carried is not None
+            number = branch.texts.index(row.carried.text)
+            own, branch.missing[number] = row.carried.weights(branch.words[number], self._tokens)
+            weights.append(own)
+        # Every sample's words, then the tokens that all have.
+        num_tokens, num_words = len(self._tokens), max(1, max(len(own) for own in weights) - len(self._tokens))
+        padded = torch.zeros(len(rows), num_words + num_tokens, weights[0].shape[1])
+        for into, own in zip(padded, weights, strict=True):
+            into[: len(own) - num_tokens] = own[: len(own) - num_tokens]
+            into[num_words:] = own[len(own) - num_tokens :]
+        if self._preset == "daam":
+            tokens, shares = by_token(padded)
+            return Recording(tokens, heads=True, steps=False, lenient=drawing.whole, token_shares=shares)
+        return Recording(padded, heads=self._heads, steps=self._steps, lenient=drawing.whole)
+
+    @property
+    def _first_shows(self) -> bool:
+        return any(kind.__name__ in _FIRST_SHOWS for kind in self._class.__mro__)
+
+    def _after(self) -> None:
+        """After the first forward that was recorded: what it did not record is said now, and the picture goes on."""
+        drawing = self._drawing
+        recording = None if drawing is None or not drawing.whole else drawing.prompts.recording
+        if recording is not None and recording.num_forwards == 1:
+            try:
+                recording.require_layers(self.denoiser, self._hooks[0].modules)
+            except CaptureError as error:
+                self._say(error)
+
+    def _say(self, error: Exception) -> None:
+        warnings.warn(f"lavender cannot read this picture's maps, or not all: {first_line(error)}", stacklevel=2)
 
 
-def _find_carriers(drawing: _Drawing, text: torch.Tensor) -> tuple[list[int], list[int]]:
-    """The samples whose embedding [N, C] is one of the prompts', and those prompts."""
-    known = drawing.embeddings
-    if known is None or known.shape[1:] != text.shape[1:]:
-        return [], []
-    same = (text.detach()[:, None] == known.to(text)[None]).flatten(2).all(dim=2)
-    samples = same.any(dim=1).nonzero().flatten().tolist()
-    return samples, [int(same[b].int().argmax()) // drawing.copies for b in samples]
+def _require_one_time(timestep: Any, samples: Sequence[int], size: int) -> None:
+    """Raises `CaptureError` where some samples of a batch are at several timesteps, as in sampling that is parallel in time."""
+    are_apart = isinstance(timestep, torch.Tensor) and timestep.ndim > 0 and len(timestep) == size
+    if are_apart and (timestep[list(samples)] != timestep[samples[0]]).any():
+        raise CaptureError(
+            "one batch of the denoiser holds a picture at several timesteps; record the forwards that you mean with "
+            "patch.capture(word_weights)"
+        )
+
+
+def _embeddings_in(output: Any) -> Iterator[torch.Tensor]:
+    """The embeddings [N, C] in what `encode_prompt` returned: of tensors [B, N, C], or of lists of them."""
+    if isinstance(output, torch.Tensor):
+        if output.is_floating_point() and output.ndim in (2, 3):
+            yield from output if output.ndim == 3 else ()
+    elif isinstance(output, list | tuple):
+        for part in output:
+            yield from _embeddings_in(part)
 
 
 def denoisers_of(pipe: Any) -> list[torch.nn.Module]:
-    """What draws in a pipeline, below torch.compile's wrapper. Raises `ModelError` if nothing does."""
+    """What draws in a pipeline, below whatever wraps it. Raises `ModelError` if nothing does."""
     modules = [getattr(pipe, name, None) for name in ("unet", "transformer", "transformer_2")]
-    # torch.compile wraps a model whose own hooks run all the same.
-    denoisers = [getattr(denoiser, "_orig_mod", denoiser) for denoiser in modules if isinstance(denoiser, torch.nn.Module)]
+    denoisers = [unwrapped(denoiser) for denoiser in modules if isinstance(denoiser, torch.nn.Module)]
     if not denoisers:
+        parts = ", ".join(sorted(getattr(pipe, "components", {})))
         raise ModelError(
-            f"cannot patch a {type(pipe).__name__}; expected a transformers image-text-to-text model or a diffusers pipeline"
+            f"cannot patch a {type(pipe).__name__}"
+            + (f": none of its parts ({parts}) is a loaded unet or transformer. Load it, then patch the pipeline" if parts else "")
+            + "; expected a transformers image-text-to-text model or a diffusers pipeline with its denoiser"
         )
     return denoisers
 
 
-def _watch_class(original: type, patch: TeacherPatch) -> type:
-    """A pipeline's class that reports to the patch what is drawn: the same in everything else, its name included.
-
-    The class is swapped because Python looks `__call__` up on the type. `encode_prompt` goes the same way: bound to the pipeline
-    it would lie in its `__dict__`, and every copy of the pipeline would encode with the original's text encoders. A copy has this
-    class too, but is not the patch's pipeline, and draws as if nothing were there.
-    """
-
-    def bound(function: Callable[..., Any], self: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-        if self is not patch.pipe or not patch.is_patched:
-            return None
-        try:
-            call_arguments = inspect.signature(function).bind(self, *args, **kwargs)
-        except TypeError:  # the pipeline will say so itself
-            return None
-        call_arguments.apply_defaults()
-        return dict(call_arguments.arguments)
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self is not patch.pipe:
-            return original.__call__(self, *args, **kwargs)
-        with turn_of(self):
-            arguments = bound(original.__call__, self, args, kwargs)
-            with nullcontext() if arguments is None else patch._running(arguments):
-                return original.__call__(self, *args, **kwargs)
-
-    def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
-        arguments = bound(original.encode_prompt, self, args, kwargs)  # type: ignore[attr-defined]
-        output = original.encode_prompt(self, *args, **kwargs)  # type: ignore[attr-defined]
-        if arguments is not None:
-            patch._encoded(arguments, output)
-        return output
-
-    attributes: dict[str, Any] = {"_lavender_patch": patch, "__module__": original.__module__, "__doc__": original.__doc__}
-    for name, function in (("__call__", call), ("encode_prompt", encode_prompt)):
-        if hasattr(original, name):
-            attributes[name] = wraps(getattr(original, name))(function)
-    watched = type(original.__name__, (original,), attributes)
-    watched.__qualname__ = original.__qualname__
-    return watched
-
-
 def patch_teacher(
-    pipe: Any, layers: str | Sequence[str] = (), heads: bool = False, steps: bool = False, words: str | Sequence[str] = ()
+    pipe: Any,
+    layers: str | Sequence[str] = (),
+    heads: bool = False,
+    steps: bool = False,
+    words: str | Sequence[str] = (),
+    tokens: TokenName | Sequence[TokenName] = (),
+    preset: Preset | None = None,
 ) -> TeacherPatch:
     """The handle of a diffusers pipeline; see `lavender.patch`."""
-    layers, words = _names("layers", layers), _names("words", words)
+    layers, words = _names("layers", layers, (str,)), _names("words", words, (str,))
+    tokens = _names("tokens", tokens, (str, int))
     for name, value in (("heads", heads), ("steps", steps)):
         if not isinstance(value, bool):
             raise ConfigError(f"{name} is {value!r}; expected True or False")
-    denoisers_of(pipe)  # so that what is no pipeline is named
+    require_preset(preset, heads, steps, denoisers_of(pipe)[0])  # what is no pipeline is named, too
     with turn_of(pipe):
         present: TeacherPatch | None = getattr(pipe, "_lavender_patch", None)
-        if present is not None and present.pipe is not pipe:  # a copy of a patched pipeline
-            pipe.__class__, present = present._class, None
         if present is not None:
-            if present.settings == (layers, heads, steps, words):
+            if present.settings == (layers, heads, steps, words, tokens, preset):
                 return present.borrowed()
             if present.is_used_elsewhere:
                 raise CaptureError(
                     "another thread uses this pipeline's patch, with other settings; give the same, or wait until it has finished"
                 )
             present.unpatch()
-        return TeacherPatch(pipe, layers, heads, steps, words)
+        return TeacherPatch(pipe, layers, heads, steps, words, tokens, preset)
 
 
-def _names(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
-    names = (value,) if isinstance(value, str) else value
-    if not isinstance(names, Sequence) or not all(isinstance(each, str) for each in names):
-        raise ConfigError(f"{name} is {value!r}; expected a text or a list of texts")
+def _names(name: str, value: Any, kinds: tuple[type, ...]) -> tuple[Any, ...]:
+    names = (value,) if isinstance(value, kinds) else value
+    if not isinstance(names, Sequence) or not all(isinstance(each, kinds) and not isinstance(each, bool) for each in names):
+        raise ConfigError(
+            f"{name} is {value!r}; expected a text or a list of texts" + (", or numbers of columns" if int in kinds else "")
+        )
     return tuple(names)

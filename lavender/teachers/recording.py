@@ -8,10 +8,11 @@ maps beside it; outside a recording the hooks do nothing.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,11 +25,13 @@ from ..errors import CaptureError, ModelError
 from ..kernels.checks import as_attended
 from ..kernels.column_maps import column_attention, column_maps
 from ..kernels.map_loss import resample
-from ..maps import LayerMaps, chosen_names
-from .denoisers import Layout, Places, layout_of, level_grid, places_of
+from ..maps import LayerMaps, chosen_names, layer_shares
+from .denoisers import Grid, Layout, Places, layout_of, places_of
 
 Samples = slice | list[int]
 """Samples of a denoiser's batch."""
+Wanted = tuple["Recording", Samples]
+"""Where a forward is recorded, and which of its samples."""
 
 
 @dataclass(eq=False)
@@ -41,7 +44,11 @@ class Recording:
         steps: whether forwards are kept apart; else their mean is.
         fused: whether one pass gives the attention's output together with the map.
         resolutions: the longer sides of the grids, in places, whose layers are recorded; empty for all.
+        lenient: whether an error is kept and the layer left out, and not raised: nobody's picture is lost for its maps.
+        num_forwards: how many there were.
         grids: the longer sides that were met.
+        errors: why layers could not be read, where that is kept.
+        token_shares: [B, W, K], where K single tokens are recorded in place of words: each one's share of each word.
     """
 
     word_weights: torch.Tensor
@@ -49,21 +56,29 @@ class Recording:
     steps: bool = True
     fused: bool = False
     resolutions: tuple[int, ...] = ()
+    lenient: bool = False
     num_forwards: int = 0
     grids: set[int] = field(default_factory=set)
+    errors: dict[str, Exception] = field(default_factory=dict)
+    token_shares: torch.Tensor | None = None
     _passed: set[str] = field(default_factory=set)
-    _sums: dict[tuple[str, int | None], tuple[torch.Tensor, int]] = field(default_factory=dict)
+    _sums: dict[tuple[str, int | None, torch.Size], tuple[torch.Tensor, int]] = field(default_factory=dict)
 
     @property
     def entries(self) -> list[LayerMaps]:
-        """Maps [B, H or 1, W, y, x] (with F before y for videos) per layer, and per forward if steps are kept."""
-        return [LayerMaps(layer, total / count, step) for (layer, step), (total, count) in self._sums.items()]
+        """Maps [B, H or 1, W, y, x] (with F before y for videos) per layer and grid, and per forward if steps are kept."""
+        return [LayerMaps(layer, total / count, step, count) for (layer, step, _), (total, count) in self._sums.items()]
 
     def add(self, layer: str, maps: torch.Tensor) -> None:
         """Adds one layer's maps of the current forward."""
-        key = (layer, self.num_forwards - 1 if self.steps else None)
+        key = (layer, self.num_forwards - 1 if self.steps else None, maps.shape)
         total, count = self._sums.get(key, (None, 0))
         self._sums[key] = (maps if total is None else total + maps, count + 1)
+
+    def give_up(self, layer: str, error: Exception) -> None:
+        """Keeps why a layer could not be read in one of the forwards; its maps of the others would be taken for all."""
+        self.errors.setdefault(layer, error)
+        self._sums = {key: value for key, value in self._sums.items() if key[0] != layer}
 
     def passes(self, layer: str, grid: tuple[int, int, int]) -> bool:
         """Whether a layer with this grid is left out."""
@@ -89,12 +104,16 @@ class Recording:
         """Mean over heads, layers and forwards, each layer resampled to `size` x `size` first: [B, W, size, size]."""
         if not self._sums:
             raise CaptureError("nothing was recorded: run the denoiser inside `with patch.capture(...)`")
-        resized = [resample(entry.maps.mean(dim=1), (size, size)) for entry in self.entries]
-        return torch.stack(resized).mean(dim=0)
+        entries = self.entries
+        resized = [
+            share * resample(entry.maps.mean(dim=1), (size, size))
+            for share, entry in zip(layer_shares(entries), entries, strict=True)
+        ]
+        return torch.stack(resized).sum(dim=0)
 
     def require_layers(self, denoiser: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         """Raises `CaptureError` naming what kept layers of a denoiser from recording."""
-        missing = sorted(set(layers) - {layer for layer, _ in self._sums} - self._passed)
+        missing = self.missing_layers(layers)
         if not self.num_forwards:
             raise CaptureError("the attention layers recorded nothing: the denoiser did not run in this thread")
         if not self._sums and self._passed == set(layers):
@@ -105,37 +124,71 @@ class Recording:
         if missing:
             compiled = getattr(denoiser, "_compiled_call_impl", None) is not None
             remedy = "the denoiser ran compiled before it was patched: patch it first, or call torch.compiler.reset()"
+            reason = next((f"{type(e).__name__}: {e}" for name, e in self.errors.items() if name in missing), None)
             raise CaptureError(
                 f"{len(missing)} of {len(layers)} attention layers recorded nothing ({', '.join(missing[:3])}); "
-                f"{remedy if compiled else remedy_of(layers[missing[0]])}"
+                f"{reason or (remedy if compiled else remedy_of(layers[missing[0]]))}"
             )
+
+    def missing_layers(self, layers: Iterable[str]) -> list[str]:
+        """Those of the layers that recorded nothing, sorted."""
+        return sorted(set(layers) - {layer for layer, _, _ in self._sums} - self._passed)
 
 
 def hides_attention(module: Any) -> bool:
-    """Whether an attention module is known, without running it, not to call `scaled_dot_product_attention`."""
-    processor = getattr(module, "processor", None)
-    backend = getattr(processor, "_attention_backend", None)
-    name = type(processor).__name__
+    """Whether an attention module is known, without running it, not to call `scaled_dot_product_attention` just now."""
+    name = type(getattr(module, "processor", None)).__name__
+    backend = _backend_of(module)
     known = "XFormers" in name or "Sliced" in name or name == "AttnProcessor"
-    return known or (backend is not None and "native" not in str(getattr(backend, "value", backend)))
+    return known or (backend is not None and "native" not in backend)
 
 
 def remedy_of(module: Any) -> str:
     """What keeps an attention module from calling `scaled_dot_product_attention`, and how to switch it off."""
     processor = getattr(module, "processor", None)
     name = type(processor).__name__
-    backend = getattr(processor, "_attention_backend", None)
     if "XFormers" in name:
         return f"its processor is {name}: call pipe.disable_xformers_memory_efficient_attention()"
     if "Sliced" in name:
         return f"its processor is {name}: call pipe.disable_attention_slicing()"
-    if backend is not None:
-        value = getattr(backend, "value", backend)
-        return f"its attention backend is {value!r}: call reset_attention_backend() on the denoiser, or set it to 'native'"
-    return (
-        f"its processor is {name}, which does not call torch's scaled_dot_product_attention: give the denoiser one that does, "
-        "set_attn_processor(AttnProcessor2_0()) for a U-Net"
-    )
+    backend = _backend_of(module)
+    if backend is None or (backend == "native" and getattr(processor, "_attention_backend", None) is None):
+        return (
+            f"its processor is {name}, which does not call torch's scaled_dot_product_attention: give the denoiser one that does, "
+            "set_attn_processor(AttnProcessor2_0()) for a U-Net"
+        )
+    if getattr(processor, "_attention_backend", None) is None:
+        return (
+            f"the attention backend in force is {backend!r}: leave the `with attention_backend({backend!r})` around the pipeline's "
+            "call, or the environment's DIFFUSERS_ATTN_BACKEND, or choose 'native'"
+        )
+    return f"its attention backend is {backend!r}: call reset_attention_backend() on the denoiser, or set it to 'native'"
+
+
+def _backend_of(module: Any) -> str | None:
+    """diffusers' attention backend that a module's next call takes; None where its processor asks for none."""
+    processor = getattr(module, "processor", None)
+    if processor is None or not hasattr(processor, "_attention_backend"):
+        return None
+    backend = processor._attention_backend
+    if backend is None:  # the one of the context manager or the environment
+        from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+        backend, _ = _AttentionBackendRegistry.get_active_backend()
+    return str(getattr(backend, "value", backend))
+
+
+class _Hook:
+    """A hook of a module. A copy of the module, or a pickle, has one in its place that does nothing, and knows nothing of us."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> None:
+        self._function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")
 
 
 class _CallReader(TorchFunctionMode):
@@ -185,9 +238,26 @@ class _Attention:
 class _State:
     """What one thread records just now."""
 
-    manual: tuple[Recording, Samples] | None = None
-    current: tuple[Recording, Samples, Places] | None = None
+    manual: Wanted | None = None
+    current: _Forward | None = None
     readers: list[_CallReader] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Forward:
+    """One forward of the denoiser.
+
+    Attributes:
+        wanted: what is recorded of it.
+        places: where text and picture stand.
+        size: samples of its batch.
+        grids: height and width of the U-Net's levels, by the module around their attention.
+    """
+
+    wanted: list[Wanted]
+    places: Places
+    size: int
+    grids: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class _Threads(threading.local):
@@ -210,22 +280,31 @@ class DenoiserHooks:
         self,
         denoiser: nn.Module,
         layers: tuple[str, ...] = (),
-        opened: Callable[[Mapping[str, Any]], tuple[Recording, Samples] | None] | None = None,
+        opened: Callable[[Mapping[str, Any]], list[Wanted]] | None = None,
+        closed: Callable[[], None] | None = None,
     ) -> None:
-        """`opened` gets the arguments of a forward and gives a recording and the samples to record, or None."""
+        """`opened` gets the arguments of a forward and says what is recorded of it; `closed` is called after one that was recorded.
+
+        Raises `ModelError` for a denoiser that lavender cannot read.
+        """
         self.denoiser = denoiser
         self.layout: Layout = layout_of(denoiser)
         self.modules = _choose(_attention_modules(denoiser, self.layout), layers)
-        self._opened = opened
+        self._opened, self._closed = opened, closed
         self._signature = inspect.signature(type(denoiser).forward)
         self._threads = _Threads()
         self._handles: list[Any] = [
-            denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
-            denoiser.register_forward_hook(self._after, always_call=True),
+            denoiser.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
+            denoiser.register_forward_hook(_Hook(self._after), always_call=True),
         ]
+        if self.layout.level is not None:
+            around = dict.fromkeys(map(self.layout.level, self.modules))
+            for name in around:
+                hook = _Hook(self._level(name))
+                self._handles.append(denoiser.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
         for name, module in self.modules.items():
-            self._handles.append(module.register_forward_pre_hook(self._enter(name)))
-            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+            self._handles.append(module.register_forward_pre_hook(_Hook(self._enter(name))))
+            self._handles.append(module.register_forward_hook(_Hook(self._leave), always_call=True))
 
     @property
     def attached(self) -> bool:
@@ -274,34 +353,70 @@ class DenoiserHooks:
             self._threads.state.manual = before
         recording.require_layers(self.denoiser, self.modules)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> DenoiserHooks:
-        """A copied denoiser keeps these hooks, which do nothing for it, and not a copy of all that they know."""
-        return self
-
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module is not self.denoiser:
             return
-        inputs = self._signature.bind(module, *args, **kwargs).arguments
-        opened = self._threads.state.manual
-        if opened is None and self._opened is not None:
-            opened = self._opened(inputs)
-        if opened is None:
-            self._threads.state.current = None
+        state = self._threads.state
+        state.current = None
+        try:
+            inputs = self._signature.bind(module, *args, **kwargs).arguments
+        except TypeError:  # it has been given another forward
+            inputs = {}
+        wanted = [] if self._opened is None or state.manual is not None else self._opened(inputs)
+        if state.manual is not None:
+            wanted = [state.manual]
+        if not wanted:
             return
-        recording, branch = opened
+        try:
+            places = self._places(module, inputs, wanted)
+        except Exception as error:  # whatever it is, see `Recording.lenient`
+            for recording, _ in wanted:
+                if not recording.lenient:
+                    raise
+                for name in self.modules:
+                    recording.give_up(name, error)
+            return
+        for recording, _ in wanted:
+            recording.num_forwards += 1
+        state.current = _Forward(wanted, places, len(places.image_start))
+
+    def _places(self, module: Any, inputs: Mapping[str, Any], wanted: Sequence[Wanted]) -> Places:
+        """Where things stand in this forward. Raises `CaptureError` where it is known now that they cannot be read."""
+        if "encoder_hidden_states" not in inputs:
+            raise CaptureError(
+                f"{type(module).__name__} was called in another way than its class's forward says, or without a text"
+            )
         if torch.is_grad_enabled() and module.training and getattr(module, "is_gradient_checkpointing", False):
             raise CaptureError(
                 "the denoiser checkpoints its gradient, whose second pass records nothing; call disable_gradient_checkpointing() "
                 "on it, or record under torch.no_grad()"
             )
-        for attention in () if recording.num_forwards else self.modules.values():
-            if hides_attention(attention):  # better now than when a whole picture is drawn
+        if any(not recording.num_forwards for recording, _ in wanted):
+            self.require_readable()  # better now than when a whole picture is drawn
+        return places_of(self.layout, module, inputs)
+
+    def require_readable(self) -> None:
+        """Raises `CaptureError` with the remedy if an attention module is known not to call what is read."""
+        for attention in self.modules.values():
+            if hides_attention(attention):
                 raise CaptureError(f"the attention cannot be read: {remedy_of(attention)}")
-        recording.num_forwards += 1
-        self._threads.state.current = (recording, branch, places_of(self.layout, module, inputs))
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._threads.state.current = None
+        state = self._threads.state
+        if module is self.denoiser and state.current is not None:
+            state.current = None
+            if self._closed is not None:
+                self._closed()
+
+    def _level(self, name: str) -> Any:
+        def note_grid(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            forward = self._threads.state.current
+            if forward is not None:
+                features = args[0] if args else kwargs.get("hidden_states")
+                if isinstance(features, torch.Tensor) and features.ndim == 4:
+                    forward.grids[name] = (features.shape[-2], features.shape[-1])
+
+        return note_grid
 
     def _enter(self, name: str) -> Any:
         def enter(module: nn.Module, args: tuple) -> None:
@@ -318,10 +433,23 @@ class DenoiserHooks:
 
     def _record(self, name: str, call: _Attention) -> torch.Tensor | None:
         """Records one layer's maps; the attention's output if it came with them."""
-        assert self._threads.state.current is not None
-        recording, branch, places = self._threads.state.current
-        cross = self.layout.order == "cross"
-        grid = level_grid(places.grid, call.query.shape[2]) if cross else places.grid
+        forward = self._threads.state.current
+        assert forward is not None
+        output = None
+        for recording, samples in forward.wanted:
+            try:
+                output = self._read(name, call, forward, recording, samples)
+            except Exception as error:  # whatever it is, see `Recording.lenient`
+                if not recording.lenient:
+                    raise
+                recording.give_up(name, error)
+        return output
+
+    def _read(self, name: str, call: _Attention, forward: _Forward, recording: Recording, samples: Samples) -> torch.Tensor | None:
+        cross, places = self.layout.order == "cross", forward.places
+        if name in recording.errors:
+            return None
+        grid = self._grid(name, call, forward)
         if recording.passes(name, grid):
             return None
         weights = recording.word_weights = recording.word_weights.to(call.query.device)
@@ -335,20 +463,37 @@ class DenoiserHooks:
                 )
             _require_columns(name, weights, call.key.shape[2])
             everywhere = weights.new_zeros(call.query.shape[0], *weights.shape[1:])
-            everywhere[branch] = weights
+            everywhere[samples] = weights
             query, key, value = (as_attended(tensor) for tensor in (call.query, call.key, call.value))
             output, maps = column_attention(
                 query, key, value, everywhere, mask=call.attn_mask, scale=call.scale, head_weights=heads
             )
-            maps = maps[branch]
+            maps = maps[samples]
         else:
-            call = call.of_samples(branch)
-            query, mask, weights = self._image_rows(name, call, weights, places, branch)
+            call = call.of_samples(samples)
+            query, mask, weights = self._image_rows(name, call, weights, places, samples)
             query, key = as_attended(query), as_attended(call.key)
             maps = column_maps(query, key, weights, mask=mask, scale=call.scale, head_weights=heads)
         frames, height, width = grid
         recording.add(name, maps.unflatten(-1, (frames, height, width) if frames > 1 else (height, width)))
         return output
+
+    def _grid(self, name: str, call: _Attention, forward: _Forward) -> Grid:
+        """The grid of an attention call's image tokens. Raises `CaptureError` where its queries are not the places of one."""
+        grid, num_queries = forward.places.grid, call.query.shape[2]
+        if self.layout.level is not None:
+            around = self.layout.level(name)
+            if around not in forward.grids:
+                raise CaptureError(f"{name} ran outside of {around}, whose input has the picture's places")
+            grid = (1, *forward.grids[around])
+        expected = math.prod(grid) if self.layout.order == "cross" else forward.places.num_tokens
+        if call.query.shape[0] != forward.size or num_queries != expected:
+            raise CaptureError(
+                f"{name} attends with {num_queries} queries for {call.query.shape[0]} samples; expected {expected} for "
+                f"{forward.size}, of a grid of {grid[1]}x{grid[2]} places: whatever merges, drops or tiles tokens hides where they "
+                "stand; switch it off to look"
+            )
+        return grid
 
     def _image_rows(
         self, name: str, call: _Attention, weights: torch.Tensor, places: Places, branch: Samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import tarfile
@@ -75,6 +76,27 @@ def as_imagefolder(scenes, folder):
     return folder
 
 
+def as_csv(scenes, folder, delimiter=",", name="captions.csv", encoding="utf-8"):
+    write_dataset(scenes, folder).unlink()
+    with open(folder / name, "w", newline="", encoding=encoding) as file:
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerow(["split", "file_name", "text"])
+        writer.writerows(["a", f"images/{n:05d}.png", scene.caption] for n, scene in enumerate(scenes))
+    return folder / name
+
+
+def as_tsv_of_a_spreadsheet(scenes, folder):
+    return as_csv(scenes, folder, "\t", "captions.tsv", "utf-16")
+
+
+def as_texts_beside(scenes, folder):
+    write_dataset(scenes, folder).unlink()
+    for n, scene in enumerate(scenes):
+        (folder / f"images/{n:05d}.{'caption' if n % 2 else 'txt'}").write_text(f"{scene.caption}\n", "utf-8-sig")
+    (folder / "images/.hidden.png").write_bytes(b"")
+    return folder
+
+
 def as_parquet_of_datasets(scenes, folder):
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
@@ -110,7 +132,8 @@ def as_shards(scenes, folder):
 
 
 FORMS = {own.__name__.removeprefix("as_"): own for own in (
-    as_jsonl, as_karpathy, as_imagefolder, as_parquet_of_datasets, as_parquet_of_bytes, as_parquet_of_paths, as_shards,
+    as_jsonl, as_karpathy, as_imagefolder, as_csv, as_tsv_of_a_spreadsheet, as_texts_beside, as_parquet_of_datasets, 
+    as_parquet_of_bytes, as_parquet_of_paths, as_shards,
 )}  # fmt: skip
 
 
@@ -118,6 +141,9 @@ IDS = {
     "jsonl": "images/{:05d}.png",
     "karpathy": "{:05d}.png",
     "imagefolder": "images/{:05d}.png",
+    "csv": "images/{:05d}.png",
+    "tsv_of_a_spreadsheet": "images/{:05d}.png",
+    "texts_beside": "images/{:05d}.png",
     "parquet_of_bytes": "{}",
     "parquet_of_paths": "images/{:05d}.png",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -377,3 +378,17 @@ def test_damage_in_entities_is_named(entities, file, old, new, said):
 def test_a_picture_without_annotation_has_no_grounding(entities):
     (entities / "Sentences/13.txt").write_text("[/EN#1/people A man] .")
     assert read_groundings(entities).of("13.jpg", "A man.") is None
+
+
+def test_a_pipe_among_the_files_is_named_and_never_waited_for(tmp_path):
+    (tmp_path / "masks").mkdir()
+    os.mkfifo(tmp_path / "masks/a.png")
+    lines = write_lines(tmp_path / "a.jsonl", {"id": "x", "caption": "A cat.", "objects": [{"mask": "masks/a.png"}], "words": []})
+    with pytest.raises(DataError, match="expected a regular file, and this is a pipe"):
+        read_groundings(lines).of("x", "A cat.").objects[0]
+    (tmp_path / "Sentences").mkdir()
+    (tmp_path / "Annotations").mkdir()
+    os.mkfifo(tmp_path / "Sentences/1.txt")
+    (tmp_path / "Annotations/1.xml").write_text("<annotation/>")
+    with pytest.raises(DataError, match=r"cannot read .*1\.txt: .*expected a regular file, and this is a pipe"):
+        read_groundings(tmp_path).of("1.jpg", "A cat.")

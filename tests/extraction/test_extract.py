@@ -69,7 +69,9 @@ def test_a_picture_is_read_once_and_hashed_once(teacher_folder, dataset, tmp_pat
     assert read == {str(pair.image): 1 for pair in pairs}
     store = TargetStore(tmp_path / "t")
     assert sorted(hashed) == sorted(store[sample_id].image_sha256 for sample_id in store)
-    extract(teacher_folder, pairs, tmp_path / "t", NOISE, progress=False)
+    assert extract(teacher_folder, pairs, tmp_path / "t", NOISE, progress=False).present == len(pairs)
+    assert read == {str(pair.image): 1 for pair in pairs}  # size and time are those of then: no byte is looked at
+    extract(teacher_folder, pairs, tmp_path / "t", NOISE, rehash=True, progress=False)
     assert read == {str(pair.image): 2 for pair in pairs}  # the bytes are those of then: no pixel is looked at
     assert len(hashed) == len(pairs)
 

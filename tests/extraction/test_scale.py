@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import multiprocessing
 import os
@@ -430,7 +431,19 @@ def _forms(data, folder):
                 tar.add(path, f"{number:03d}.{ending}")
     (folder / "folder/metadata.jsonl").write_text("\n".join(map(json.dumps, entries)))
     pq.write_table(pa.table({"image": pictures, "caption": captions}), folder / "table.parquet")
-    return {"lines": data, "imagefolder": folder / "folder", "parquet": folder / "table.parquet", "tar": folder / "shard.tar"}
+    (folder / "beside").mkdir()
+    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        (folder / f"beside/{number:03d}.png").write_bytes(picture)
+        (folder / f"beside/{number:03d}.txt").write_text(caption)
+    with open(folder / "beside/table.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["file_name", "caption"], *([f"{n:03d}.png", caption] for n, caption in enumerate(captions))])
+    others = {"csv": folder / "beside/table.csv", "texts": folder / "beside"}
+    return others | {
+        "lines": data,
+        "imagefolder": folder / "folder",
+        "parquet": folder / "table.parquet",
+        "tar": folder / "shard.tar",
+    }
 
 
 @pytest.mark.parametrize("work", [ONE, pytest.param(TWO, marks=pytest.mark.full)], ids=["one process", "two processes"])

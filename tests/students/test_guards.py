@@ -128,6 +128,15 @@ def test_mllama_without_its_cross_attention_mask_is_refused():
         patch.capture(**batch)
 
 
+def test_mllama_without_a_picture_is_told_so():
+    student = built("mllama")
+    batch = {name: value for name, value in student.batch().items() if name not in ("pixel_values", "cross_attention_mask")}
+    for name in ("aspect_ratio_ids", "aspect_ratio_mask"):
+        batch.pop(name, None)
+    with lavender.patch(student.model) as patch, torch.no_grad(), pytest.raises(CaptureError, match=r"no picture.*pixel_values"):
+        patch.capture(**batch)
+
+
 def test_a_cross_attention_with_too_few_keys_is_refused():
     student = built("mllama")
     batch = student.batch()

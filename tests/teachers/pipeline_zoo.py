@@ -38,7 +38,7 @@ MORE_TEACHERS: dict[str, Callable[[], Any]] = {}
 """Pipelines that are asked for maps of pictures in addition to those above, of the same kind of names."""
 
 
-def clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer(length: int = 16) -> CLIPTokenizer:
     """CLIP's tokenizer with merges that build the known words from the left; other words fall into letters."""
     merges: dict[tuple[str, str], None] = {}
     for word in WORDS:
@@ -47,7 +47,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=list(merges), model_max_length=16)
+    return CLIPTokenizer(vocab=vocabulary, merges=list(merges), model_max_length=length)
 
 
 def t5_tokenizer() -> T5Tokenizer:
@@ -58,7 +58,7 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=special + pieces, extra_ids=0, model_max_length=64)
 
 
-def _clip(tokenizer: CLIPTokenizer, width: int, projection: int | None = None) -> nn.Module:
+def clip_encoder(tokenizer: CLIPTokenizer, width: int, projection: int | None = None) -> nn.Module:
     """CLIP's text encoder, with the pooled text's projection if its width is given."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -75,18 +75,18 @@ def _clip(tokenizer: CLIPTokenizer, width: int, projection: int | None = None) -
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
-def _t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
+def t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
     config = T5Config(vocab_size=len(tokenizer), d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     return T5EncoderModel(config).eval()
 
 
-def _autoencoder() -> diffusers.AutoencoderKL:
-    """Latents of a quarter of the picture's height and width."""
+def autoencoder(latents: int = LATENTS, blocks: int = 3) -> diffusers.AutoencoderKL:
+    """Latents of a quarter of the picture's height and width, or of half of that for every block more."""
     model = diffusers.AutoencoderKL(
-        block_out_channels=(4, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=LATENTS,
+        block_out_channels=(4, *[8] * (blocks - 1)),
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        latent_channels=latents,
         norm_num_groups=4,
         shift_factor=0.0,
     )
@@ -95,7 +95,7 @@ def _autoencoder() -> diffusers.AutoencoderKL:
 
 def _assemble(pipeline: type, **parts: Any) -> Any:
     """A pipeline of the given parts and an autoencoder, without progress bars."""
-    pipe = pipeline(vae=_autoencoder(), **parts)
+    pipe = pipeline(vae=autoencoder(), **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -112,7 +112,7 @@ def _stable_diffusion(name: str, prediction_type: str = "epsilon", **options: An
         getattr(diffusers, name),
         unet=DENOISERS["UNet2DConditionModel"]().model,
         tokenizer=tokenizer,
-        text_encoder=_clip(tokenizer, WIDTH),
+        text_encoder=clip_encoder(tokenizer, WIDTH),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -128,9 +128,9 @@ def _stable_diffusion_xl() -> Any:
         diffusers.StableDiffusionXLPipeline,
         unet=DENOISERS["UNet2DConditionModel/sdxl"]().model,
         tokenizer=tokenizer,
-        text_encoder=_clip(tokenizer, WIDTH // 2),
+        text_encoder=clip_encoder(tokenizer, WIDTH // 2),
         tokenizer_2=clip_tokenizer(),
-        text_encoder_2=_clip(tokenizer, WIDTH // 2, projection=POOLED),
+        text_encoder_2=clip_encoder(tokenizer, WIDTH // 2, projection=POOLED),
         scheduler=diffusers.EulerDiscreteScheduler(steps_offset=1),
         add_watermarker=False,
     )
@@ -145,11 +145,11 @@ def _stable_diffusion_3(variant: str) -> Any:
         diffusers.StableDiffusion3Pipeline,
         transformer=DENOISERS[variant]().model,
         tokenizer=tokenizer,
-        text_encoder=_clip(tokenizer, 12, projection=POOLED // 2),
+        text_encoder=clip_encoder(tokenizer, 12, projection=POOLED // 2),
         tokenizer_2=clip_tokenizer(),
-        text_encoder_2=_clip(tokenizer, 16, projection=POOLED // 2),
+        text_encoder_2=clip_encoder(tokenizer, 16, projection=POOLED // 2),
         tokenizer_3=tokenizer_3,
-        text_encoder_3=_t5(tokenizer_3),
+        text_encoder_3=t5_encoder(tokenizer_3),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
 
@@ -161,9 +161,9 @@ def _flux_pipeline() -> Any:
         diffusers.FluxPipeline,
         transformer=DENOISERS["FluxTransformer2DModel"]().model,
         tokenizer=tokenizer,
-        text_encoder=_clip(tokenizer, POOLED),
+        text_encoder=clip_encoder(tokenizer, POOLED),
         tokenizer_2=tokenizer_2,
-        text_encoder_2=_t5(tokenizer_2),
+        text_encoder_2=t5_encoder(tokenizer_2),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     )
 
@@ -176,6 +176,6 @@ def _pixart_pipeline() -> Any:
         diffusers.PixArtAlphaPipeline,
         transformer=DENOISERS["PixArtTransformer2DModel"]().model,
         tokenizer=tokenizer,
-        text_encoder=_t5(tokenizer),
+        text_encoder=t5_encoder(tokenizer),
         scheduler=diffusers.DPMSolverMultistepScheduler(),
     )
