@@ -182,8 +182,7 @@ def _as_run(received: Received, text: str, place: Place, around: frozenset[str])
             end = len(ids) if count is None else start + count
             if end > start and (end == len(ids) or ids[end] in received.special):
                 cut.append(range(start, end))
-    runs = [run for run in whole or cut if _is_template(received, run, around)]
-    runs = [run for run in runs if received.reaches(run)] or runs[:1]
+    runs = [run for run in whole or cut if received.reaches(run) and _is_template(received, run, around)]
     return [_aligned(received, text, place, dict(zip(run, offsets, strict=False)), 2 if whole else 0) for run in runs]
 
 
@@ -195,7 +194,7 @@ def _as_words(received: Received, text: str, place: Place, around: frozenset[str
     alignments = []
     for found in _walks([piece for piece, _, _ in pieces], optional, received):
         indices = sorted({token for at in found.values() for token in received.pieces[at][1]})
-        if _is_template(received, indices, around | marks):
+        if received.reaches(indices) and _is_template(received, indices, around | marks):
             spans: dict[int, Span] = {}
             for piece, at in found.items():
                 for token in received.pieces[at][1]:
