@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 
 from ..config import TeacherConfig
-from ..errors import ConfigError
-from ..types import Box
+from ..errors import CaptureError, ConfigError
+from ..types import Box, Word
+from .encoding import TextReader, Texts
 from .families import TeacherFamily, Text
 from .framing import on_picture
 from .recording import DenoiserHooks, Recording
@@ -23,6 +24,7 @@ class BoundDenoiser:
     Attributes:
         scheduler: the pipeline's, of which the noise schedule and the kind of prediction are used.
         flow_matching: whether the model is a flow-matching one.
+        missing: of each caption, whether no text column stands for each word; empty where no words were given.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class BoundDenoiser:
         texts: Sequence[str],
         word_weights: torch.Tensor,
         side: int,
+        words: Sequence[Sequence[Word]] = (),
     ) -> None:
         """
         Args:
@@ -42,13 +45,19 @@ class BoundDenoiser:
             texts: B captions.
             word_weights: float32 [B, W, N], each text column's share of each word, on the teacher's device.
             side: of the pictures, in pixels.
+            words: of every caption; the columns are then those of the tokens that the text encoders receive, whatever
+                `word_weights` says. A caption that is not found among these has no words.
         """
         self.scheduler = family.pipe.scheduler
         self.flow_matching = kind_of(self.scheduler, type(family.pipe).__name__) == "flow"
         self._family, self._hooks, self._config = family, hooks, config
         # Whether classifier-free guidance takes a second forward, for empty captions.
         self._guided = config.guidance_scale > 1 and config.inversion != "noise" and not family.takes_guidance
-        self._text, self._empty = family.encode_prompts(texts, word_weights.device, side, self._guided)
+        with TextReader(family.pipe).reading() as received:
+            self._text, self._empty = family.encode_prompts(texts, word_weights.device, side, self._guided)
+        self.missing: list[list[bool]] = []
+        if words:
+            word_weights = self._weights(received, texts, words).to(word_weights.device)
         if config.renormalize:  # by the attention to the whole text, as if it were a word more
             word_weights = torch.cat([word_weights, torch.ones_like(word_weights[:, :1])], dim=1)
         self._word_weights = word_weights
@@ -56,6 +65,20 @@ class BoundDenoiser:
         self._sums: dict[tuple[int, ...], torch.Tensor] = {}
         self._total = 0.0
         self._num_recorded = 0
+
+    def _weights(self, received: Texts, texts: Sequence[str], words: Sequence[Sequence[Word]]) -> torch.Tensor:
+        """Each column's share of each word, [B, W, N], as the text encoders received them."""
+        embeddings = self._text.embeddings
+        weights = torch.zeros(len(texts), max(1, *map(len, words)), embeddings.shape[1])
+        for padded, embedding, text, caption_words in zip(weights, embeddings, texts, words, strict=True):
+            try:
+                carried = received.identify(embedding, [text])
+            except CaptureError:  # it is not clear where the caption stands
+                carried = None
+            if carried is not None:
+                padded[: len(caption_words)] = carried.weights(caption_words)[0][: len(caption_words)]
+            self.missing.append([not own.any() for own in padded[: len(caption_words)]])
+        return weights
 
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """The prediction for the captions; nothing is recorded."""

@@ -105,6 +105,7 @@ class Texts:
         self._calls: list[Call] = []
         self._thread = threading.get_ident()
         self._depth = 0
+        self._inside: list[Call] = []
 
     def identify(
         self, embedding: torch.Tensor, candidates: Sequence[str], arguments: Mapping[str, Any] | None = None
@@ -121,7 +122,7 @@ class Texts:
         """
         embedding = embedding.detach()
         received, columns = self._received(embedding, (arguments or {}).get("max_sequence_length"))
-        best: tuple[tuple[int, bool], Carried] | None = None
+        best: tuple[tuple[int, int], Carried] | None = None
         unclear = None
         for index, text in enumerate(candidates):
             if text in candidates[:index]:
@@ -131,7 +132,7 @@ class Texts:
                 unclear = text
                 continue
             alignments = tuple(alignment for alignments in ways for alignment in alignments)
-            fit = sum(alignment.coverage for alignment in alignments), not any(alignment.is_cut for alignment in alignments)
+            fit = sum(alignment.coverage for alignment in alignments), sum(alignment.closeness for alignment in alignments)
             if alignments and (best is None or fit > best[0]):
                 best = fit, Carried(text, index, columns, alignments)
         if best is not None:
@@ -147,7 +148,7 @@ class Texts:
     @property
     def received(self) -> list[str]:
         """What the text encoders received, as text, each once: for messages."""
-        texts = {}
+        texts: dict[str, None] = {}
         for call in self._calls:
             tokenizer = tokenizer_of(self._pipe, call.encoder)
             if tokenizer is not None:
@@ -183,11 +184,15 @@ class Texts:
         self._depth -= 1
         ids = kwargs.get("input_ids", next(iter(args), None))
         if isinstance(ids, torch.Tensor) and ids.ndim == 2 and not ids.is_floating_point() and output is not None:
-            latest = self._calls[-1] if self._calls else None
-            if latest is None or latest.encoder != encoder or latest.ids is not ids:
-                self._calls.append(Call(encoder, ids))
+            call = Call(encoder, ids)
             for state in _states_of(output):
-                self._calls[-1].add(state)
+                call.add(state)
+            if call.states:
+                self._inside.append(call)
+        if self._depth == 0 and self._inside:
+            # What a part of the encoder gave counts where the whole gave nothing, as a language model's logits alone.
+            self._calls.append(self._inside[-1])
+            self._inside.clear()
 
     def _normalized(self, encoder: str, args: tuple, output: Any) -> None:
         """Clip skip's pipelines call the encoder's last norm themselves."""
@@ -236,7 +241,7 @@ class TextReader:
 def text_encoders_of(pipe: Any) -> dict[str, nn.Module]:
     """The components of a pipeline that take token ids, by attribute."""
     modules = {name: part for name, part in vars(pipe).items() if isinstance(part, nn.Module)}
-    return {name: part for name, part in modules.items() if any(_takes_ids(type(module)) for module in part.modules())}
+    return {name: part for name, part in modules.items() if any(_takes_ids(type(module).forward) for module in part.modules())}
 
 
 def tokenizer_of(pipe: Any, encoder: str) -> Any:
@@ -251,8 +256,8 @@ def tokenizer_of(pipe: Any, encoder: str) -> Any:
 
 
 @cache
-def _takes_ids(kind: type[nn.Module]) -> bool:
-    return "input_ids" in inspect.signature(kind.forward).parameters
+def _takes_ids(forward: Callable[..., Any]) -> bool:
+    return "input_ids" in inspect.signature(forward).parameters
 
 
 def _hook(component: nn.Module, name: str, texts: Texts, hooks: ExitStack) -> None:
@@ -267,9 +272,9 @@ def _hook(component: nn.Module, name: str, texts: Texts, hooks: ExitStack) -> No
         component._compiled_call_impl = _watched(component._compiled_call_impl, texts, component, ended)
         return
     # Of what torch.compile wraps, the wrapper alone: hooks below it would be traced.
-    inner = () if hasattr(component, "_orig_mod") else component.named_modules()
-    for path, module in [("", component), *inner]:
-        if path and not _takes_ids(type(module)):
+    modules = [("", component)] if hasattr(component, "_orig_mod") else component.named_modules()
+    for path, module in modules:
+        if path and not _takes_ids(type(module).forward):
             if "norm" in type(module).__name__.casefold() and not any(part.isdigit() for part in path.split(".")):
                 hooks.callback(module.register_forward_hook(normalized).remove)
         else:

@@ -19,6 +19,7 @@ import torch
 
 from ..config import TeacherConfig, fingerprint
 from ..errors import ConfigError, LavenderError, ModelError, first_line
+from ..words import words_of
 from .bound_denoiser import BoundDenoiser
 from .families import TeacherFamily
 from .inversion import noisy_at
@@ -113,7 +114,7 @@ def behavior_of(
         latents = encode_once(family, _picture(side).to(device)).float()
         once = replace(config, inversion="noise", timesteps=(0,), timestep_weights=(), map_size=_GRID)
         with asking(f"{kind} cannot encode a caption"):
-            denoiser = BoundDenoiser(family, hooks, once, [CAPTION], word_weights, side)
+            denoiser = BoundDenoiser(family, hooks, once, [CAPTION], word_weights, side, [words_of(CAPTION)])
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         number = 300 if denoiser.flow_matching else int(denoiser.scheduler.config.num_train_timesteps) * 3 // 10
         _, given, timestep = noisy_at(denoiser, latents, noise, number)

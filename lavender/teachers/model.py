@@ -23,6 +23,7 @@ from ..pretrained.weights import require_finite
 from ..types import Box, Word, WordMaps
 from ..words import Caption, words_of
 from .bound_denoiser import BoundDenoiser
+from .encoding import TextReader
 from .families import TeacherFamily, teacher_family_of
 from .framing import frame
 from .identity import (
@@ -41,6 +42,9 @@ from .prompts import word_weights
 from .recording import DenoiserHooks
 from .schedules import require_inversion
 from .turns import turn_of
+
+_PROBE = "a (red:1.3) cat, [two] birds and a half-open door"
+"""A caption with what pipelines of others take out of theirs."""
 
 _SENTENCE_END = re.compile(r"[.!?。！？]|\n")
 
@@ -144,8 +148,19 @@ class Teacher:
     def _behavior(self) -> dict[str, Any]:
         with torch.no_grad(), asking(f"this {type(self.pipe).__name__} cannot encode a caption"):
             self._num_columns = self.family.encode_prompts([""], self.device, self.side, False)[0].embeddings.shape[1]
+            self._require_columns()
         weights = self._passage(0, CAPTION, words_of(CAPTION)).weights[None].to(self.device)
         return behavior_of(self.family, self.hooks, self.config, self.side, weights)
+
+    def _require_columns(self) -> None:
+        """Raises `ModelError` where words cannot be found among the tokens that the text encoders receive."""
+        with TextReader(self.pipe).reading() as texts:
+            embeddings = self.family.encode_prompts([_PROBE], self.device, self.side, False)[0].embeddings
+        if texts.identify(embeddings[0], [_PROBE]) is None:
+            raise ModelError(
+                f"the text columns of this {type(self.pipe).__name__} cannot be traced to the words of a caption: its "
+                f"encode_prompt made {_PROBE!r} into {texts.received}; give the pipeline of diffusers that it is made from"
+            )
 
     def close(self) -> None:
         """Takes the hooks away: the pipeline is what it was."""
@@ -165,7 +180,11 @@ class Teacher:
         return maps
 
     def require_finite(self, maps: WordMaps) -> None:
-        """Raises `DataError` for maps with infinite values: the model's numbers overflowed."""
+        """Raises `DataError` for maps with infinite values, since the model's numbers overflowed, or without any word."""
+        if np.isnan(maps.maps).all():
+            raise DataError(
+                f"no word of the caption {maps.caption[:200]!r} is found among the tokens that the text encoder received"
+            )
         if np.isinf(maps.maps).any():
             raise DataError(
                 f"the teacher's attention is not finite in {self.config.dtype}; {remedy_of_overflow(self.config.dtype)}"
@@ -225,8 +244,8 @@ class Teacher:
             denoiser = self.bind(passages)
             read_maps(denoiser, latents, self.config, noise)
             maps = normalize(denoiser.maps(inside), self.config.normalization).cpu().numpy()
-        for padded, passage in zip(maps, passages, strict=True):
-            values, missing = padded[: len(passage.words)], np.array(passage.missing)
+        for padded, passage, lacking in zip(maps, passages, denoiser.missing, strict=True):
+            values, missing = padded[: len(passage.words)], np.array(passage.missing) | np.array(lacking)
             if not np.isfinite(values[~missing]).all():
                 values[:] = np.inf
             values[missing] = np.nan
@@ -238,7 +257,8 @@ class Teacher:
         for padded, passage in zip(weights, passages, strict=True):
             padded[: len(passage.words)] = passage.weights
         texts = [passage.text for passage in passages]
-        return BoundDenoiser(self.family, self.hooks, self.config, texts, weights.to(self.device), self.side)
+        words = [passage.words for passage in passages]
+        return BoundDenoiser(self.family, self.hooks, self.config, texts, weights.to(self.device), self.side, words)
 
     def _passages(self, image: int, caption: Caption) -> Iterator[_Passage]:
         """A caption, in as many parts as the text encoder needs; one, if long captions are not to be divided."""

@@ -99,7 +99,7 @@ def _instruction_tokens(pipe: Any, tokenizer: Any, arguments: Arguments) -> int:
 def cleaned(pipe: Any, tokenizer: Any, prompt: str, words: Sequence[Word], arguments: Arguments) -> PlacedWords:
     """As the function of this name in the pipeline's module cleans the prompt."""
     modules = [sys.modules.get(kind.__module__) for kind in type(pipe).__mro__]
-    clean = next((module.prompt_clean for module in modules if hasattr(module, "prompt_clean")), str)
+    clean = next((vars(module)["prompt_clean"] for module in modules if module and hasattr(module, "prompt_clean")), str)
     return place_words(words, prompt, str(clean(prompt)))
 
 

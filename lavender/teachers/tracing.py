@@ -23,6 +23,9 @@ Rounding to bfloat16 leaves about 3e-6 of it, and the states of two tokens diffe
 _CONTRIBUTES = 0.02
 """The least share of a column's norm that counts as a contribution."""
 
+_FREE_CHANNELS = 4
+"""How many channels more than states there must be, at the least, for a sum of them to be no accident."""
+
 _INDEPENDENT = 1e-6
 """The least eigenvalue, relative to the largest, of states that float32 can tell from sums of the others."""
 
@@ -77,9 +80,12 @@ class _Column:
 def trace(embedding: torch.Tensor, calls: Sequence[Call], special: Mapping[str, frozenset[int]]) -> dict[str, list[Source | None]]:
     """Where the columns of an embedding [N, C] come from: per encoder that has any, one source or None per column.
 
+    An encoder has none where a column follows another one, and what follows in the encoder's tokens is not there: causal encoders
+    give equal states of what prompts begin with alike.
+
     A column is a hidden state, bit for bit, in some channels: pipelines lay encoders and layers side by side. Where no state
-    equals it, it may be a scaled state with a constant, or a sum of several calls' states of one position, as weighted prompts
-    have it. Where several positions are equally good, the longest run of neighbors decides; None where that is a tie.
+    equals it, it may be a scaled state with a constant, or a sum of states of one position and of the end, as weighted
+    prompts have it. Where several positions are equally good, the longest run of neighbors decides; None where that is a tie.
 
     Args:
         embedding: [N, C].
@@ -87,23 +93,55 @@ def trace(embedding: torch.Tensor, calls: Sequence[Call], special: Mapping[str, 
         special: per encoder the ids of tokens that stand for no text.
     """
     sources: dict[str, list[Source | None]] = {}
-    unexplained = (embedding != 0).any(dim=1).cpu().numpy()
+    unclear: dict[str, set[int]] = {}
+    nonzero = (embedding != 0).any(dim=1).cpu().numpy()
+    unexplained = nonzero.copy()
     offsets = _offsets({state.shape[2] for call in calls for state in call.states}, embedding.shape[1])
     for offset in offsets:
-        for column, source in _equal(embedding, calls, offset):
-            _put(sources, calls, len(embedding), column, source)
+        for column, source, is_unique in _equal(embedding, calls, offset):
+            _put(sources, unclear, calls, len(embedding), column, source, is_unique)
             unexplained[column] = False
     if unexplained.any():
         columns = np.flatnonzero(unexplained)
         for encoder in dict.fromkeys(call.encoder for call in calls):
             for column, source in _weighted(embedding, columns, calls, encoder, offsets, special.get(encoder, frozenset())):
-                _put(sources, calls, len(embedding), column, source)
-    return sources
+                _put(sources, unclear, calls, len(embedding), column, source, True)
+    return {
+        encoder: known for encoder, known in sources.items() if not _is_broken(known, calls, nonzero, unclear.get(encoder, set()))
+    }
 
 
-def _put(sources: dict[str, list[Source | None]], calls: Sequence[Call], count: int, column: int, source: Source) -> None:
-    known = sources.setdefault(calls[source[0]].encoder, [None] * count)
-    known[column] = known[column] or source
+def _put(
+    sources: dict[str, list[Source | None]],
+    unclear: dict[str, set[int]],
+    calls: Sequence[Call],
+    count: int,
+    column: int,
+    source: Source,
+    is_unique: bool,
+) -> None:
+    encoder = calls[source[0]].encoder
+    known = sources.setdefault(encoder, [None] * count)
+    if is_unique:
+        known[column] = known[column] or source
+    else:
+        unclear.setdefault(encoder, set()).add(column)
+
+
+def _is_broken(sources: Sequence[Source | None], calls: Sequence[Call], nonzero: NDArray[np.bool_], unclear: set[int]) -> bool:
+    """Whether an unknown column stands beside one whose neighbor in the encoder's tokens has no column."""
+    present = {source for source in sources if source is not None}
+    for column, source in enumerate(sources):
+        if source is None:
+            continue
+        number, row, position = source
+        for step in (-1, 1):
+            beside = column + step
+            if 0 <= beside < len(sources) and sources[beside] is None and nonzero[beside] and beside not in unclear:
+                expected = (number, row, position + step)
+                if 0 <= position + step < len(calls[number].tokens[row]) and expected not in present:
+                    return True
+    return False
 
 
 def _offsets(widths: Iterable[int], channels: int) -> list[int]:
@@ -122,8 +160,8 @@ def _keys(states: torch.Tensor) -> list[bytes]:
     return [row.tobytes() for row in keys.view(torch.uint8).numpy()]
 
 
-def _equal(embedding: torch.Tensor, calls: Sequence[Call], offset: int) -> Iterator[tuple[int, Source]]:
-    """The columns that equal a hidden state from the channel `offset` on."""
+def _equal(embedding: torch.Tensor, calls: Sequence[Call], offset: int) -> Iterator[tuple[int, Source, bool]]:
+    """The columns that equal a hidden state from the channel `offset` on, and whether no other one does as well."""
     columns = [_Column() for _ in embedding]
     # Per width of the window, a number for every key, and the numbers of the columns.
     numbered: dict[int, tuple[dict[bytes, int], NDArray[np.int64]]] = {}
@@ -142,11 +180,11 @@ def _equal(embedding: torch.Tensor, calls: Sequence[Call], offset: int) -> Itera
                 if (present >= 0).any():
                     _compete(columns, wanted[:, None] == present, calls, number, row, state)
     for column, best in enumerate(columns):
-        if best.source is not None and best.state is not None and best.is_unique:
+        if best.source is not None and best.state is not None:
             _, row, position = best.source
             state = best.state[row, position].to(embedding)
             if state.any() and torch.equal(state, embedding[column, offset : offset + len(state)]):
-                yield column, best.source
+                yield column, best.source, best.is_unique
 
 
 def _compete(
@@ -154,7 +192,7 @@ def _compete(
 ) -> None:
     """Puts the matches [N, L] of one row in place of shorter runs."""
     call, runs = calls[number], _runs(matches)
-    for column in np.flatnonzero(matches.any(axis=1)):
+    for column in np.flatnonzero(matches.any(axis=1)).tolist():
         best, longest = columns[column], int(runs[column].max())
         if longest < best.run:
             continue
@@ -185,7 +223,7 @@ def _weighted(
     offsets: Sequence[int],
     special: frozenset[int],
 ) -> Iterator[tuple[int, Source]]:
-    """Of some columns those that are sums of an encoder's states of one position, with a constant."""
+    """Of some columns those that are sums of an encoder's states of one position and of the end, with a constant."""
     samples = columns[np.linspace(0, len(columns) - 1, min(8, len(columns))).round().astype(int)]
     best: tuple[int, _States, int] | None = None
     for states in _layers(calls, encoder):
@@ -206,10 +244,9 @@ def _weighted(
         if len(positions) != 1:
             continue
         position = int(positions[0])
-        sources = [(call, row, position) for call, row in states.contributors(window[index], position)]
         named: dict[int, Source] = {}
-        for call, row, _ in sources:
-            named.setdefault(calls[call].id_at(row, position), (call, row, position))
+        for source in states.contributors(window[index], position):
+            named.setdefault(calls[source[0]].id_at(*source[1:]), source)
         of_text = [source for token, source in named.items() if token not in special]
         if len(of_text) == 1 or (not of_text and named):
             yield int(column), (of_text or list(named.values()))[0]
@@ -220,8 +257,10 @@ class _States:
 
     def __init__(self, rows: Sequence[tuple[int, int]], states: torch.Tensor) -> None:
         """`rows` are the calls and rows that `states` [R, L, C] are of."""
-        self.rows = rows
         self.length, self.width = states.shape[1:]
+        # Some weigh a token between its own state and that of the row's end.
+        states = torch.cat([states, states[:, -1:].expand(-1, self.length, -1)])
+        self._rows = [*rows, *rows]
         states = states.float() - states.float().mean(dim=2, keepdim=True)
         self._states = torch.nn.functional.normalize(states, dim=2)
         values, self._vectors = torch.linalg.eigh(torch.einsum("rlc,slc->lrs", self._states, self._states))
@@ -237,12 +276,13 @@ class _States:
         matches: NDArray[np.bool_] = ((explained >= (1 - _UNEXPLAINED) * norms) & (norms > 0)).T.cpu().numpy()
         return matches
 
-    def contributors(self, column: torch.Tensor, position: int) -> list[tuple[int, int]]:
-        """The rows whose states of a position a column is the sum of."""
+    def contributors(self, column: torch.Tensor, position: int) -> list[Source]:
+        """The states of a position, and of the rows' ends, that a column is the sum of."""
         column = column.float() - column.float().mean()
         vectors = self._vectors[position]
         shares = vectors @ (self._inverse[position] * (vectors.T @ (self._states[:, position] @ column)))
-        return [self.rows[row] for row in (shares.abs() > _CONTRIBUTES * column.norm()).nonzero().flatten().tolist()]
+        found = (shares.abs() > _CONTRIBUTES * column.norm()).nonzero().flatten().tolist()
+        return [(*self._rows[row], position if row < len(self._rows) // 2 else self.length - 1) for row in found]
 
 
 def _layers(calls: Sequence[Call], encoder: str) -> Iterator[_States]:
@@ -252,8 +292,11 @@ def _layers(calls: Sequence[Call], encoder: str) -> Iterator[_States]:
         for layer, state in enumerate(call.states if call.encoder == encoder else ()):
             groups.setdefault((layer, *state.shape[1:]), []).append((number, state))
     for layer, _, width in sorted(groups, reverse=True):
-        members = groups[layer, _, width]
-        rows = [(number, row) for number, state in members for row in range(len(state))]
-        # Of so many states almost every column would be a sum.
-        if len(rows) <= width // 2:
-            yield _States(rows, torch.cat([state for _, state in members]))
+        rows: dict[tuple[int, int], torch.Tensor] = {}
+        for number, state in groups[layer, _, width]:
+            for row, states in enumerate(state):
+                if not any(torch.equal(states, known) for known in rows.values()):
+                    rows[number, row] = states
+        # Of as many states as channels every column would be a sum.
+        if 2 * len(rows) <= width - _FREE_CHANNELS:
+            yield _States(list(rows), torch.stack(list(rows.values())))
