@@ -483,8 +483,8 @@ def table() -> str:
 def _described(outcome: Outcome) -> str:
     if outcome.when is None:
         return f"read, but for {outcome.missing} layers" if outcome.missing else "read"
-    reason = re.split(r"; |\. (?=[A-Z])|\n", outcome.error)[0]
-    reason = re.sub(r" of its parts \([^)]*\)", " of its parts", reason)
+    clauses = re.split(r"; |\. (?=[A-Z])|\n", re.sub(r" \([^()]*, [^()]*\)", "", outcome.error))
+    reason = "; ".join(clauses[: 2 if "recorded nothing" in clauses[0] else 1])
     reason = re.sub(r"\b(an?|this|a) [A-Z]\w+Pipeline\b", "this pipeline", reason)
     return f"refused by {_WHERE[outcome.when]}: {reason}".replace("|", "\\|")
 
