@@ -7,7 +7,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import groupby
 from typing import Any
 
@@ -20,6 +20,9 @@ _MARKUP = re.compile(r"<[^<>]*>|[:)]\s*[-+]?\d+(?:\.\d+)?|\b(?:AND|BREAK)\b")
 
 _TEMPLATE = re.compile(r"template|system|instruction|message", re.IGNORECASE)
 """Names of the texts that pipelines put around a prompt."""
+
+_ROLES = "system user assistant"
+"""Whose turn it is: chat templates get this from the messages."""
 
 Place = Callable[[Sequence[Word]], list[Span | None]]
 """Where the words of a prompt stand in the text that it was made into."""
@@ -117,7 +120,9 @@ def align(pipe: Any, encoder: str, received: Received, prompt: str, arguments: A
 def _forms(pipe: Any, encoder: str, tokenizer: Any, prompt: str, arguments: Arguments) -> Iterator[tuple[str, Place]]:
     """The texts that a prompt may have been made into."""
     seen = set()
-    makers = [part.text for part in known_parts(pipe) if part.encoder == encoder]
+    # The tables say what a class's own encode_prompt does; a modular pipeline has none.
+    parts = known_parts(pipe) if hasattr(pipe, "encode_prompt") else ()
+    makers = [part.text for part in parts if part.encoder == encoder]
     for make in (*makers, preprocessed, cleaned, converted, plain):
         text = make(pipe, tokenizer, prompt, (), arguments)[0]
         if text not in seen:
@@ -130,23 +135,37 @@ def _place(make: Callable[..., PlacedWords], arguments: Arguments, words: Sequen
 
 
 def _template_parts(pipe: Any, tokenizer: Any, arguments: Arguments) -> frozenset[str]:
-    """What stands in the templates that a pipeline has: in itself, its module, its arguments and its tokenizer."""
-    named: dict[str, Any] = {}
-    for kind in type(pipe).__mro__:
-        module = sys.modules.get(kind.__module__)
-        named = {**vars(kind), **(vars(module) if module else {}), **named}
-    texts: list[Any] = [getattr(tokenizer, "chat_template", None)]
-    texts += [value for name, value in {**named, **vars(pipe), **arguments}.items() if _TEMPLATE.search(name)]
-    pieces: set[str] = set()
-    while texts:
-        text = texts.pop()
+    """What stands in the templates that a pipeline has: in its package and itself, its call's arguments and its tokenizer."""
+    chat = getattr(tokenizer, "chat_template", None)
+    mro = type(pipe).__mro__
+    packages = {f"{base.__module__.rpartition('.')[0]}." for base in mro if "." in base.__module__}
+    # Those alone that hold no other: diffusers as a whole has everybody's templates.
+    packages = {each for each in packages if not any(other != each and other.startswith(each) for other in packages)}
+    named = [(name, value) for space in (*map(vars, mro), vars(pipe), arguments) for name, value in space.items()]
+    texts = [value for name, value in named if _TEMPLATE.search(name)]
+    return _parts_within([*texts, chat, _ROLES if chat else ""]) | _parts_of_packages(tuple(sorted(packages)))
+
+
+@cache
+def _parts_of_packages(packages: tuple[str, ...]) -> frozenset[str]:
+    """What stands in the templates of the modules of some packages."""
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith(packages)]
+    named = [each for module in modules for each in vars(module).items()]
+    return _parts_within([value for name, value in named if _TEMPLATE.search(name)])
+
+
+def _parts_within(texts: Sequence[Any]) -> frozenset[str]:
+    """What stands in texts, and in lists and tables of them."""
+    pending, parts = list(texts), set()
+    while pending:
+        text = pending.pop()
         if isinstance(text, str):
-            pieces |= _parts(text)
+            parts |= _parts(text)
         elif isinstance(text, Mapping):
-            texts.extend(text.values())
+            pending.extend(text.values())
         elif isinstance(text, list | tuple):
-            texts.extend(text)
-    return frozenset(pieces)
+            pending.extend(text)
+    return frozenset(parts)
 
 
 def _as_run(received: Received, text: str, place: Place, around: frozenset[str]) -> list[Alignment]:
@@ -163,8 +182,7 @@ def _as_run(received: Received, text: str, place: Place, around: frozenset[str])
             end = len(ids) if count is None else start + count
             if end > start and (end == len(ids) or ids[end] in received.special):
                 cut.append(range(start, end))
-    runs = [run for run in whole or cut if _is_template(received, run, around)]
-    runs = [run for run in runs if received.reaches(run)] or runs[:1]
+    runs = [run for run in whole or cut if received.reaches(run) and _is_template(received, run, around)]
     return [_aligned(received, text, place, dict(zip(run, offsets, strict=False)), 2 if whole else 0) for run in runs]
 
 
@@ -176,7 +194,7 @@ def _as_words(received: Received, text: str, place: Place, around: frozenset[str
     alignments = []
     for found in _walks([piece for piece, _, _ in pieces], optional, received):
         indices = sorted({token for at in found.values() for token in received.pieces[at][1]})
-        if _is_template(received, indices, around | marks):
+        if received.reaches(indices) and _is_template(received, indices, around | marks):
             spans: dict[int, Span] = {}
             for piece, at in found.items():
                 for token in received.pieces[at][1]:

@@ -84,8 +84,8 @@ def trace(embedding: torch.Tensor, calls: Sequence[Call], special: Mapping[str, 
     give equal states of what prompts begin with alike.
 
     A column is a hidden state, bit for bit, in some channels: pipelines lay encoders and layers side by side. Where no state
-    equals it, it may be a scaled state with a constant, or a sum of several calls' states of one position, as weighted prompts
-    have it. Where several positions are equally good, the longest run of neighbors decides; None where that is a tie.
+    equals it, it may be a scaled state with a constant, or a sum of states of one position and of the end, as weighted
+    prompts have it. Where several positions are equally good, the longest run of neighbors decides; None where that is a tie.
 
     Args:
         embedding: [N, C].
@@ -223,7 +223,7 @@ def _weighted(
     offsets: Sequence[int],
     special: frozenset[int],
 ) -> Iterator[tuple[int, Source]]:
-    """Of some columns those that are sums of an encoder's states of one position, with a constant."""
+    """Of some columns those that are sums of an encoder's states of one position and of the end, with a constant."""
     samples = columns[np.linspace(0, len(columns) - 1, min(8, len(columns))).round().astype(int)]
     best: tuple[int, _States, int] | None = None
     for states in _layers(calls, encoder):
@@ -244,10 +244,9 @@ def _weighted(
         if len(positions) != 1:
             continue
         position = int(positions[0])
-        sources = [(call, row, position) for call, row in states.contributors(window[index], position)]
         named: dict[int, Source] = {}
-        for call, row, _ in sources:
-            named.setdefault(calls[call].id_at(row, position), (call, row, position))
+        for source in states.contributors(window[index], position):
+            named.setdefault(calls[source[0]].id_at(*source[1:]), source)
         of_text = [source for token, source in named.items() if token not in special]
         if len(of_text) == 1 or (not of_text and named):
             yield int(column), (of_text or list(named.values()))[0]
@@ -258,8 +257,10 @@ class _States:
 
     def __init__(self, rows: Sequence[tuple[int, int]], states: torch.Tensor) -> None:
         """`rows` are the calls and rows that `states` [R, L, C] are of."""
-        self.rows = rows
         self.length, self.width = states.shape[1:]
+        # Some weigh a token between its own state and that of the row's end.
+        states = torch.cat([states, states[:, -1:].expand(-1, self.length, -1)])
+        self._rows = [*rows, *rows]
         states = states.float() - states.float().mean(dim=2, keepdim=True)
         self._states = torch.nn.functional.normalize(states, dim=2)
         values, self._vectors = torch.linalg.eigh(torch.einsum("rlc,slc->lrs", self._states, self._states))
@@ -275,12 +276,13 @@ class _States:
         matches: NDArray[np.bool_] = ((explained >= (1 - _UNEXPLAINED) * norms) & (norms > 0)).T.cpu().numpy()
         return matches
 
-    def contributors(self, column: torch.Tensor, position: int) -> list[tuple[int, int]]:
-        """The rows whose states of a position a column is the sum of."""
+    def contributors(self, column: torch.Tensor, position: int) -> list[Source]:
+        """The states of a position, and of the rows' ends, that a column is the sum of."""
         column = column.float() - column.float().mean()
         vectors = self._vectors[position]
         shares = vectors @ (self._inverse[position] * (vectors.T @ (self._states[:, position] @ column)))
-        return [self.rows[row] for row in (shares.abs() > _CONTRIBUTES * column.norm()).nonzero().flatten().tolist()]
+        found = (shares.abs() > _CONTRIBUTES * column.norm()).nonzero().flatten().tolist()
+        return [(*self._rows[row], position if row < len(self._rows) // 2 else self.length - 1) for row in found]
 
 
 def _layers(calls: Sequence[Call], encoder: str) -> Iterator[_States]:
@@ -296,5 +298,5 @@ def _layers(calls: Sequence[Call], encoder: str) -> Iterator[_States]:
                 if not any(torch.equal(states, known) for known in rows.values()):
                     rows[number, row] = states
         # Of as many states as channels every column would be a sum.
-        if len(rows) <= width - _FREE_CHANNELS:
+        if 2 * len(rows) <= width - _FREE_CHANNELS:
             yield _States(list(rows), torch.stack(list(rows.values())))

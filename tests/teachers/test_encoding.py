@@ -163,6 +163,25 @@ def test_prompts_between_the_empty_one_and_themselves(mixes, dtype):
                 assert columns(weights[w]) == moving
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_encoders_side_by_side_weighted_towards_the_end_of_the_text(dtype):
+    pipe = PIPELINES["StableDiffusionXLPipeline"]()
+    with TextReader(pipe).reading() as texts, torch.no_grad():
+        states = []
+        for text in (PROMPT, ""):
+            ids = [t(text, padding="max_length", return_tensors="pt").input_ids for t in (pipe.tokenizer, pipe.tokenizer_2)]
+            both = zip((pipe.text_encoder, pipe.text_encoder_2), ids, strict=True)
+            states.append(torch.cat([encoder(own, output_hidden_states=True).hidden_states[-2] for encoder, own in both], dim=2)[0])
+    embedding = states[0].to(dtype)
+    for column, weight in ((2, 1.4), (5, 0.6)):
+        embedding[column] = embedding[-1] + (embedding[column] - embedding[-1]) * weight
+    prompt = "a (cat:1.4) in a (red:0.6) hat"
+    carried = texts.identify(embedding, [prompt])
+    weights, missing = carried.weights(words_of(prompt))
+    assert [word.text for word in missing] == ["1.4", "0.6"]
+    assert [columns(own) for own in weights if own.any()] == [[1], [2], [3], [4], [5], [6]]
+
+
 def test_a_blend_of_two_prompts_is_neither():
     pipe = PIPELINES["StableDiffusionPipeline"]()
     others = [PROMPT, "two birds over the blue house"]
