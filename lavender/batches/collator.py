@@ -324,7 +324,8 @@ class Collator:
             target = found
         from ..targets.soundness import store_problems  # here, since pyarrow comes with it, which a batch without targets can lack
 
-        if problem := next(store_problems(target.word_maps, self.targets.config.map_size, self.targets.config.normalization), ""):
+        config, is_attention = self.targets.config, "weights" in self.targets.source
+        if problem := next(store_problems(target.word_maps, config.map_size, config.normalization, is_attention), ""):
             raise TargetError(
                 f"the targets of sample {conversation.id!r} in {self.targets.folder} cannot be trained on: {problem}. Extract them "
                 "anew, or write their store with the StoreConfig that they have"

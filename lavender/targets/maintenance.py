@@ -100,7 +100,6 @@ def verify(folder: str | Path, pairs: Iterable[Any] | None = None) -> list[str]:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    config = config_of(manifest)
     problems: list[str] = []
     if not manifest["complete"]:
         problems.append("the store is not finished: run the same command again to continue it")
@@ -121,7 +120,7 @@ def verify(folder: str | Path, pairs: Iterable[Any] | None = None) -> list[str]:
             if digest != listed["sha256"]:
                 wrong, readable = ["it is damaged, its sha256 is not that of the manifest: restore it, or extract anew"], False
             else:
-                wrong, readable = _shard_problems(path, listed["samples"], config, captions)
+                wrong, readable = _shard_problems(path, listed["samples"], manifest, captions)
         problems += [f"{name}: {problem}" for problem in wrong]
         whole = whole and readable
     if pairs is not None and whole:
@@ -131,9 +130,10 @@ def verify(folder: str | Path, pairs: Iterable[Any] | None = None) -> list[str]:
     return problems
 
 
-def _shard_problems(path: Path, samples: int, config: StoreConfig, captions: dict[str, str]) -> tuple[list[str], bool]:
+def _shard_problems(path: Path, samples: int, manifest: Mapping[str, Any], captions: dict[str, str]) -> tuple[list[str], bool]:
     """What is wrong with a shard's rows, and whether they could be read. Adds their captions to `captions`, by id."""
     problems: list[str] = []
+    config, is_attention = config_of(manifest), "weights" in source_of(manifest)
     columns = schema(config.storage)
     try:
         with opened(path) as file:
@@ -147,7 +147,9 @@ def _shard_problems(path: Path, samples: int, config: StoreConfig, captions: dic
                     if row.id in captions:
                         problems.append(f"sample {row.id!r} is there twice")
                     captions[row.id] = row.caption
-                    wrong = row.problems or store_problems(row.decoded(path).word_maps, config.map_size, config.normalization)
+                    wrong = row.problems or store_problems(
+                        row.decoded(path).word_maps, config.map_size, config.normalization, is_attention
+                    )
                     problems += [f"sample {row.id!r}: {problem}" for problem in wrong]
     except TargetError as error:
         return [*problems, str(error)], False

@@ -215,7 +215,11 @@ def rows_of(file: pq.ParquetFile, number: int) -> Iterator[Row]:
         stored = values[value_at[lines.start] : value_at[lines.stop]].reshape(len(words), *grid)
         problems = (*word_problems(caption, words), *crop_problems(crop), *value_problems(words, stored, ranges))
         yield Row(
-            sample_id, caption, problems, Target(sample_id, image, WordMaps(caption, words, stored, crop), image_file), ranges
+            sample_id,
+            caption,
+            problems,
+            Target(sample_id, image, WordMaps(caption, words, stored, crop), image_file),  # type: ignore[arg-type]  # to be decoded
+            ranges,
         )
 
 

@@ -47,13 +47,16 @@ def value_problems(words: Sequence[Word], values: NDArray[Any], ranges: NDArray[
             yield f"the map of {word.text!r} has values that are not finite"
 
 
-def store_problems(word_maps: WordMaps, map_size: int, normalization: Normalization) -> Iterator[str]:
-    """In what maps are other than their store's config says; see `lavender.kernels.map_loss` for the normalizations."""
+def store_problems(word_maps: WordMaps, map_size: int, normalization: Normalization, is_attention: bool) -> Iterator[str]:
+    """In what maps are other than their store says; see `lavender.kernels.map_loss` for the normalizations.
+
+    `is_attention` says that a model's weights made them: they are shares then. What others write may have any scale.
+    """
     height, width = word_maps.maps.shape[1:]
     if (height, width) != (map_size, map_size):
         yield f"its maps have {height}x{width} places, those of its store {map_size}x{map_size}"
     what = "raw attention" if normalization == "none" else f"normalized by {normalization!r}"
-    low, high = 0.0, 1.0
+    low, high = 0.0, 1.0 if normalization != "none" or is_attention else math.inf
     if normalization == "zscore":  # the farthest that one value can be from the mean of all, in standard deviations
         high = math.sqrt(height * width)
         low = -high

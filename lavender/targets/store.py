@@ -8,8 +8,8 @@
     .lock, .lock.json        held while a process writes the store, and which process that is
     .pictures.jsonl          an extraction's notes of the pictures that it saw, which may go; see `lavender.extraction.seen`
 
-Only `TargetWriter` writes the rest. A shard is there whole before the manifest lists it, and the manifest lists it before its pending
-files go, so a kill at any moment leaves a store that the next writer continues.
+Only `TargetWriter` writes the rest. A shard is there whole before the manifest lists it, and the manifest lists it before its
+pending files go, so a kill at any moment leaves a store that the next writer continues.
 """
 
 from __future__ import annotations
