@@ -190,7 +190,8 @@ class TeacherConfig:
     inner_steps: int = 10
     """At most this many Adam steps per timestep, for `null_text`."""
     timesteps: tuple[int, ...] = (51, 151, 301)
-    """Training timesteps, from 0 to 999, for `noise`. Of a flow-matching model, thousandths of sigma."""
+    """Training timesteps, from 0 to 999, for `noise`. Of a flow-matching model, thousandths of sigma;
+    of an EDM one, its scheduler's noise levels in the order of sigma."""
     first_timestep: int = 0
     """Maps are read at this timestep and above; `noise` has `timesteps` instead."""
     last_timestep: int = 1000

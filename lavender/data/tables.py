@@ -203,20 +203,24 @@ def decoded(content: bytes) -> str:
 
 
 def _csv_rows(file: str, content: bytes) -> _Rows:
+    is_damaged = False
     try:
         text = decoded(content)
     except UnicodeDecodeError:  # only the rows with these bytes are lost
+        is_damaged = True
         text = content.decode("utf-8-sig", "surrogateescape")
     delimiters = _DELIMITERS[os.path.splitext(file)[1].lower()]
-    headers = []
+    headers, errors = [], []
     for delimiter in delimiters:
         # Strictly: a quote that never closes would make the rest of the file a part of one caption.
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
         try:
             headers.append((reader, [name.strip() for name in next(reader, [])]))
         except csv.Error as error:
-            raise DataError(f"{file}, line 1 is no row of a table: {error}") from None
-    reader, names = next((pair for pair in headers if len(pair[1]) > 1), headers[0])
+            errors.append(error)
+    if not headers:
+        raise DataError(f"{file}, line 1 is no row of a table: {errors[0]}")
+    reader, names = next((header for header in headers if len(header[1]) > 1), headers[0])
     if "\0" in "".join(names):
         raise DataError(f"{file} is no text in UTF-8 (its first line has the character NUL)")
     rows: list[dict[str, Any] | str] = []
@@ -227,6 +231,8 @@ def _csv_rows(file: str, content: bytes) -> _Rows:
                     f"line {reader.line_num} has {len(cells)} cells, expected {len(names)}; put a caption with {delimiters[0]!r} "
                     "in it in quotes"
                 )
+            elif is_damaged and any("\ud800" <= character <= "\udfff" for character in "".join(cells)):
+                rows.append(f"line {reader.line_num} is no text in UTF-8; save the file as UTF-8")
             elif cells:
                 rows.append(dict(zip(names, cells, strict=False)))
     except csv.Error as error:

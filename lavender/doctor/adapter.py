@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ModelError, first_line
+from ..files import read_file
 from . import student
 from .finding import Finding
 
@@ -17,7 +18,7 @@ from .finding import Finding
 def examine_name(model: str, config_file: Path) -> Iterator[Finding]:
     """An adapter by its folder or hub id, of whose adapter_config.json the path is given, and its base where that can be had."""
     try:
-        config = json.loads(config_file.read_text())
+        config = json.loads(read_file(config_file))
         yield Finding("model", f"an adapter of PEFT ({config['peft_type']}), for a student")
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"the adapter_config.json of {model!r} cannot be read ({first_line(error)}); give a whole copy") from None

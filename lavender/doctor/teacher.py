@@ -13,6 +13,7 @@ import torch
 from ..config import Inversion, TeacherConfig
 from ..errors import ConfigError, ModelError, first_line
 from ..pretrained.names import loading, locate_model
+from ..teachers.identity import encode_once
 from ..teachers.loading import empty_pipeline
 from ..teachers.model import require_teacher
 from ..teachers.prompts import parts_of
@@ -84,7 +85,9 @@ def _extraction(pipe: Any) -> Finding:
         try:
             # null_text is there to make guidance exact, and has no default for it.
             guidance = 7.5 if inversion == "null_text" else TeacherConfig.guidance_scale
-            require_teacher(pipe, TeacherConfig(inversion=inversion, dtype=dtype, guidance_scale=guidance))
+            family = require_teacher(pipe, TeacherConfig(inversion=inversion, dtype=dtype, guidance_scale=guidance))
+            if pipe.vae.device.type == "meta":  # where nothing is computed but shapes
+                encode_once(family, torch.zeros(1, 3, family.side, family.side, device="meta"))
             accepted.append(inversion)
         except (ModelError, ConfigError) as error:
             refusal = refusal or str(error)

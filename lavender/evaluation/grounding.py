@@ -459,8 +459,8 @@ def _require_list(value: Any, place: str, name: str) -> list[Any]:
 
 def _read_text(path: Path) -> str:
     try:
-        with open_regular(path) as file:
-            return io.TextIOWrapper(file, "utf-8-sig").read()
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig") as file:
+            return file.read()
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})") from None
     except OSError as error:

@@ -352,7 +352,7 @@ def _require_same(expected: dict[str, Any], loaded: dict[str, Any]) -> None:
         {name: identity[name] for name in ("model", "model_commit", "weights") if name in identity}
         for identity in (expected, loaded)
     ]
-    how = "" if named[0] == named[1] else "different names or weights"
+    how = "" if named[0] == named[1] else "other names or weights"
     if how := how or different_teacher(expected, loaded):
         raise ModelError(
             f"the processes loaded different teachers, {named[0]} and {named[1]} ({how}); give them all the same files"

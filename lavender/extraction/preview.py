@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 import warnings
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from ..config import ExtractionConfig, TeacherConfig
 from ..data.pairs import BadPair, Pair
 from ..errors import DataError
+from ..files import write_within
 from ..images import load_image
 from ..maps import overlay
 from ..targets.shards import Target, encoded, to_table
@@ -150,4 +152,6 @@ def _draw(rows: list[tuple[Target, np.ndarray]], path: Path) -> None:
             ax.set_title(word.text + (" (no map)" if np.isnan(values).any() else ""), fontsize=9, parse_math=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that the font lacks
-        figure.savefig(path, dpi=100)
+        drawing = io.BytesIO()
+        figure.savefig(drawing, format="png", dpi=100)
+    write_within(path.parent, path.name, drawing.getvalue())

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..evaluation.grounding import run_lengths
+from ..files import own_path, write_within
 from .scenes import DESCRIBE, MEASURED_KINDS, Scene
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -30,12 +31,12 @@ def write_dataset(scenes: Sequence[Scene], folder: Path) -> Path:
     captions, groundings = [], []
     for number, scene in enumerate(scenes):
         name = f"images/{number:05d}.png"
-        scene.image.save(folder / name)
+        scene.image.save(own_path(folder, name))
         captions.append({"image": name, "caption": scene.caption, "question": DESCRIBE, "answer": scene.caption})
         objects = [{"rle": run_lengths(mask)} for mask in scene.masks]
         measured = [r for r in scene.referents if r.kind in MEASURED_KINDS]
         words = [{"start": r.start, "end": r.end, "object": r.object_index} for r in measured]
         groundings.append({"id": name, "objects": objects, "words": words})
     for name, lines in (("grounding.jsonl", groundings), ("captions.jsonl", captions)):
-        (folder / name).write_text("\n".join(map(json.dumps, lines)) + "\n")
+        write_within(folder, name, "\n".join(map(json.dumps, lines)) + "\n")
     return folder / "captions.jsonl"

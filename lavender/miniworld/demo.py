@@ -15,7 +15,7 @@ from rich.table import Table
 from ..batches.collator import Collator
 from ..config import Rows, to_dict
 from ..evaluation.localization import SpanMaps
-from ..files import write_atomically
+from ..files import read_file, write_within
 from ..patching import patch
 from ..students.loading import load_student
 from ..students.patch import StudentPatch
@@ -51,7 +51,7 @@ def run_demo(out: Path, config: ExperimentConfig) -> Path:
     for number, (name, store) in enumerate([("none", None), ("teacher", targets)], start=3):
         console.rule(f"{number}/4  Fine-tuning {'with the teacher maps' if store else 'without maps'}")
         handles[name] = train_arm(name, out, config, store)
-        history = json.loads((out / name / "history.json").read_text())
+        history = json.loads(read_file(out / name / "history.json"))
         arms.append({"name": name, **measure(handles[name], processor, held_out, rows, teacher_maps), "history": history})
 
     results = {
@@ -61,7 +61,7 @@ def run_demo(out: Path, config: ExperimentConfig) -> Path:
         "environment": environment(),
         "duration_s": round(time.monotonic() - started, 1),
     }
-    write_atomically(out / RESULTS, json.dumps(results, indent=2) + "\n")
+    write_within(out, RESULTS, json.dumps(results, indent=2) + "\n")
     _save_examples(out, held_out, handles, processor, rows, teacher_maps)
     for handle in handles.values():
         handle.unpatch()

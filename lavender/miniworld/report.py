@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DataError
-from ..files import write_atomically
+from ..files import read_file, write_within
 from ..maps import overlay
 
 RESULTS = "results.json"
@@ -62,7 +62,9 @@ def save_examples(
         arrays[f"{i}/words"] = np.array(list(words[i]))
         for arm, maps_per_image in maps.items():
             arrays[f"{i}/{arm}"] = np.stack(maps_per_image[i]).astype(np.float32)
-    np.savez_compressed(folder / EXAMPLES, **arrays)  # type: ignore[arg-type]
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    write_within(folder, EXAMPLES, file.getvalue())
 
 
 def write_report(run: str | Path) -> Path:
@@ -76,7 +78,7 @@ def write_report(run: str | Path) -> Path:
     if not (run / RESULTS).exists():
         raise DataError(f"{run} has no {RESULTS}; expected the folder of a finished `lavender demo`")
     try:
-        results = json.loads((run / RESULTS).read_text())
+        results = json.loads(read_file(run / RESULTS))
     except json.JSONDecodeError as error:
         raise DataError(f"{run / RESULTS} is damaged ({error}); run the demo again") from None
     page = Environment(loader=PackageLoader("lavender.miniworld", ""), autoescape=select_autoescape(default=True), trim_blocks=True)
@@ -90,7 +92,7 @@ def write_report(run: str | Path) -> Path:
         config=json.dumps(results["config"], indent=2),
     )
     path = run / "report.html"
-    write_atomically(path, html)
+    write_within(run, path.name, html)
     return path
 
 
@@ -122,7 +124,7 @@ def answer_rows(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 def _draw_examples(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    with np.load(path) as arrays:
+    with np.load(io.BytesIO(read_file(path))) as arrays:
         stored = dict(arrays)
     examples = []
     for i in range(1 + max(int(key.split("/")[0]) for key in stored)):

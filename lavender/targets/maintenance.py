@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import TargetError
+from ..errors import DataError, TargetError
+from ..files import own_path
 from .manifest import StoreConfig, config_of, difference, proven_source_of, read_manifest, shards_of, source_of, unlisted_shards
 from .shards import Target, group_problem, opened, require_sha256, rows_of, schema, sha256_of
 from .soundness import store_problems
@@ -205,7 +206,10 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> int:
             raise TargetError(f"{second.folder} holds targets of another teacher or config ({how}); merge stores of the same ones")
     # Where one of them does not say what its teacher does, nothing is known of all.
     source = min(map(proven_source_of, manifests), key=lambda source: "behavior" in source)
-    unfinished = out.with_name(out.name + ".merging")
+    try:
+        unfinished = own_path(out.parent, f"{out.name}.merging")
+    except DataError as error:
+        raise TargetError(str(error)) from None
     taken: dict[str, TargetStore] = {}
     with TargetWriter(unfinished, source, stores[0].config) as writer:
         writer.begin_run()

@@ -54,7 +54,22 @@ class StoreConfig:
 def new_manifest(source: Mapping[str, Any], config: StoreConfig) -> dict[str, Any]:
     """The manifest of a store that holds nothing yet. `source` is plain JSON values."""
     manifest = {"format": FORMAT, "version": VERSION, "source": json.loads(json.dumps(dict(source))), "config": to_dict(config)}
-    return {**manifest, "fingerprint": _fingerprint(manifest), "complete": False, "shards": {}, "failed": []}
+    digits = _fingerprint(manifest, manifest["source"].get("weights"))
+    return {**manifest, "fingerprint": digits, "complete": False, "shards": {}, "failed": []}
+
+
+def _fingerprint(manifest: Mapping[str, Any], weights: Any) -> str:
+    # An extraction's fingerprint is that of version 2, so that a run folder knows a store that was extracted again.
+    settings = {name: value for name, value in _identity(manifest).items() if name != "weights"}
+    behavior = proven_source_of(manifest).get("behavior")
+    switched = behavior.get("digits") if isinstance(behavior, dict) else None
+    return fingerprint([weights, settings, *([switched] if switched else [])])
+
+
+def earlier_fingerprint(manifest: Mapping[str, Any]) -> str:
+    """The fingerprint by the digits that older stores know the weights by, which run folders may have recorded."""
+    weights = proven_source_of(manifest).get("weights_as_loaded")
+    return manifest["fingerprint"] if weights is None else _fingerprint(manifest, weights)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -115,7 +130,7 @@ def _problem(manifest: dict[str, Any]) -> str:
         config_of(manifest)
     except ConfigError as error:
         return f"its config: {error}"
-    if manifest["fingerprint"] != (digits := _fingerprint(manifest)):
+    if manifest["fingerprint"] != (digits := _fingerprint(manifest, source_of(manifest).get("weights"))):
         return f"its source and config have the fingerprint {digits}, and it says {_short(manifest['fingerprint'])}"
     for number, (name, listed) in enumerate(manifest["shards"].items()):
         if name != shard_name(number):
@@ -157,15 +172,6 @@ def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that decides about a store's maps."""
     entries = {**source_of(manifest), **manifest["config"]}
     return {name: value for name, value in entries.items() if name not in NAMES}
-
-
-def _fingerprint(manifest: Mapping[str, Any]) -> str:
-    """Sixteen digits of a store's source and config, the same in both versions: a run folder knows a store that was extracted
-    again."""
-    settings = _identity(manifest)
-    behavior = proven_source_of(manifest).get("behavior")
-    digits = behavior.get("digits") if isinstance(behavior, dict) else None
-    return fingerprint([settings.pop("weights", None), settings, *([digits] if digits else [])])
 
 
 def difference(there: Mapping[str, Any], now: Mapping[str, Any], places: tuple[str, str] = ("there", "now")) -> str:

@@ -6,8 +6,9 @@
                              `datasets.load_dataset("parquet", data_files="targets/*.parquet")` reads them
     pending/*.parquet        finished samples that are in no shard yet; gone when the store is complete
     .lock, .lock.json        held while a process writes the store, and which process that is
+    .pictures.jsonl          an extraction's notes of the pictures that it saw, which may go; see `lavender.extraction.seen`
 
-Only `TargetWriter` writes here. A shard is there whole before the manifest lists it, and the manifest lists it before its pending
+Only `TargetWriter` writes the rest. A shard is there whole before the manifest lists it, and the manifest lists it before its pending
 files go, so a kill at any moment leaves a store that the next writer continues.
 """
 
@@ -41,6 +42,7 @@ from .manifest import (
     StoreConfig,
     config_of,
     difference,
+    earlier_fingerprint,
     new_manifest,
     proven_source_of,
     read_manifest,
@@ -417,6 +419,7 @@ class TargetStore:
         source: what the maps came from, as its writer said: of an extraction the model, its weights and the teacher's settings.
         config: how the maps are kept.
         fingerprint: sixteen digits that change with source and config, but not with the model's name.
+        earlier_fingerprint: what lavender would have said before, when it changed with the model's folder too.
         failed: why samples could not be used, by id.
         shards: its files, in the order of the samples.
     """
@@ -428,6 +431,7 @@ class TargetStore:
         self.source = source_of(manifest)
         self.config = config_of(manifest)
         self.fingerprint: str = manifest["fingerprint"]
+        self.earlier_fingerprint = earlier_fingerprint(manifest)
         self.failed: dict[str, str] = {entry["id"]: entry["reason"] for entry in manifest["failed"]}
         if not manifest["complete"]:
             raise TargetError(f"the extraction into {self.folder} has not finished; run it again to continue it")

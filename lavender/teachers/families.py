@@ -60,6 +60,9 @@ class TeacherFamily(ABC):
 
     def __init__(self, pipe: Any) -> None:
         """Raises `ModelError` if the denoiser takes what a caption and a picture do not give."""
+        for part in (self.denoiser_name, "vae", "scheduler"):
+            if getattr(pipe, part, None) is None:
+                raise ModelError(f"this {type(pipe).__name__} has no {part}; load it with all of its parts")
         self.pipe = pipe
         self.denoiser = getattr(pipe, self.denoiser_name)
         latent_channels = getattr(pipe.vae.config, "latent_channels", None)

@@ -106,22 +106,12 @@ def behavior_of(
         ModelError: a part of the pipeline cannot do what it is there for.
         ConfigError: the numbers are not finite in the config's dtype.
     """
-    pipe, vae = family.pipe, family.pipe.vae
+    pipe = family.pipe
     kind = f"this {type(pipe).__name__}"
     generator = torch.Generator().manual_seed(0)
     device = word_weights.device
     with torch.no_grad():
-        with asking(f"the {type(vae).__name__} of {kind} cannot encode a picture"):
-            # Through the class: an `encode` that was put on the object to watch or speed it up sees the pictures of a run alone.
-            encoded = type(vae).encode(vae, _picture(side).to(device, vae.dtype))
-            latents = family.latents_of(encoded).float()
-        places = side // int(pipe.vae_scale_factor)
-        expected = (1, vae.config.latent_channels, places, places)
-        if latents.shape != expected:
-            raise ModelError(
-                f"the {type(vae).__name__} of {kind} makes latents {list(latents.shape)} of {side} x {side} pixels, and "
-                f"its denoiser takes {list(expected)}; give the pipeline the autoencoder that its model was trained with"
-            )
+        latents = encode_once(family, _picture(side).to(device)).float()
         once = replace(config, inversion="noise", timesteps=(0,), timestep_weights=(), map_size=_GRID)
         with asking(f"{kind} cannot encode a caption"):
             denoiser = BoundDenoiser(family, hooks, once, [CAPTION], word_weights, side, [words_of(CAPTION)])
@@ -142,6 +132,22 @@ def behavior_of(
     if overflown:
         raise ConfigError(f"the {overflown[0]} of {kind} is not finite in {config.dtype}; {remedy_of_overflow(config.dtype)}")
     return {"tolerance": _TOLERANCES[config.dtype], "tokens": _tokens(pipe), "adapters": _adapters(pipe), **numbers}
+
+
+def encode_once(family: TeacherFamily, pixels: torch.Tensor) -> torch.Tensor:
+    """The latents of one picture [1, 3, y, x], maybe on the meta device. Raises `ModelError` if they are none for the denoiser."""
+    pipe, vae = family.pipe, family.pipe.vae
+    who = f"the {type(vae).__name__} of this {type(pipe).__name__}"
+    with asking(f"{who} cannot encode a picture"):
+        # Through the class: an `encode` that was put on the object to watch or speed it up sees the pictures of a run alone.
+        latents = family.latents_of(type(vae).encode(vae, pixels.to(vae.dtype)))
+    expected = (1, vae.config.latent_channels, *(size // int(pipe.vae_scale_factor) for size in pixels.shape[2:]))
+    if latents.shape != expected:
+        raise ModelError(
+            f"{who} makes latents {list(latents.shape)} of {list(pixels.shape)} pixels, and its denoiser takes {list(expected)}; "
+            "give the pipeline the autoencoder that its model was trained with"
+        )
+    return latents
 
 
 def remedy_of_overflow(dtype: str) -> str:

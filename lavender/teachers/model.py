@@ -108,6 +108,11 @@ class Teacher:
         self.side = config.image_size or self.family.side
         # Before anything is offloaded: weights that are away cannot be read.
         for part, module in modules_of(self.pipe).items():
+            if any(parameter.is_meta for parameter in module.parameters()):
+                raise ModelError(
+                    f"the weights of the {part} are away, as enable_sequential_cpu_offload() leaves them; give the pipeline before "
+                    "that, and offload='sequential'"
+                )
             require_finite(module, f"the {part} of {repr(model) if isinstance(model, str) else f'this {type(model).__name__}'}")
         self.hooks = DenoiserHooks(self.family.denoiser, config.layers)
         try:
@@ -306,6 +311,8 @@ def require_teacher(pipe: Any, config: TeacherConfig) -> TeacherFamily:
     if dtype != getattr(torch, config.dtype):
         raise ConfigError(f"dtype is {config.dtype!r}, but this {name} is in {dtype}; give its own, or load it in that")
     require_inversion(config, pipe.scheduler, family.flow_matching, name)
+    if config.inversion == "null_text" and family.takes_guidance:
+        raise ConfigError(f"inversion is 'null_text', but {name} takes the guidance scale as an input; choose ddim or noise")
     if (config.image_size or family.side) % family.multiple:
         raise ConfigError(
             f"image_size is {config.image_size or family.side}; for this model it must be a multiple of {family.multiple}"

@@ -168,7 +168,7 @@ class TeacherPatch(Handle):
             raise CaptureError(f"there is no picture {picture}; {len(branch.owners)} were drawn")
         modules = self._hooks[0].modules
         missing_layers = branch.recording.missing_layers(modules)
-        if len(missing_layers) == len(modules):
+        if len(missing_layers) == len(modules) or (missing_layers and self._preset is not None):  # a tool's map has every layer
             branch.recording.require_layers(self.denoiser, modules)
         number = branch.owners[picture]
         found = (
@@ -292,7 +292,11 @@ class TeacherPatch(Handle):
                 "lavender reads one text [N, C] for each sample of a batch"
             )
         scheduler = getattr(self.pipe, "scheduler", None)
-        step = (inputs.get("timestep"), getattr(scheduler, "_step_index", None), getattr(scheduler, "counter", None))
+        step = (
+            _time_of(inputs.get("timestep"), len(embeddings)),
+            getattr(scheduler, "_step_index", None),
+            getattr(scheduler, "counter", None),
+        )
         if drawing.whole:
             drawing.begin_step(step)
         rows = drawing.rows_of(embeddings)
@@ -372,6 +376,15 @@ class TeacherPatch(Handle):
 
     def _say(self, error: Exception) -> None:
         warnings.warn(f"lavender cannot read this picture's maps, or not all: {first_line(error)}", stacklevel=2)
+
+
+def _time_of(timestep: Any, size: int) -> Any:
+    """A denoiser's timestep as a scalar, where all samples of the batch have the same."""
+    if isinstance(timestep, torch.Tensor) and timestep.numel() == 1:
+        return timestep.reshape(())
+    if isinstance(timestep, torch.Tensor) and timestep.ndim and len(timestep) == size and (timestep == timestep[0]).all():
+        return timestep[0]
+    return timestep
 
 
 def _require_one_time(timestep: Any, samples: Sequence[int], size: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import count
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -15,7 +14,6 @@ from ..maps import LayerMaps, Maps, of_frame, of_head
 
 Preset = Literal["daam", "amd"]
 """A tool whose maps `lavender.patch` gives: `DaamMaps` and `AmdMaps` say how it computes them."""
-
 
 _COMPARED: dict[str, tuple[str, ...]] = {
     "daam": ("UNet2DConditionModel",),
@@ -41,19 +39,13 @@ class DaamMaps(Maps):
         super().__init__(*args)
         self._shares, self._side = shares, side
 
-    def _starts(self, parts: Sequence[str], fold: bool = False) -> list[int]:
-        return super()._starts([part.casefold() for part in parts], fold=True)
-
     def _places(self, word: str | int, occurrence: int | None) -> list[int]:
         places = super()._places(word, occurrence)
         if occurrence is not None or word in self.tokens:
             return places
-        try:
-            for further in count(1):
-                places = places + super()._places(word, further)
-        except KeyError:
-            return places
-        raise AssertionError
+        parts = [self.words[place].text.casefold() for place in places]
+        everywhere = [start + n for start in self._starts(parts, fold=True) for n in range(len(parts))]
+        return everywhere or places  # or a part of a run without spaces
 
     def _title(self, word: str | int, places: Sequence[int]) -> str:
         return str(word)

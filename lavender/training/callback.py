@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 from transformers import Trainer
 
 from ..errors import ConfigError, ModelError, warn_renamed
+from ..files import write_within
 from ..students.discovery import base_model_of
 from ..students.loss import Comparison
 from ..students.patch import StudentPatch
@@ -113,9 +115,11 @@ class LavenderCallback(FiniteGuard):
 
     def _draw(self, comparison: Comparison, args: Any, state: Any) -> None:
         figure = draw(comparison, self.processor)
-        path = Path(args.output_dir) / "maps" / f"step-{state.global_step:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        folder = Path(args.output_dir) / "maps"
+        folder.mkdir(parents=True, exist_ok=True)
+        drawing = io.BytesIO()
+        figure.savefig(drawing, format="png")
+        write_within(folder, f"step-{state.global_step:06d}.png", drawing.getvalue())
         for callback in self.trainer.callback_handler.callbacks:
             if getattr(callback, "tb_writer", None) is not None:
                 callback.tb_writer.add_figure("alignment/maps", figure, state.global_step)

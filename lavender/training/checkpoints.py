@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import DataError
-from ..files import write_atomically
+from ..files import read_file, write_within
 from ..pretrained.weights import non_finite
 
 logger = logging.getLogger("lavender")
@@ -42,7 +42,7 @@ def write_record(checkpoint: Path, num_processes: int) -> None:
         if path.is_file() and path.name != RECORD:
             with open(path, "rb") as file:  # opened, since a network file system may know an old size until then
                 sizes[path.relative_to(checkpoint).as_posix()] = os.fstat(file.fileno()).st_size
-    write_atomically(checkpoint / RECORD, json.dumps({"num_processes": num_processes, "bytes": sizes}, indent=2) + "\n")
+    write_within(checkpoint, RECORD, json.dumps({"num_processes": num_processes, "bytes": sizes}, indent=2) + "\n")
 
 
 def last_checkpoint(folder: Path, trainer: Trainer | None = None) -> str | None:
@@ -96,7 +96,7 @@ def _finished(folder: Path, removes: bool) -> list[str]:
 def _has_state(checkpoint: Path) -> bool:
     """Whether the Trainer's state, which it writes last, can be read."""
     try:
-        return isinstance(json.loads((checkpoint / STATE).read_text()), dict)
+        return isinstance(json.loads(read_file(checkpoint / STATE)), dict)
     except (FileNotFoundError, ValueError):
         return False
 
@@ -124,7 +124,7 @@ def _set_aside(folder: Path, passed: dict[str, str], chosen: str, trainer: Train
 def _record(checkpoint: Path) -> dict[str, Any]:
     """What `write_record` wrote; empty where an earlier version of lavender, or the Trainer alone, wrote the checkpoint."""
     path = checkpoint / RECORD
-    record: Any = json.loads(path.read_text()) if path.exists() else {}
+    record: Any = json.loads(read_file(path)) if path.exists() else {}
     if not isinstance(record, dict):
         raise ValueError(f"{RECORD} is no JSON object")
     return record
@@ -142,7 +142,7 @@ def _faults(checkpoint: Path, trainer: Trainer) -> list[str]:
         return [f"a JSON file in it is damaged ({error})"]
     faults = []
     if trainer.args.should_save:
-        if not _has_state(checkpoint) or "global_step" not in json.loads((checkpoint / STATE).read_text()):
+        if not _has_state(checkpoint) or "global_step" not in json.loads(read_file(checkpoint / STATE)):
             faults.append(f"{STATE} is missing or damaged")
         if trainer.is_deepspeed_enabled and written_by != processes:
             faults.append(f"DeepSpeed wrote it by {written_by} processes and cannot continue by {processes}")
@@ -170,7 +170,7 @@ def _required(checkpoint: Path, trainer: Trainer, processes: int) -> list[str]:
     if hasattr(trainer.model, "peft_config"):
         weights = [ADAPTER_SAFE_WEIGHTS_NAME]
     elif index.exists():
-        weights = [index.name, *json.loads(index.read_text())["weight_map"].values()]
+        weights = [index.name, *json.loads(read_file(index))["weight_map"].values()]
     else:
         weights = [SAFE_WEIGHTS_NAME]
     return [*names, OPTIMIZER_NAME, *weights]
@@ -189,6 +189,6 @@ def _faults_of_file(path: Path) -> Iterator[str]:
             if bad_entry is not None:
                 yield f"is damaged in {bad_entry}"
         elif path.suffix == ".json":
-            json.loads(path.read_text())
+            json.loads(read_file(path))
     except (SafetensorError, ValueError, zipfile.BadZipFile, OSError) as error:
         yield f"cannot be read ({error})"

@@ -19,13 +19,14 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -39,7 +40,7 @@ from ..batches.collator import Collator
 from ..config import AlignmentConfig, TrainingConfig, WordsConfig, to_dict
 from ..data.samples import Conversation, Sample, as_conversation
 from ..errors import ConfigError, DataError, ModelError, TargetError, first_line
-from ..files import is_url, write_atomically
+from ..files import is_url, own_path, read_file, write_within
 from ..images import Picture
 from ..patching import patch
 from ..pretrained.names import split_revision
@@ -145,7 +146,7 @@ def load_aligner(patch_handle: StudentPatch, run: str | Path) -> None:
     if not path.exists():
         raise ModelError(f"there is no aligner at {path}; give the folder of a finished run that had targets")
     try:
-        weights = load_file(path)
+        weights = load(read_file(path))
     except SafetensorError as error:
         raise ModelError(f"{path} is damaged ({error}); train the aligner again") from error
     _require_finite(weights, path)
@@ -191,11 +192,11 @@ class _Run:
         # First of all: they start the process group, and from_pretrained asks whether ZeRO-3 shards what it loads.
         arguments = _arguments(out / "checkpoints", self.training, self.progress)
         with arguments.main_process_first():
-            finished = _begin(out, self.record(), writes=False)
+            finished = _begin(out, self.record(), self.targets, writes=False)
         if finished:
             return replace(self, **self.saved()).build()[0]
         trained, student, processor = self.build()
-        _begin(out, self.record(), writes=arguments.process_index == 0)
+        _begin(out, self.record(), self.targets, writes=arguments.process_index == 0)
         collator = Batches(self.collator(processor, student.config))
         rate, samples = self.training.aligner_learning_rate, list(self.samples)
         try:
@@ -400,20 +401,27 @@ def _has_known_picture(sample: Sample | Conversation, targets: TargetStore) -> b
         return False
 
 
-def _begin(out: Path, record: dict[str, Any], writes: bool) -> bool:
+def _begin(out: Path, record: dict[str, Any], targets: TargetStore | None, writes: bool) -> bool:
     """Writes `run.json`, or compares it with the run that `out` holds already; whether that one is finished."""
     path = out / "run.json"
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; give --out a folder")
     finished = (out / "history.json").exists()
+    if not finished:
+        _require_no_links(out)
     # A run that wrote no checkpoint may be begun anew with other settings.
     if path.exists() and (finished or any((out / "checkpoints").glob("checkpoint-*"))):
         try:
-            present = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            present = json.loads(read_file(path))
+            if not isinstance(present, dict):
+                raise ValueError("it is no JSON object")
+        except (OSError, ValueError) as error:
             raise DataError(f"{path} is damaged ({error}); give --out a new folder") from None
         # Runs of older versions do not know their commits.
         present = {"model_commit": record["model_commit"], "adapter_commit": record["adapter_commit"]} | present
+        # Nor the digits that a teacher's weights have now, wherever they lie.
+        if targets is not None and present.get("targets_fingerprint") == [targets.earlier_fingerprint, targets.contents()]:
+            present["targets_fingerprint"] = record["targets_fingerprint"]
         changed = [key for key in record if present.get(key) != record[key]]
         if changed:
             raise TargetError(
@@ -422,8 +430,15 @@ def _begin(out: Path, record: dict[str, Any], writes: bool) -> bool:
         return finished
     if writes:
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(record, indent=2) + "\n")
+        write_within(out, path.name, json.dumps(record, indent=2) + "\n")
     return False
+
+
+def _require_no_links(out: Path) -> None:
+    """Raises `DataError` for a link among what a run writes: transformers and PEFT would write through it."""
+    kept = [out / name for name in ("adapter", "model", "checkpoints", "first_stage")]
+    for path in (*kept, out / ALIGNER_FILE, *chain.from_iterable(folder.rglob("*") for folder in kept[:3])):
+        own_path(out, str(path.relative_to(out)))
 
 
 def _train(trainer: Trainer, checkpoint: str | None) -> None:
@@ -454,7 +469,7 @@ def _write_results(out: Path, trainer: Trainer, processor: Any, frozen: bool) ->
         if frozen:
             shutil.rmtree(folder)
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        write_atomically(out / "history.json", json.dumps(history, indent=2) + "\n")
+        write_within(out, "history.json", json.dumps(history, indent=2) + "\n")
     trainer.accelerator.wait_for_everyone()
 
 
@@ -478,4 +493,4 @@ def _without_aligner(config: dict[str, Any]) -> dict[str, Any]:
 
 def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     if path.exists():
-        write_atomically(path, json.dumps(change(json.loads(path.read_text())), indent=2))
+        write_within(path.parent, path.name, json.dumps(change(json.loads(path.read_text())), indent=2))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lavender.data.samples import Pair, read_pairs
 from lavender.data.sources import BadPair, open_pairs
@@ -53,7 +56,7 @@ def test_rows_that_cannot_be_used_are_named_one_by_one(tmp_path):
     ]
     by_id = dict(entries)
     assert "is not in" in by_id["6"]
-    assert "valid Unicode" in by_id["7"]
+    assert by_id["a.csv#6"] == "line 9 is no text in UTF-8; save the file as UTF-8"
     assert [reason for own_id, reason in entries if own_id == "1"][1].startswith("the id occurs twice")
     assert entries[-1][1].startswith("the rest of the file cannot be read, from line ")
     assert len(entries) == 9
@@ -128,3 +131,13 @@ def test_several_csv_files_by_a_pattern(world, tmp_path):
 def test_json_lines_with_the_names_of_a_metadata_file(tmp_path):
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "A cat."}))
     assert found(tmp_path / "metadata.jsonl") == [("a.png", "A cat.")]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12), min_size=1, max_size=5))
+def test_every_text_in_quotes_is_itself(tmp_path, captions):
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, quoting=csv.QUOTE_ALL).writerows(
+            [["image", "text"], *([f"{n}.png", text] for n, text in enumerate(captions))]
+        )
+    assert found(tmp_path / "a.csv") == [(f"{n}.png", text) for n, text in enumerate(captions)]

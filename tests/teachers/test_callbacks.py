@@ -38,7 +38,7 @@ OTHERS = {
 """Pipelines that share all their parts."""
 OTHER_PROMPT = "two birds over the blue house"
 STEPS = 4
-FUZZ = int(os.environ.get("LAVENDER_FUZZ", "10"))
+FUZZ = int(os.environ.get("LAVENDER_FUZZ", "5"))
 """Callbacks of each pipeline that are tried."""
 
 

@@ -220,6 +220,23 @@ def test_of_self_attention_guidance_the_blurred_pass_is_left_out(guidance):
             assert lens.maps.coverage.left_out == {"further passes of a step": 2}
 
 
+def test_of_skip_layer_guidance_the_pass_that_leaves_layers_out_is_left_out():
+    pipe = PIPELINES[f"{SD3}/3.5"]()
+    log = log_of(pipe, layers_of(pipe))
+    options = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+
+    def run():
+        return draw(pipe, f"{SD3}/3.5", **options)
+
+    plain = plainly(pipe, SD3, log, run)
+    passes = [len(inputs["hidden_states"]) for _, inputs, _ in log.forwards]
+    assert passes.count(1) > 0
+    with lavender.patch(pipe) as lens:
+        assert (run() == plain).all()
+        agree(lens.maps, log.maps(1, [2, 17], wanted=lambda number: passes[number] == 2))
+        assert lens.maps.coverage.left_out == {"further passes of a step": passes.count(1)}
+
+
 def test_views_of_a_picture_are_refused_and_the_picture_is_kept():
     plain_pipe = PIPELINES[SD]()
     pipe = diffusers.StableDiffusionPanoramaPipeline(**plain_pipe.components, requires_safety_checker=False)

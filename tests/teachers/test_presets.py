@@ -119,6 +119,46 @@ def test_several_pictures_of_several_prompts(drawn):
                 require_equal(lens.maps_of(picture)[word].to_numpy(), theirs)
 
 
+def test_a_word_of_several_cases_is_one_word_to_daam(drawn):
+    name, pipe, _ = drawn
+    options = {"height": SIDES[name], "width": SIDES[name], "num_inference_steps": 1, "output_type": "latent"}
+    with lavender.patch(pipe, preset="daam") as lens:
+        pipe("Red cat in red hats", negative_prompt="a chair", **options)
+        maps, negative = lens.maps, lens.negative_maps
+    each = maps.to_word_maps().maps
+    for word in ("red", "Red"):
+        require_equal(maps[word].to_numpy(), (each[0] + each[3]) / 2)
+        require_equal(maps.heat_map(word, occurrence=0).to_numpy(), each[0 if word == "Red" else 3])
+    assert np.abs(each[0] - each[3]).max() > 100 * TOLERANCE * each[0].max()
+    assert negative["chair"].values.shape == maps["cat"].values.shape
+
+
+def test_a_tools_map_has_all_of_its_layers(drawn):
+    from diffusers.models.attention_processor import AttnProcessor
+
+    name, pipe, _ = drawn
+    options = {"height": SIDES[name], "width": SIDES[name], "num_inference_steps": 1, "output_type": "latent"}
+    attention = next(
+        module
+        for layer, module in pipe.unet.named_modules()
+        if layer.endswith("up_blocks.1.attentions.0.transformer_blocks.0.attn2")
+    )
+    before = attention.processor
+
+    class Hidden(AttnProcessor):
+        """Multiplies matrices itself."""
+
+    with lavender.patch(pipe, preset="amd") as lens:
+        attention.set_processor(Hidden())
+        try:
+            with pytest.warns(UserWarning, match="cannot read this picture's maps, or not all"):
+                pipe("a cat", **options)
+        finally:
+            attention.set_processor(before)
+        with pytest.raises(CaptureError, match=r"1 of .* attention layers recorded nothing"):
+            _ = lens.maps
+
+
 def test_what_a_tool_does_not_read_is_refused(drawn):
     _, pipe, _ = drawn
     with lavender.patch(pipe, preset="daam") as lens:

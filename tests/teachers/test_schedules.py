@@ -1,4 +1,4 @@
-"""Every scheduler of diffusers: the denoiser is given at a noise level what the scheduler itself gives it, or there is a refusal."""
+"""Every scheduler of diffusers: the denoiser is given at a noise level what the scheduler itself gives, or it is refused."""
 
 from __future__ import annotations
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import pytest
 
-from lavender.teachers.denoisers import LAYOUTS
-
 from .walk import committed_table, table, unread, walk
 from .walked import WALK
 
@@ -54,6 +52,7 @@ def test_the_table_of_the_documentation_is_what_the_walk_gives():
 
 @pytest.mark.full
 def test_classes_whose_denoiser_is_not_read_are_refused_by_its_name():
-    for name, outcome in unread().items():
-        assert outcome.denoiser not in LAYOUTS, name
-        assert outcome.denoiser in outcome.error or not outcome.denoiser, name
+    outcomes = unread()
+    assert len(outcomes) > 80
+    for name, outcome in outcomes.items():
+        assert outcome.denoiser in outcome.error or name in outcome.error or "no attention module" in outcome.error, name

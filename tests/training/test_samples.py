@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from lavender.config import TrainingConfig
 from lavender.data.samples import Sample, as_conversation
-from lavender.errors import ModelError, TargetError
+from lavender.errors import DataError, ModelError, TargetError
 from lavender.images import image_sha256
+from lavender.students.patch import ALIGNER_FILE
 from lavender.targets.manifest import StoreConfig
 from lavender.targets.store import Target, TargetStore, TargetWriter
 from lavender.training.train import _paths, _require_targets, fine_tune, load_student
@@ -72,3 +73,23 @@ def test_modules_that_an_adapter_saves_are_kept_trained_and_saved(student_folder
     save_file({name: value for name, value in load_file(path).items() if not name.endswith("lm_head.weight")}, path)
     with pytest.raises(ModelError, match=r"lm_head|damaged"):
         fine_tune(student_folder, samples[:2], tmp_path / "other", training, adapter=tmp_path / "start", progress=False)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "adapter/adapter_model.safetensors", "lavender_aligner"])
+def test_a_run_writes_through_no_link_in_its_folder(student_folder, tmp_path, name):
+    """Links that came with the folder would lead what a run saves elsewhere."""
+    mine, out = tmp_path / "mine", tmp_path / "run"
+    mine.mkdir()
+    (mine / "a").write_text("mine")
+    path = out / (ALIGNER_FILE if name == "lavender_aligner" else name)
+    path.parent.mkdir(parents=True)
+    path.symlink_to(mine if name == "checkpoints" else mine / "a")
+    sample = {"image": RED.resize((64, 64)), "question": "Describe the picture.", "answer": "A red ring."}
+    with pytest.raises(DataError, match=rf"{path} is a link to {mine}"):
+        fine_tune(student_folder, [sample], out, TrainingConfig(steps=1, batch_size=1), progress=False)
+    path.unlink()
+    for written in ("run.json", "history.json.partial"):
+        (out / written).symlink_to(mine / "a")
+    fine_tune(student_folder, [sample], out, TrainingConfig(steps=1, batch_size=1), progress=False)
+    assert {entry.name: entry.read_text() for entry in mine.iterdir()} == {"a": "mine"}
+    assert not any(entry.is_symlink() for entry in out.iterdir())
