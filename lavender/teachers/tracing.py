@@ -227,6 +227,8 @@ def _weighted(
     samples = columns[np.linspace(0, len(columns) - 1, min(8, len(columns))).round().astype(int)]
     best: tuple[int, _States, int] | None = None
     for states in _layers(calls, encoder):
+        if best is not None and best[0] == len(samples):
+            break
         for offset in offsets:
             if offset + states.width <= embedding.shape[1]:
                 explained = int(states.matches(embedding[samples, offset : offset + states.width]).any(axis=1).sum())

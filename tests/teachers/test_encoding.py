@@ -20,6 +20,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+import lavender
 from lavender.config import TeacherConfig
 from lavender.errors import CaptureError, DataError, ModelError
 from lavender.teachers.encoding import TextReader
@@ -29,6 +30,7 @@ from lavender.words import words_of
 
 from .explicit import SIDE, built, picture
 from .pipeline_zoo import PIPELINES
+from .test_pipelines import draw
 from .test_prompts import Ids
 from .tokenizers import byte_level
 
@@ -329,6 +331,34 @@ def test_a_template_that_nobody_wrote_down_is_read_and_a_prompt_that_stands_in_i
     assert texts.identify(embedding, ["two", "birds"]) is None
     pipe.prompt_template = ""
     assert texts.identify(embedding, ["two birds"]) is None
+
+
+def test_a_text_of_which_the_template_alone_reaches_the_denoiser_is_not_carried():
+    pipe, encode = chat("<|im_start|>user\nDraw this: {}<|im_end|>\n")
+    with TextReader(pipe).reading() as texts:
+        embedding = encode("a red hat")
+    words = len(pipe.tokenizer("<|im_start|>user\nDraw this:").input_ids)
+    assert texts.identify(embedding[:words], ["a red hat"]) is None
+    cut = texts.identify(embedding[words:], ["a red hat"])
+    assert cut.weights(words_of("a red hat"))[1] == []
+
+
+@pytest.mark.parametrize("kind", [LongPrompts, StableDiffusionLongPromptPipeline])
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_a_patched_pipeline_with_weighted_prompts_has_the_maps_of_the_plain_words(kind, guidance_scale):
+    def maps(pipe: Any, prompt: str) -> lavender.maps.Maps:
+        with lavender.patch(pipe) as lens:
+            draw(pipe, "StableDiffusionPipeline", prompt=prompt, guidance_scale=guidance_scale)
+            return lens.maps
+
+    plain = maps(PIPELINES["StableDiffusionPipeline"](), PROMPT)
+    pipe = PIPELINES["StableDiffusionPipeline"]()
+    pipe.__class__ = kind
+    weighted = maps(pipe, WEIGHTED.replace("1.3", "1.0"))
+    assert list(weighted) == list(plain)
+    assert [word.text for word in weighted.missing] == ["1.0"]
+    for word in plain:
+        torch.testing.assert_close(weighted[word].values, plain[word].values, rtol=1e-5, atol=1e-7)
 
 
 def test_a_prompt_that_is_written_anew_is_another():
