@@ -100,7 +100,12 @@ class TeacherFamily(ABC):
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Scaled latents [B, C, h, w] of pictures [B, 3, y, x] in [-1, 1]: the mean of the encoder's distribution if it has one."""
-        return self.latents_of(self.pipe.vae.encode(pixels.to(self.pipe.vae.dtype)))
+        vae = self.autoencoder()
+        return self.latents_of(vae.encode(pixels.to(vae.dtype)))
+
+    def autoencoder(self) -> Any:
+        """The pipeline's autoencoder, in a dtype in which it can encode."""
+        return self.pipe.vae
 
     def latents_of(self, encoded: Any) -> torch.Tensor:
         """Scaled latents [B, C, h, w] from what the autoencoder's `encode` returned. Raises `ModelError`."""
@@ -220,11 +225,11 @@ class _StableDiffusionXL(_StableDiffusion):
                 "cannot be a teacher"
             )
 
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+    def autoencoder(self) -> Any:
         # Its first autoencoder overflows in half precision, as its config says.
         if getattr(self.pipe.vae.config, "force_upcast", False) and self.pipe.vae.dtype == torch.float16:
             self.pipe.vae.to(torch.float32)
-        return super().encode(pixels)
+        return self.pipe.vae
 
     def encode_prompts(self, captions: Sequence[str], device: torch.device, side: int, guided: bool) -> tuple[Text, Text | None]:
         prompt, empty, pooled, empty_pooled = self.pipe.encode_prompt(

@@ -44,7 +44,8 @@ def modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
 
 def digits_of_weights(pipe: Any) -> str:
     """Sixteen digits of the weights and settings, wherever the pipeline was loaded from."""
-    return _digest(_settings(pipe), modules_of(pipe))
+    # A teacher's autoencoder may have been brought to single precision, which changes none of its values.
+    return _digest(_settings(pipe), modules_of(pipe), in_single=("vae",))
 
 
 def digits_as_loaded(pipe: Any) -> str:
@@ -54,11 +55,12 @@ def digits_as_loaded(pipe: Any) -> str:
     return _digest(json.dumps([dict(denoiser.config), dict(pipe.scheduler.config)], sort_keys=True, default=str), parts)
 
 
-def _digest(settings: str, modules: Mapping[str, torch.nn.Module]) -> str:
+def _digest(settings: str, modules: Mapping[str, torch.nn.Module], in_single: tuple[str, ...] = ()) -> str:
     digest = hashlib.sha256(settings.encode())
     for part in sorted(modules):
         for name, tensor in sorted(modules[part].state_dict().items()):
             digest.update(f"{part}.{name}".encode())
+            tensor = tensor.float() if part in in_single and tensor.is_floating_point() else tensor
             digest.update(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
@@ -136,7 +138,7 @@ def behavior_of(
 
 def encode_once(family: TeacherFamily, pixels: torch.Tensor) -> torch.Tensor:
     """The latents of one picture [1, 3, y, x], maybe on the meta device. Raises `ModelError` if they are none for the denoiser."""
-    pipe, vae = family.pipe, family.pipe.vae
+    pipe, vae = family.pipe, family.autoencoder()
     who = f"the {type(vae).__name__} of this {type(pipe).__name__}"
     with asking(f"{who} cannot encode a picture"):
         # Through the class: an `encode` that was put on the object to watch or speed it up sees the pictures of a run alone.

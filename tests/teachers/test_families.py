@@ -236,3 +236,18 @@ def test_what_fails_in_the_first_forward_fails_before_the_run():
     pipe.text_encoder = None
     with pytest.raises(ModelError, match="this StableDiffusionPipeline cannot encode a caption"):
         Teacher(pipe, NOISE)
+
+
+def test_a_denoiser_with_an_ip_adapter_is_refused_until_it_is_unloaded():
+    pipe = built("sd")
+    width, layers = pipe.unet.config.cross_attention_dim, {}
+    for n, module in enumerate(module for name, module in pipe.unet.named_modules() if name.endswith("attn2")):
+        for part in ("k", "v"):
+            layers[f"{2 * n + 1}.to_{part}_ip.weight"] = torch.randn(module.to_k.out_features, width)
+    projection = {"proj.weight": torch.randn(4 * width, 16), "proj.bias": torch.zeros(4 * width)}
+    projection |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    pipe.unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": layers}])
+    with pytest.raises(ModelError, match=r"also takes the picture of an IP-Adapter.*pipe\.unload_ip_adapter\(\)"):
+        Teacher(pipe, NOISE)
+    pipe.unload_ip_adapter()
+    assert np.isfinite(Teacher(pipe, NOISE).word_maps(picture(0), CAPTION).maps).all()
