@@ -191,7 +191,7 @@ def rows_of(file: pq.ParquetFile, number: int) -> Iterator[Row]:
     maps = columns["maps"]
     map_at, line_at, value_at = (np.from_dlpack(level.offsets) for level in (maps, maps.values, maps.values.values))
     heights, widths = np.diff(line_at), np.diff(value_at)
-    values = np.from_dlpack(maps.values.values.values)  # what pandas would have to be imported for otherwise
+    values: NDArray[Any] = np.from_dlpack(maps.values.values.values)  # what pandas would have to be imported for otherwise
     all_ranges = columns["ranges"].to_pylist() if "ranges" in columns else None
     for n, (sample_id, image, image_file, caption) in enumerate(zip(*texts, strict=True)):
         words = tuple(all_words[word_at[n] : word_at[n + 1]])
