@@ -43,7 +43,7 @@ WALK |= {
     "StableDiffusionXLModularPipeline": _modular("StableDiffusionXLAutoBlocks", "StableDiffusionXLPipeline"),
     "StableDiffusion3ModularPipeline": _modular("StableDiffusion3AutoBlocks", "StableDiffusion3Pipeline", max_sequence_length=24),
     "FluxModularPipeline": _modular("FluxAutoBlocks", "FluxPipeline", max_sequence_length=24),
-    "QwenImageModularPipeline": _modular("QwenImageAutoBlocks", "QwenImagePipeline", height=64, width=96, max_sequence_length=24),
+    "QwenImageModularPipeline": _modular("QwenImageAutoBlocks", "QwenImagePipeline", max_sequence_length=300),
 }
 
 
