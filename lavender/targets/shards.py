@@ -218,7 +218,7 @@ def rows_of(file: pq.ParquetFile, number: int) -> Iterator[Row]:
             sample_id,
             caption,
             problems,
-            Target(sample_id, image, WordMaps(caption, words, stored, crop), image_file),  # type: ignore[arg-type]  # to be decoded
+            Target(sample_id, image, WordMaps(caption, words, stored, crop), image_file),
             ranges,
         )
 
