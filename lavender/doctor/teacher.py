@@ -16,7 +16,7 @@ from ..pretrained.names import loading, locate_model
 from ..teachers.identity import encode_once
 from ..teachers.loading import empty_pipeline
 from ..teachers.model import require_teacher
-from ..teachers.prompts import parts_of
+from ..teachers.prompts import known_parts
 from ..teachers.recording import DenoiserHooks, hides_attention, remedy_of
 from .finding import Finding
 from .machine import kernels
@@ -66,11 +66,8 @@ def examine(pipe: Any, denoiser: Any, problem: str | None = None) -> Iterator[Fi
     processors = sorted({type(getattr(module, "processor", None)).__name__ for module in hooks.modules.values()})
     hidden = [module for module in hooks.modules.values() if hides_attention(module)]
     yield Finding("attention processors", ", ".join(processors), remedy_of(hidden[0]) if hidden else "")
-    try:
-        parts = parts_of(pipe)
-        yield Finding("words", " and ".join(part.tokenizer for part in parts))
-    except ModelError as error:
-        yield Finding("words", "unknown", str(error))
+    parts = known_parts(pipe)
+    yield Finding("words", " and ".join(part.tokenizer for part in parts) or "by the tokens that the text encoders receive")
     yield _extraction(pipe) if problem is None else Finding("extraction", f"none: {problem}", "give a folder that diffusers loads")
     module = next(iter(hooks.modules.values()))
     width = getattr(module, "inner_dim", 0) // max(1, getattr(module, "heads", 1)) or None

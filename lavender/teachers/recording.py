@@ -114,7 +114,7 @@ class Recording:
     def require_layers(self, denoiser: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         """Raises `CaptureError` naming what kept layers of a denoiser from recording."""
         missing = self.missing_layers(layers)
-        if not self.num_forwards:
+        if not self.num_forwards and not self.errors:
             raise CaptureError("the attention layers recorded nothing: the denoiser did not run in this thread")
         if not self._sums and self._passed == set(layers):
             raise CaptureError(
@@ -124,10 +124,11 @@ class Recording:
         if missing:
             compiled = getattr(denoiser, "_compiled_call_impl", None) is not None
             remedy = "the denoiser ran compiled before it was patched: patch it first, or call torch.compiler.reset()"
-            reason = next((f"{type(e).__name__}: {e}" for name, e in self.errors.items() if name in missing), None)
+            error = next((error for name, error in self.errors.items() if name in missing), None)
+            reason = str(error) if error is None or isinstance(error, CaptureError) else f"{type(error).__name__}: {error}"
             raise CaptureError(
                 f"{len(missing)} of {len(layers)} attention layers recorded nothing ({', '.join(missing[:3])}); "
-                f"{reason or (remedy if compiled else remedy_of(layers[missing[0]]))}"
+                f"{reason if error is not None else remedy if compiled else remedy_of(layers[missing[0]])}"
             )
 
     def missing_layers(self, layers: Iterable[str]) -> list[str]:
