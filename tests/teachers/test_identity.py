@@ -13,13 +13,13 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from lavender.config import ExtractionConfig, TeacherConfig
+from lavender.config import ExtractionConfig, TeacherConfig, from_dict
 from lavender.data.samples import Pair
 from lavender.errors import ConfigError, ModelError, TargetError
 from lavender.extraction.engines import _require_same
 from lavender.extraction.extract import extract
 from lavender.targets.maintenance import merge
-from lavender.targets.manifest import different_teacher, new_manifest, read_manifest
+from lavender.targets.manifest import StoreConfig, different_teacher, new_manifest, read_manifest
 from lavender.targets.store import TargetStore
 from lavender.teachers.identity import digits_as_loaded, digits_of_weights
 from lavender.teachers.model import Teacher
@@ -187,12 +187,19 @@ def test_numbers_that_differ_by_rounding_are_the_same_teacher():
         _require_same(here, {**here, "weights": "0"})
 
 
+def rewrite(folder, manifest):
+    """Writes a store's manifest with the fingerprint that its source and config have."""
+    config = from_dict(StoreConfig, manifest["config"])
+    manifest["fingerprint"] = new_manifest(manifest["source"], config)["fingerprint"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 def older(folder):
     """Makes a store what lavender wrote before it kept what teachers do."""
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["source"]["behavior"]
     manifest["source"]["weights"] = manifest["source"].pop("weights_as_loaded")
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    rewrite(folder, manifest)
 
 
 def test_an_older_store_goes_on_by_its_weights(tmp_path, caplog):
@@ -222,13 +229,13 @@ def test_stores_are_merged_by_what_all_of_them_know(tmp_path):
         extract(pipe, pairs(tmp_path, 3)[n : n + 1], tmp_path / str(n), NOISE, progress=False)
     manifest = json.loads((tmp_path / "0" / "manifest.json").read_text())
     behavior = manifest["source"].pop("behavior")
-    (tmp_path / "0" / "manifest.json").write_text(json.dumps(manifest))
+    rewrite(tmp_path / "0", manifest)
     with pytest.raises(TargetError, match="behaves otherwise"):
         merge([tmp_path / "0", tmp_path / "1", tmp_path / "2"], tmp_path / "all")
     assert merge([tmp_path / "1", tmp_path / "0"], tmp_path / "two") == 2
     assert "behavior" not in read_manifest(tmp_path / "two")["source"]
     manifest["source"]["behavior"] = behavior
-    (tmp_path / "0" / "manifest.json").write_text(json.dumps(manifest))
+    rewrite(tmp_path / "0", manifest)
     assert merge([tmp_path / "1", tmp_path / "0"], tmp_path / "known") == 2
     assert read_manifest(tmp_path / "known")["source"]["behavior"]["maps"] == behavior["maps"]
 
