@@ -210,7 +210,7 @@ def test_an_older_store_goes_on_by_its_weights(tmp_path, caplog):
     fingerprint = TargetStore(tmp_path / "store").fingerprint
     with caplog.at_level(logging.WARNING, logger="lavender"):
         assert store(tmp_path / "model", tmp_path, "store").present == 1
-    (line,) = [record.getMessage() for record in caplog.records]
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "lavender"]
     assert "continued by its weights alone" in line
     assert TargetStore(tmp_path / "store").fingerprint == fingerprint
     assert "behavior" not in read_manifest(tmp_path / "store")["source"], "nobody knows what it was before"
