@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,6 +21,8 @@ from .presets import AmdMaps, DaamMaps, Preset, by_token, daam_side, require_pre
 from .recording import DenoiserHooks, Recording, Wanted
 from .turns import turn_of
 from .watching import watched_class
+
+logger = logging.getLogger("lavender")
 
 _SEVERAL = object()
 """Stands for more than one thread."""
@@ -375,7 +377,8 @@ class TeacherPatch(Handle):
                 self._say(error)
 
     def _say(self, error: Exception) -> None:
-        warnings.warn(f"lavender cannot read this picture's maps, or not all: {first_line(error)}", stacklevel=2)
+        # No Python warning: where these are errors, they would end the call.
+        logger.warning("this picture's maps cannot be read, or not all: %s", first_line(error))
 
 
 def _time_of(timestep: Any, size: int) -> Any:

@@ -12,6 +12,7 @@ from lavender.teachers.presets import AmdMaps, DaamMaps
 
 from .other_tools import COLUMNS, PROMPT, RECORDED, SIDES, STRIDE, WORDS, ZOOS, build, draw, draw_zoos
 from .pipeline_zoo import PIPELINES
+from .said import says
 
 TOLERANCE = 3e-5
 """Of a map's maximum. The tools multiply queries and keys with other functions, in float32; attention here is sharp."""
@@ -151,7 +152,7 @@ def test_a_tools_map_has_all_of_its_layers(drawn):
     with lavender.patch(pipe, preset="amd") as lens:
         attention.set_processor(Hidden())
         try:
-            with pytest.warns(UserWarning, match="cannot read this picture's maps, or not all"):
+            with says("maps cannot be read, or not all"):
                 pipe("a cat", **options)
         finally:
             attention.set_processor(before)

@@ -9,6 +9,7 @@ import lavender
 from lavender.errors import CaptureError, ConfigError, ModelError
 
 from .pipeline_zoo import PIPELINES
+from .said import says
 from .test_pipelines import PROMPT, draw
 
 
@@ -103,7 +104,7 @@ def test_a_foreign_attention_backend_is_named_with_the_remedy():
         _AttentionBackendRegistry._backends[name] = hidden
         pipe.transformer.set_attention_backend(name.value)
         with lavender.patch(pipe) as lens:
-            with pytest.warns(UserWarning, match=f"attention backend is '{name.value}'"):
+            with says(f"attention backend is '{name.value}'"):
                 draw(pipe, "FluxPipeline")
             with pytest.raises(CaptureError, match=f"attention backend is '{name.value}'"):
                 lens.maps  # noqa: B018
@@ -167,7 +168,7 @@ def test_a_denoiser_that_ran_compiled_before_is_named_with_the_remedy():
     pipe.unet.compile(backend="eager")
     draw(pipe, "StableDiffusionPipeline")
     with lavender.patch(pipe) as lens:
-        with pytest.warns(UserWarning, match=r"patch it first, or call torch\.compiler\.reset"):
+        with says(r"patch it first, or call torch\.compiler\.reset"):
             draw(pipe, "StableDiffusionPipeline")
         with pytest.raises(CaptureError, match=r"patch it first, or call torch\.compiler\.reset"):
             lens.maps  # noqa: B018

@@ -8,7 +8,6 @@ import importlib
 import inspect
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -330,26 +329,24 @@ def walk(name: str) -> Outcome:
         require_equal(plain, drawn(pipe, walked))
         return Outcome(denoiser, when, str(error))
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that maps cannot be read is also said while a picture is drawn
+    try:
+        lens = lavender.patch(pipe)
+    except LavenderError as error:
+        return refused("patch", error)
+    with lens:
         try:
-            lens = lavender.patch(pipe)
+            with forwards_of(pipe, attention=False) as begun:
+                patched = drawn(pipe, walked)
         except LavenderError as error:
-            return refused("patch", error)
-        with lens:
-            try:
-                with forwards_of(pipe, attention=False) as begun:
-                    patched = drawn(pipe, walked)
-            except LavenderError as error:
-                assert not begun or walked.call is not None
-                lens.unpatch()
-                return refused("call", error)
-            require_equal(plain, patched)
-            try:
-                maps = lens.maps
-            except LavenderError as error:
-                lens.unpatch()
-                return refused("maps", error)
+            assert not begun or walked.call is not None
+            lens.unpatch()
+            return refused("call", error)
+        require_equal(plain, patched)
+        try:
+            maps = lens.maps
+        except LavenderError as error:
+            lens.unpatch()
+            return refused("maps", error)
     assert type(pipe) is before
     require_equal(plain, drawn(pipe, walked))
     assert list(maps) == list(dict.fromkeys(word.text for word in words_of(PROMPT)))
