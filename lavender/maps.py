@@ -143,11 +143,13 @@ class Coverage:
         forwards: how many of the denoiser's forwards were read: one in each step.
         left_out: how many were not, by reason.
         missing_layers: attention layers that could not be read.
+        partly_read: layers that were read in some of these forwards alone, and in how many: the others left them out.
     """
 
     forwards: int
     left_out: Mapping[str, int]
     missing_layers: tuple[str, ...]
+    partly_read: Mapping[str, int]
 
 
 class Maps(Mapping[str, HeatMap]):

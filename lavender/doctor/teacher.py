@@ -16,8 +16,9 @@ from ..pretrained.names import loading, locate_model
 from ..teachers.identity import encode_once
 from ..teachers.loading import empty_pipeline
 from ..teachers.model import require_teacher
+from ..teachers.processors import hides_attention, remedy_of
 from ..teachers.prompts import known_parts
-from ..teachers.recording import DenoiserHooks, hides_attention, remedy_of
+from ..teachers.recording import DenoiserHooks
 from .finding import Finding
 from .machine import kernels
 

@@ -175,6 +175,8 @@ def places_of(layout: Layout, denoiser: nn.Module, inputs: Mapping[str, Any]) ->
     """Where things stand in a denoiser's attention, from the arguments of its forward."""
     grid, lead = layout.grid(denoiser, inputs), layout.lead(denoiser)
     text_tokens = torch.tensor(layout.text_tokens(denoiser, inputs))
+    if len(text_tokens) == 1:  # one text for all samples
+        text_tokens = text_tokens.repeat(len(inputs.get("sample", inputs.get("hidden_states"))))
     num_image_tokens = math.prod(grid) if layout.image_tokens is None else layout.image_tokens(inputs)
     if layout.order == "text first":
         starts = lead + text_tokens

@@ -19,11 +19,15 @@ from .recording import Recording
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """An embedding [N, C] that the denoiser may get, and the text of the call that it carries; None for any other text."""
+    """An embedding [N, C] that the denoiser may get, and what it carries of the call's texts; None for any other text."""
 
     embedding: torch.Tensor
-    text: str | None = None
     carried: Carried | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts of the call that it carries: several where they have the same tokens."""
+        return () if self.carried is None else self.carried.equals
 
     def is_of(self, embedding: torch.Tensor) -> bool:
         """Whether it is this embedding, in the precision of that one."""
@@ -61,30 +65,28 @@ class Branch:
         self.recording, self.step, self.latents = None, (), None
         self.owners = []
 
-    def pictures(self, carried: Sequence[str | None], latents: torch.Tensor) -> list[int]:
-        """The samples of a batch that show the pictures, by the texts that the samples carry.
+    def pictures(self, rows: Sequence[Row], latents: torch.Tensor) -> list[int]:
+        """The samples of a batch that show the pictures, by the texts that they carry.
 
-        Perturbed guidance computes the prompt's samples once more in the same batch, from the same latents; and where the negative
-        prompt equals the prompt, the unconditional ones carry it too. Raises `CaptureError` where these are not all.
+        Branches lie one behind the other: [unconditional, conditional, perturbed]. Perturbed guidance computes the prompt's samples
+        once more, and a negative prompt may be another picture's prompt: on the latents of its picture. Raises `CaptureError` where
+        samples with the texts are not so.
         """
-        carriers = [sample for sample, text in enumerate(carried) if text in self.texts]
         expected = [text for text in self.texts for _ in range(self.copies)]
-        count = len(expected)
-        # Branches lie one behind the other: [unconditional, conditional, perturbed].
-        starts = [start for start in range(0, len(carried), count) if carried[start : start + count] == expected]
-        first = list(range(starts[0], starts[0] + count)) if starts else []
-        again = [
-            any(carried[sample] == carried[other] and torch.equal(latents[sample], latents[other]) for other in first)
-            for sample in carriers
-            if sample not in first
+        count, size = len(expected), len(rows)
+        starts = [
+            start
+            for start in range(0, size - count + 1, count)
+            if all(text in row.texts for text, row in zip(expected, rows[start : start + count], strict=True))
         ]
-        if not first or not all(again):
+        carriers = [sample for sample, row in enumerate(rows) if set(row.texts) & set(self.texts)]
+        if not starts or not all(torch.equal(latents[sample], latents[starts[0] + sample % count]) for sample in carriers):
             raise CaptureError(
-                f"the denoiser got {len(carriers)} samples of {len(carried)} with the {self.name}, not all on the same latents, "
-                f"for {count} pictures; lavender reads pictures that are drawn whole, and together: draw one at a time, without "
+                f"the denoiser got {len(carriers)} samples of {size} with the {self.name}, not all on the same latents, for "
+                f"{count} pictures; lavender reads pictures that are drawn whole, and together: draw one at a time, without "
                 "views or frames of their own, or record the forwards that you mean with patch.capture(word_weights)"
             )
-        return first
+        return list(range(starts[0], starts[0] + count))
 
     def is_further_pass(self, latents: torch.Tensor, step: tuple[Any, ...], first_shows: bool) -> bool:
         """Whether a forward of this step was recorded already; if not, the one with these latents is.
@@ -115,6 +117,7 @@ class Drawing:
         texts: what the text encoders read; None when no more of it is needed.
         rows: the embeddings that are known to be of its texts.
         others: the latest embeddings that are of none.
+        received: what the text encoders received, where no embedding is known to be of it.
         first_step: when the denoiser ran first. What it got by then is what the prompt was encoded to: other embeddings that come
             later are not, however like it they are.
         is_suspended: whether a callback runs: what the denoiser does there is not part of the call.
@@ -130,7 +133,7 @@ class Drawing:
     texts: Texts | None = None
     rows: list[Row] = field(default_factory=list)
     others: deque[Row] = field(default_factory=lambda: deque(maxlen=8))
-    latest: tuple[torch.Tensor, int, list[Row]] | None = None
+    received: list[str] = field(default_factory=list)
     first_step: tuple[Any, ...] = ()
     is_suspended: bool = False
     is_closed: bool = False
@@ -141,15 +144,23 @@ class Drawing:
     def of(cls, arguments: Mapping[str, Any], more: Sequence[str], whole: bool) -> Drawing:
         copies = arguments.get("num_images_per_prompt") or arguments.get("num_videos_per_prompt") or 1
         prompts = branch_of("prompt", arguments.get("prompt"), more, copies)
-        return cls(prompts, branch_of("negative prompt", arguments.get("negative_prompt"), more, copies), whole, arguments)
+        negatives = arguments.get("negative_prompt")
+        if isinstance(negatives, str):  # one for all prompts
+            negatives = [negatives] * max(1, len(prompts.texts))
+        return cls(prompts, branch_of("negative prompt", negatives, more, copies), whole, arguments)
 
     @property
     def branches(self) -> tuple[Branch, Branch]:
         return self.prompts, self.negatives
 
+    @property
+    def has_recordings(self) -> bool:
+        return any(branch.recording is not None for branch in self.branches)
+
     def close(self) -> None:
         """The pipeline's call has ended: its maps stay, its tensors do not."""
-        self.is_closed, self.arguments, self.texts, self.latest = True, {}, None, None
+        self.forget_texts()
+        self.is_closed, self.arguments = True, {}
         self.rows.clear()
         self.others.clear()
         for branch in self.branches:
@@ -159,7 +170,13 @@ class Drawing:
         """Before a forward of the denoiser in the pipeline's own call."""
         self.first_step = self.first_step or step
         if not _are_equal(step, self.first_step):
-            self.texts = None
+            self.forget_texts()
+
+    def forget_texts(self) -> None:
+        """Lets go of what the text encoders gave; what they received is kept where it explains that nothing was recorded."""
+        if self.texts is not None and not self.rows:
+            self.received = self.texts.received
+        self.texts = None
 
     def row_of(self, embedding: torch.Tensor) -> Row:
         """What an embedding [N, C] carries. Raises `CaptureError` where its tokens and the texts can be aligned in several ways."""
@@ -171,15 +188,12 @@ class Drawing:
         if carried is None:
             self.others.append(Row(embedding.clone()))
             return self.others[-1]
-        self.rows.append(Row(embedding.clone(), carried.text, carried))
+        self.rows.append(Row(embedding.clone(), carried))
         return self.rows[-1]
 
     def rows_of(self, embeddings: torch.Tensor) -> list[Row]:
         """Those of a batch's embeddings [B, N, C]."""
-        version = -1 if embeddings.is_inference() else embeddings._version  # inference tensors do not count what is done to them
-        if self.latest is None or self.latest[0] is not embeddings or self.latest[1] != version or version < 0:
-            self.latest = embeddings, version, [self.row_of(embedding) for embedding in embeddings.detach()]
-        return self.latest[2]
+        return [self.row_of(embedding) for embedding in embeddings.detach()]
 
 
 def branch_of(name: str, texts: Any, more: Sequence[str], copies: int) -> Branch:

@@ -161,10 +161,12 @@ class TeacherPatch(Handle):
             raise CaptureError("nothing was recorded: the pipeline was given another denoiser after it was patched; patch it again")
         if branch.recording is None:
             unseen = ", ".join(f"{count} {reason}" for reason, count in drawing.left_out.items())
+            received = ", ".join(repr(text[:200]) for text in drawing.received)
             raise CaptureError(
                 f"nothing was recorded: the denoiser did not run with the embedding of the {branch.name} that was encoded last"
                 + (f"; its forwards: {unseen}" if unseen else "")
-                + ("" if branch is drawing.prompts else ". Without guidance there is no negative prompt")
+                + (f"; its text encoders received {received}" if received else "")
+                + ("" if branch is drawing.prompts else ". Without guidance the denoiser does not get it")
             )
         if not 0 <= picture < len(branch.owners):
             raise CaptureError(f"there is no picture {picture}; {len(branch.owners)} were drawn")
@@ -179,7 +181,12 @@ class TeacherPatch(Handle):
             of_picture(branch.recording.entries, picture),
             branch.missing[number],
             self._tokens,
-            Coverage(branch.recording.num_forwards, dict(drawing.left_out), tuple(missing_layers)),
+            Coverage(
+                branch.recording.num_forwards,
+                dict(drawing.left_out),
+                tuple(missing_layers),
+                branch.recording.partly_read(),
+            ),
         )
         if self._preset == "daam":
             assert branch.recording.token_shares is not None
@@ -234,7 +241,7 @@ class TeacherPatch(Handle):
             next((row for row in reversed(self._encoded) if row.is_of(embedding)), Row(embedding))
             for embedding in embeddings.detach()
         ]
-        texts = [row.text for row in known if row.text is not None]
+        texts = [row.carried.text for row in known if row.carried is not None]
         if len(texts) == len(known):
             fresh = branch_of(branch.name, texts, self._words, branch.copies)
             branch.texts, branch.words = fresh.texts, fresh.words
@@ -257,13 +264,15 @@ class TeacherPatch(Handle):
                 drawing.arguments = {**arguments, **drawing.arguments}
                 drawing.prompts, drawing.negatives = inner.prompts, inner.negatives
             return
-        self._drawing = drawing = Drawing.of(arguments, self._words, whole=False)
+        earlier, drawing = drawing, Drawing.of(arguments, self._words, whole=False)
         drawing.texts = texts
+        if earlier is None or earlier.whole or earlier.has_recordings or any(drawing.prompts.words):
+            self._drawing = drawing  # else the empty text of guidance was encoded after the prompt
         try:
             for embedding in _embeddings_in(output):
                 row = drawing.row_of(embedding.detach())
-                if row.text is not None:
-                    self._encoded.append(row)
+                if row.carried is not None:
+                    self._encoded.append(Row(row.embedding.cpu(), row.carried))
         except CaptureError as error:
             drawing.error = error
         drawing.texts, drawing.arguments = None, {}
@@ -276,6 +285,9 @@ class TeacherPatch(Handle):
             return []
         if drawing.is_suspended:
             drawing.left_out["inside a callback"] += 1
+            return []
+        if drawing.whole and any(hooks.is_running for hooks in self._hooks):
+            drawing.left_out["inside another forward"] += 1
             return []
         if not drawing.whole:
             return self._wanted(drawing, inputs)
@@ -302,7 +314,9 @@ class TeacherPatch(Handle):
         if drawing.whole:
             drawing.begin_step(step)
         rows = drawing.rows_of(embeddings)
-        if all(row.text is None for row in rows):
+        if len(rows) == 1:  # one text for all samples
+            rows *= len(latents)
+        if all(row.carried is None for row in rows):
             drawing.left_out["without the prompt"] += 1
             return []
         wanted: list[Wanted] = []
@@ -323,18 +337,20 @@ class TeacherPatch(Handle):
         self, drawing: Drawing, branch: Branch, rows: Sequence[Row], latents: torch.Tensor, step: tuple[Any, ...]
     ) -> tuple[Recording | None, list[int]]:
         """Where a forward is recorded for a branch, if it is, and its samples."""
-        samples = [sample for sample, row in enumerate(rows) if row.text in branch.texts]
+        samples = [sample for sample, row in enumerate(rows) if set(row.texts) & set(branch.texts)]
         if not samples or branch.error is not None:
             return None, []
         if drawing.whole:  # else they are the user's own choice
             _require_one_time(step[0], samples, len(rows))
-            samples = branch.pictures([row.text for row in rows], latents)
+            samples = branch.pictures(rows, latents)
             if branch.is_further_pass(latents[samples], step, self._first_shows):
                 drawing.left_out["further passes of a step"] += branch is drawing.prompts
                 return None, []
-        owners = [branch.texts.index(rows[sample].text) for sample in samples]
+            owners = [picture // branch.copies for picture in range(len(samples))]
+        else:
+            owners = [next(n for n, text in enumerate(branch.texts) if text in rows[sample].texts) for sample in samples]
         if branch.recording is None:
-            branch.recording = self._recording(drawing, branch, [rows[sample] for sample in samples])
+            branch.recording = self._recording(drawing, branch, owners, [rows[sample] for sample in samples])
             branch.owners = owners
         elif owners != branch.owners:
             raise CaptureError(
@@ -343,13 +359,13 @@ class TeacherPatch(Handle):
             )
         return branch.recording, samples
 
-    def _recording(self, drawing: Drawing, branch: Branch, rows: Sequence[Row]) -> Recording:
+    def _recording(self, drawing: Drawing, branch: Branch, owners: Sequence[int], rows: Sequence[Row]) -> Recording:
         """A recording of the samples that carry these texts."""
         weights = []
-        for row in rows:
+        for number, row in zip(owners, rows, strict=True):
             assert row.carried is not None
-            number = branch.texts.index(row.carried.text)
-            own, branch.missing[number] = row.carried.weights(branch.words[number], self._tokens)
+            carried = row.carried.as_text(branch.texts[number])
+            own, branch.missing[number] = carried.weights(branch.words[number], self._tokens)
             weights.append(own)
         # Every sample's words, then the tokens that all have.
         num_tokens, num_words = len(self._tokens), max(1, max(len(own) for own in weights) - len(self._tokens))
@@ -441,7 +457,9 @@ def patch_teacher(
             raise ConfigError(f"{name} is {value!r}; expected True or False")
     require_preset(preset, heads, steps, denoisers_of(pipe)[0])  # what is no pipeline is named, too
     with turn_of(pipe):
-        present: TeacherPatch | None = getattr(pipe, "_lavender_patch", None)
+        present: TeacherPatch | None = vars(type(pipe)).get("_lavender_patch")
+        if present is not None and present.pipe is not pipe:  # it was made by the class that a patched pipeline has
+            pipe.__class__, present = present._class, None
         if present is not None:
             if present.settings == (layers, heads, steps, words, tokens, preset):
                 return present.borrowed()

@@ -27,9 +27,12 @@ from ..kernels.column_maps import column_attention, column_maps
 from ..kernels.map_loss import resample
 from ..maps import LayerMaps, chosen_names, layer_shares
 from .denoisers import Grid, Layout, Places, layout_of, places_of
+from .processors import hides_attention, key_weight_of, remedy_of
 
 Samples = slice | list[int]
 """Samples of a denoiser's batch."""
+_PASSED_ON = (None, "ip_image_proj")
+"""Ways in which a U-Net passes its text to its layers as it is."""
 Wanted = tuple["Recording", Samples]
 """Where a forward is recorded, and which of its samples."""
 
@@ -131,52 +134,16 @@ class Recording:
                 f"{reason if error is not None else remedy if compiled else remedy_of(layers[missing[0]])}"
             )
 
+    def partly_read(self) -> dict[str, int]:
+        """The layers that were read in some of the forwards alone, and in how many."""
+        counts: dict[str, int] = {}
+        for (layer, _, _), (_, count) in self._sums.items():
+            counts[layer] = counts.get(layer, 0) + count
+        return {layer: count for layer, count in counts.items() if count < self.num_forwards}
+
     def missing_layers(self, layers: Iterable[str]) -> list[str]:
         """Those of the layers that recorded nothing, sorted."""
         return sorted(set(layers) - {layer for layer, _, _ in self._sums} - self._passed)
-
-
-def hides_attention(module: Any) -> bool:
-    """Whether an attention module is known, without running it, not to call `scaled_dot_product_attention` just now."""
-    name = type(getattr(module, "processor", None)).__name__
-    backend = _backend_of(module)
-    known = "XFormers" in name or "Sliced" in name or name == "AttnProcessor"
-    return known or (backend is not None and "native" not in backend)
-
-
-def remedy_of(module: Any) -> str:
-    """What keeps an attention module from calling `scaled_dot_product_attention`, and how to switch it off."""
-    processor = getattr(module, "processor", None)
-    name = type(processor).__name__
-    if "XFormers" in name:
-        return f"its processor is {name}: call pipe.disable_xformers_memory_efficient_attention()"
-    if "Sliced" in name:
-        return f"its processor is {name}: call pipe.disable_attention_slicing()"
-    backend = _backend_of(module)
-    if backend is None or (backend == "native" and getattr(processor, "_attention_backend", None) is None):
-        return (
-            f"its processor is {name}, which does not call torch's scaled_dot_product_attention: give the denoiser one that does, "
-            "set_attn_processor(AttnProcessor2_0()) for a U-Net"
-        )
-    if getattr(processor, "_attention_backend", None) is None:
-        return (
-            f"the attention backend in force is {backend!r}: leave the `with attention_backend({backend!r})` around the pipeline's "
-            "call, or the environment's DIFFUSERS_ATTN_BACKEND, or choose 'native'"
-        )
-    return f"its attention backend is {backend!r}: call reset_attention_backend() on the denoiser, or set it to 'native'"
-
-
-def _backend_of(module: Any) -> str | None:
-    """diffusers' attention backend that a module's next call takes; None where its processor asks for none."""
-    processor = getattr(module, "processor", None)
-    if processor is None or not hasattr(processor, "_attention_backend"):
-        return None
-    backend = processor._attention_backend
-    if backend is None:  # the one of the context manager or the environment
-        from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-
-        backend, _ = _AttentionBackendRegistry.get_active_backend()
-    return str(getattr(backend, "value", backend))
 
 
 class _Hook:
@@ -195,16 +162,25 @@ class _Hook:
 class _CallReader(TorchFunctionMode):
     """Reads the attention call of one module; lives while that module runs."""
 
-    def __init__(self, record: Callable[[str, _Attention], torch.Tensor | None], name: str) -> None:
+    def __init__(
+        self,
+        record: Callable[[str, _Attention, torch.Tensor | None], torch.Tensor | None],
+        name: str,
+        key_weight: torch.Tensor | None,
+    ) -> None:
+        """`record` gets the call, and what was projected to its keys where `key_weight` does that."""
         super().__init__()
         self.record, self.name, self.is_read = record, name, False
+        self.key_weight, self.text = key_weight, None
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # An IP-Adapter makes a second call with its picture's keys: the first one has the text's.
+        if func is F.linear and len(args) > 1 and args[1] is self.key_weight and not self.is_read:
+            self.text = args[0]
         if func is F.scaled_dot_product_attention and not self.is_read:
             self.is_read = True
-            output = self.record(self.name, _Attention(*args, **kwargs))
+            output = self.record(self.name, _Attention(*args, **kwargs), self.text)
             if output is not None:
                 return output
         return func(*args, **kwargs)
@@ -237,10 +213,14 @@ class _Attention:
 
 @dataclass(eq=False)
 class _State:
-    """What one thread records just now."""
+    """What one thread records just now: `forwards` are those that run, one inside the other, None where nothing is recorded."""
+
+    @property
+    def current(self) -> _Forward | None:
+        return self.forwards[-1] if self.forwards else None
 
     manual: Wanted | None = None
-    current: _Forward | None = None
+    forwards: list[_Forward | None] = field(default_factory=list)
     readers: list[_CallReader] = field(default_factory=list)
 
 
@@ -252,13 +232,17 @@ class _Forward:
         wanted: what is recorded of it.
         places: where text and picture stand.
         size: samples of its batch.
+        text: what its text attention must get: the denoiser's, or what the first layer got where the denoiser projects it.
         grids: height and width of the U-Net's levels, by the module around their attention.
+        read: the layers that have run.
     """
 
     wanted: list[Wanted]
     places: Places
     size: int
+    text: torch.Tensor | None = None
     grids: dict[str, tuple[int, int]] = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)
 
 
 class _Threads(threading.local):
@@ -292,7 +276,7 @@ class DenoiserHooks:
         self.layout: Layout = layout_of(denoiser)
         self.modules = _choose(_attention_modules(denoiser, self.layout), layers)
         self._opened, self._closed = opened, closed
-        self._signature = inspect.signature(type(denoiser).forward)
+        self._signature = _signature_of(type(denoiser))
         self._threads = _Threads()
         self._handles: list[Any] = [
             denoiser.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
@@ -358,14 +342,11 @@ class DenoiserHooks:
         if module is not self.denoiser:
             return
         state = self._threads.state
-        state.current = None
-        try:
-            inputs = self._signature.bind(module, *args, **kwargs).arguments
-        except TypeError:  # it has been given another forward
-            inputs = {}
+        inputs = self._inputs(module, args, kwargs)
         wanted = [] if self._opened is None or state.manual is not None else self._opened(inputs)
         if state.manual is not None:
             wanted = [state.manual]
+        state.forwards.append(None)
         if not wanted:
             return
         try:
@@ -379,7 +360,26 @@ class DenoiserHooks:
             return
         for recording, _ in wanted:
             recording.num_forwards += 1
-        state.current = _Forward(wanted, places, len(places.image_start))
+        is_projected = self.layout.level is None or getattr(self.denoiser.config, "encoder_hid_dim_type", None) not in _PASSED_ON
+        text = None if is_projected else inputs["encoder_hidden_states"]
+        state.forwards[-1] = _Forward(wanted, places, len(places.image_start), text)
+
+    def _inputs(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A forward's arguments by name; none where it was called as its class does not say."""
+        try:
+            inputs = self._signature.bind(module, *args, **kwargs).arguments
+        except TypeError:
+            return {}
+        named = dict(inputs)
+        for name, parameter in self._signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                named |= named.pop(name, {})
+        return named
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a forward of the denoiser runs in this thread."""
+        return bool(self._threads.state.forwards)
 
     def _places(self, module: Any, inputs: Mapping[str, Any], wanted: Sequence[Wanted]) -> Places:
         """Where things stand in this forward. Raises `CaptureError` where it is known now that they cannot be read."""
@@ -404,10 +404,8 @@ class DenoiserHooks:
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
         state = self._threads.state
-        if module is self.denoiser and state.current is not None:
-            state.current = None
-            if self._closed is not None:
-                self._closed()
+        if module is self.denoiser and state.forwards and state.forwards.pop() is not None and self._closed is not None:
+            self._closed()
 
     def _level(self, name: str) -> Any:
         def note_grid(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -422,7 +420,7 @@ class DenoiserHooks:
     def _enter(self, name: str) -> Any:
         def enter(module: nn.Module, args: tuple) -> None:
             if self._threads.state.current is not None:
-                reader = _CallReader(self._record, name)
+                reader = _CallReader(self._record, name, key_weight_of(module))
                 reader.__enter__()
                 self._threads.state.readers.append(reader)
 
@@ -432,19 +430,34 @@ class DenoiserHooks:
         if self._threads.state.readers:
             self._threads.state.readers.pop().__exit__(None, None, None)
 
-    def _record(self, name: str, call: _Attention) -> torch.Tensor | None:
-        """Records one layer's maps; the attention's output if it came with them."""
+    def _record(self, name: str, call: _Attention, text: torch.Tensor | None) -> torch.Tensor | None:
+        """Records one layer's maps; the attention's output if it came with them. `text` is what became its keys, if it is known."""
         forward = self._threads.state.current
         assert forward is not None
         output = None
         for recording, samples in forward.wanted:
             try:
+                self._require_own(name, forward, text)
                 output = self._read(name, call, forward, recording, samples)
             except Exception as error:  # whatever it is, see `Recording.lenient`
                 if not recording.lenient:
                     raise
                 recording.give_up(name, error)
+        forward.read.add(name)
         return output
+
+    def _require_own(self, name: str, forward: _Forward, text: torch.Tensor | None) -> None:
+        """Raises `CaptureError` if a layer's attention is not the one of this forward over the text that the denoiser was given."""
+        if name in forward.read:
+            raise CaptureError(
+                f"{name} ran twice in one forward of the denoiser; which of them the picture is made of is not known"
+            )
+        if self.layout.order != "cross" or text is None:
+            return
+        if forward.text is None:
+            forward.text = text
+        if text is not forward.text and not (text.shape == forward.text.shape and torch.equal(text, forward.text)):
+            raise CaptureError(f"{name} attends to another text than the denoiser was given: a processor or a hook exchanges it")
 
     def _read(self, name: str, call: _Attention, forward: _Forward, recording: Recording, samples: Samples) -> torch.Tensor | None:
         cross, places = self.layout.order == "cross", forward.places
@@ -521,6 +534,14 @@ class DenoiserHooks:
             mask = mask[(None,) * (4 - mask.ndim)].expand(len(rows), -1, -1, -1)
             mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
         return query, mask, weights
+
+
+def _signature_of(kind: type[nn.Module]) -> inspect.Signature:
+    """Of a class's forward, or of the one that it hands its arguments on to."""
+    for base in kind.__mro__:
+        if "forward" in vars(base) and "encoder_hidden_states" in inspect.signature(vars(base)["forward"]).parameters:
+            return inspect.signature(vars(base)["forward"])
+    return inspect.signature(kind.forward)
 
 
 def _require_columns(name: str, weights: torch.Tensor, num_keys: int) -> None:

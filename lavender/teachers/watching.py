@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any, Protocol
 
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
 from .drawing import Drawing
 from .turns import turn_of
 
@@ -119,7 +121,7 @@ def _suspending(callback: Any, drawing: Drawing) -> Any:
         finally:
             drawing.is_suspended = before
 
-    if not hasattr(callback, "tensor_inputs"):
+    if not isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
         return run
     kind = type(callback)
     twin: Any = object.__new__(type(kind.__name__, (kind,), {"__call__": lambda self, *args, **kwargs: run(*args, **kwargs)}))
