@@ -65,6 +65,11 @@ class Received:
                 pieces[owner][1].append(index)
         return pieces
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether there is no padding: a longer text is cut to these very tokens."""
+        return len(self.ids) - len(self.plain) == len(self.tokenizer("").input_ids)
+
     def reaches(self, indices: Sequence[int]) -> bool:
         """Whether any of some tokens reaches the embedding."""
         return any(self.columns[index] for index in indices)
@@ -75,28 +80,42 @@ class Alignment:
     """A prompt among the tokens of one encoder.
 
     Attributes:
+        received: those tokens.
         text: the text that the prompt was made into.
         spans: per token its characters in `text`; empty for those that are not of it.
-        columns: per token the text columns that come from it.
         place: where the words of the prompt stand in `text`.
-        closeness: 2 where the text stands there token by token, 1 where its words do, 0 where its end is not there.
+        is_run: whether the text stands there token by token, and not its words alone.
+        is_whole: whether its end is there.
     """
 
+    received: Received
     text: str
     spans: list[Span]
-    columns: list[list[int]]
     place: Place
-    closeness: int
+    is_run: bool
+    is_whole: bool
 
     @property
-    def coverage(self) -> int:
-        """How many tokens are of the text."""
-        return sum(end > start for start, end in self.spans)
+    def tokens(self) -> list[int]:
+        """The tokens that are of the text."""
+        return [token for token, (start, end) in enumerate(self.spans) if end > start]
+
+    @property
+    def closeness(self) -> int:
+        """2 where the text stands there token by token, 1 where its words do, 0 where its end is not there."""
+        return (2 if self.is_run else 1) if self.is_whole else 0
+
+    def equals(self, other: Alignment) -> bool:
+        """Whether another prompt stands in the same tokens as well as this one."""
+        is_same = self.received is other.received and self.tokens == other.tokens
+        is_cut = self.is_run and other.is_run and self.received.is_exact
+        return is_same and (self.closeness == other.closeness or is_cut)
 
     def columns_of(self, words: Sequence[Word]) -> list[list[int]]:
         """The text columns of every word."""
+        columns = self.received.columns
         return [
-            sorted({c for token in tokens_of(span, self.spans, self.text) for c in self.columns[token]}) if span else []
+            sorted({c for token in tokens_of(span, self.spans, self.text) for c in columns[token]}) if span else []
             for span in self.place(words)
         ]
 
@@ -172,7 +191,7 @@ def _as_run(received: Received, text: str, place: Place, around: frozenset[str])
     tokens, offsets, text, place = _tokenize(received.tokenizer, text, place)
     ids = received.ids
     if not tokens:
-        return [_aligned(received, text, place, {}, 2)] if _is_template(received, (), around) else []
+        return [_aligned(received, text, place, {}, True, True)] if _is_template(received, (), around) else []
     whole, cut = [], []
     for start in range(len(ids)):
         count = next((n for n, (a, b) in enumerate(zip(tokens, ids[start:], strict=False)) if a != b), None)
@@ -183,7 +202,7 @@ def _as_run(received: Received, text: str, place: Place, around: frozenset[str])
             if end > start and (end == len(ids) or ids[end] in received.special):
                 cut.append(range(start, end))
     runs = [run for run in whole or cut if received.reaches(run) and _is_template(received, run, around)]
-    return [_aligned(received, text, place, dict(zip(run, offsets, strict=False)), 2 if whole else 0) for run in runs]
+    return [_aligned(received, text, place, dict(zip(run, offsets, strict=False)), True, bool(whole)) for run in runs]
 
 
 def _as_words(received: Received, text: str, place: Place, around: frozenset[str]) -> list[Alignment]:
@@ -200,7 +219,7 @@ def _as_words(received: Received, text: str, place: Place, around: frozenset[str
                 for token in received.pieces[at][1]:
                     start, end = spans.get(token, pieces[piece][1:])
                     spans[token] = min(start, pieces[piece][1]), max(end, pieces[piece][2])
-            alignments.append(_aligned(received, text, place, spans, int(max(found) == len(pieces) - 1)))
+            alignments.append(_aligned(received, text, place, spans, False, max(found) == len(pieces) - 1))
     return alignments
 
 
@@ -230,8 +249,9 @@ def _is_template(received: Received, but: Sequence[int], around: frozenset[str])
     return around.issuperset(_parts(received.tokenizer.decode(rest)))
 
 
-def _aligned(received: Received, text: str, place: Place, spans: Mapping[int, Span], closeness: int) -> Alignment:
-    return Alignment(text, [spans.get(index, (0, 0)) for index in range(len(received.ids))], received.columns, place, closeness)
+def _aligned(received: Received, text: str, place: Place, spans: Mapping[int, Span], is_run: bool, is_whole: bool) -> Alignment:
+    placed = [spans.get(index, (0, 0)) for index in range(len(received.ids))]
+    return Alignment(received, text, placed, place, is_run, is_whole)
 
 
 def _pieces(text: str) -> Iterator[tuple[str, int, int]]:

@@ -7,7 +7,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -41,7 +41,19 @@ class Carried:
     text: str
     index: int
     columns: tuple[str | None, ...]
-    _alignments: tuple[Alignment, ...]
+    _ways: Mapping[str, tuple[int, tuple[Alignment, ...]]]
+
+    @property
+    def equals(self) -> tuple[str, ...]:
+        """The candidates that these tokens fit equally well, `text` among them, in their order.
+
+        They were made into the same tokens: they differ in case or spaces alone, or beyond the encoder's window.
+        """
+        return tuple(self._ways)
+
+    def as_text(self, text: str) -> Carried:
+        """The same columns as those of another of `equals`. Raises `KeyError` for any other text."""
+        return replace(self, text=text, index=self._ways[text][0])
 
     def weights(self, words: Sequence[Word], tokens: Sequence[TokenName] = ()) -> tuple[torch.Tensor, list[Word | TokenName]]:
         """Each column's share of each word, then of each token.
@@ -76,8 +88,8 @@ class Carried:
     def _stretches(self) -> list[list[Alignment]]:
         """The encoders' tokens, those that share columns together."""
         stretches: list[tuple[set[int], list[Alignment]]] = []
-        for alignment in self._alignments:
-            columns = {column for each in alignment.columns for column in each}
+        for alignment in self._ways[self.text][1]:
+            columns = {column for each in alignment.received.columns for column in each}
             beside = [stretch for stretch in stretches if columns & stretch[0]]
             stretches = [stretch for stretch in stretches if stretch not in beside]
             joined = [each for _, alignments in beside for each in alignments]
@@ -95,6 +107,15 @@ class Carried:
         vectors = rf"{re.escape(token)}(\s*{re.escape(token)}_\d+)*"
         is_literal = span is not None and re.fullmatch(vectors, alignment.text[span[0] : span[1]]) is not None
         return alignment.columns_of([word])[0] if is_literal else []
+
+
+def _fit(alignments: Sequence[Alignment]) -> tuple[int, int]:
+    """How well a candidate fits: how many tokens are of it, and how closely."""
+    return sum(len(alignment.tokens) for alignment in alignments), sum(alignment.closeness for alignment in alignments)
+
+
+def _are_equal(alignments: Sequence[Alignment], others: Sequence[Alignment]) -> bool:
+    return len(alignments) == len(others) and all(a.equals(b) for a, b in zip(alignments, others, strict=True))
 
 
 class Texts:
@@ -122,21 +143,20 @@ class Texts:
         """
         embedding = embedding.detach()
         received, columns = self._received(embedding, (arguments or {}).get("max_sequence_length"))
-        best: tuple[tuple[int, int], Carried] | None = None
+        ways: dict[str, tuple[int, tuple[Alignment, ...]]] = {}
         unclear = None
         for index, text in enumerate(candidates):
             if text in candidates[:index]:
                 continue
-            ways = [align(self._pipe, encoder, tokens, text, arguments or {}) for encoder, tokens in received.items()]
-            if any(len(alignments) > 1 for alignments in ways):
+            found = [align(self._pipe, encoder, tokens, text, arguments or {}) for encoder, tokens in received.items()]
+            if any(len(alignments) > 1 for alignments in found):
                 unclear = text
-                continue
-            alignments = tuple(alignment for alignments in ways for alignment in alignments)
-            fit = sum(alignment.coverage for alignment in alignments), sum(alignment.closeness for alignment in alignments)
-            if alignments and (best is None or fit > best[0]):
-                best = fit, Carried(text, index, columns, alignments)
-        if best is not None:
-            return best[1]
+            elif any(found):
+                ways[text] = index, tuple(alignment for alignments in found for alignment in alignments)
+        if ways:
+            best = max(ways, key=lambda text: _fit(ways[text][1]))
+            same = {text: way for text, way in ways.items() if _are_equal(way[1], ways[best][1])}
+            return Carried(best, ways[best][0], columns, same)
         if unclear is not None:
             raise CaptureError(
                 f"the prompt {unclear[:200]!r} stands several times among the tokens that the text encoder of this "

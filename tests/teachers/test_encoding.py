@@ -258,6 +258,50 @@ def test_stable_diffusion_3_with_and_without_its_third_text_encoder(without):
     assert weights[4].sum() == pytest.approx(1)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "equals"),
+    [
+        (["a cat", "A cat", "two birds"], [[0, 1], [0, 1], [2]]),
+        ([" a  cat ", "a hat", "a cat"], [[0, 2], [1], [0, 2]]),
+        (["two birds", "", " "], [[0], [1, 2], [1, 2]]),
+        # Beyond the window of 16 tokens; the first of them fills it.
+        (
+            [PROMPT + " the" * 8, PROMPT + " the" * 8 + " red birds", PROMPT + " the" * 9, PROMPT + " the" * 7],
+            [[0, 1, 2]] * 3 + [[3]],
+        ),
+        (["a cat", "a cat over", "cat", "a cat cat"], [[0], [1], [2], [3]]),
+    ],
+)
+def test_prompts_that_are_made_into_the_same_tokens_are_all_named(prompts, equals):
+    pipe = silent("StableDiffusionPipeline")
+    texts, (embeddings, _) = read(pipe, prompts, "cpu", 1, False)
+    ids = pipe.tokenizer(prompts, padding="max_length", truncation=True).input_ids
+    for row, embedding in enumerate(embeddings):
+        carried = texts.identify(embedding, prompts)
+        assert [prompts.index(text) for text in carried.equals] == equals[row]
+        assert equals[row] == [other for other, tokens in enumerate(ids) if tokens == ids[row]]
+        for text in carried.equals:
+            other = carried.as_text(text)
+            assert (other.text, other.index, other.equals) == (text, prompts.index(text), carried.equals)
+            weights, missing = other.weights(words_of(text))
+            # Every word is a token, and 14 of them fit into the window.
+            assert [columns(own) for own in weights if own.any()] == [[n + 1] for n in range(min(14, len(words_of(text))))]
+            assert missing == list(words_of(text)[14:])
+        with pytest.raises(KeyError):
+            carried.as_text("a chair")
+
+
+def test_prompts_of_one_encoders_tokens_that_another_tells_apart_are_not_equal():
+    pipe = PIPELINES["StableDiffusion3Pipeline"]()  # CLIP has no capitals, T5 has
+    prompts = ["a cat", "A cat", "a cat "]
+    texts, (embeddings, *_) = read(pipe, prompts, None, None, device="cpu", do_classifier_free_guidance=False)
+    assert [texts.identify(embedding, prompts).equals for embedding in embeddings] == [
+        ("a cat", "a cat "),
+        ("A cat",),
+        ("a cat", "a cat "),
+    ]
+
+
 class Nested(torch.nn.Module):
     """transformers 4 has CLIP's encoder inside the model, where diffusers looks for the last norm."""
 
