@@ -122,7 +122,7 @@ class Texts:
     """What a pipeline's text encoders received and gave inside one `TextReader.reading()`. Tensors are references."""
 
     def __init__(self, pipe: Any) -> None:
-        self._pipe = pipe
+        self.pipe = pipe
         self._calls: list[Call] = []
         self._thread = threading.get_ident()
         self._depth = 0
@@ -148,7 +148,7 @@ class Texts:
         for index, text in enumerate(candidates):
             if text in candidates[:index]:
                 continue
-            found = [align(self._pipe, encoder, tokens, text, arguments or {}) for encoder, tokens in received.items()]
+            found = [align(self.pipe, encoder, tokens, text, arguments or {}) for encoder, tokens in received.items()]
             if any(len(alignments) > 1 for alignments in found):
                 unclear = text
             elif any(found):
@@ -160,7 +160,7 @@ class Texts:
         if unclear is not None:
             raise CaptureError(
                 f"the prompt {unclear[:200]!r} stands several times among the tokens that the text encoder of this "
-                f"{type(self._pipe).__name__} received, in its template for one; lavender does not know which is meant. Word it "
+                f"{type(self.pipe).__name__} received, in its template for one; lavender does not know which is meant. Word it "
                 "otherwise, or record with patch.capture(word_weights)"
             )
         return None
@@ -170,7 +170,7 @@ class Texts:
         """What the text encoders received, as text, each once: for messages."""
         texts: dict[str, None] = {}
         for call in self._calls:
-            tokenizer = tokenizer_of(self._pipe, call.encoder)
+            tokenizer = tokenizer_of(self.pipe, call.encoder)
             if tokenizer is not None:
                 for row in call.tokens:
                     texts[tokenizer.decode([token for token in row if token not in _special_ids(tokenizer)]).strip()] = None
@@ -178,7 +178,7 @@ class Texts:
 
     def _received(self, embedding: torch.Tensor, limit: int | None) -> tuple[dict[str, Received], tuple[str | None, ...]]:
         """Per encoder the tokens that the embedding comes from; and per column its token."""
-        tokenizers = {call.encoder: tokenizer_of(self._pipe, call.encoder) for call in self._calls}
+        tokenizers = {call.encoder: tokenizer_of(self.pipe, call.encoder) for call in self._calls}
         special = {encoder: _special_ids(tokenizer) for encoder, tokenizer in tokenizers.items() if tokenizer is not None}
         calls = [call for call in self._calls if call.encoder in special]
         received: dict[str, Received] = {}
@@ -237,6 +237,12 @@ class TextReader:
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether this thread's forwards are recorded for this pipeline now, by any reader."""
+        innermost = self.innermost.get()
+        return innermost is not None and innermost.pipe is self.pipe
 
     @contextmanager
     def reading(self) -> Iterator[Texts]:

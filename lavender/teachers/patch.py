@@ -248,17 +248,14 @@ class TeacherPatch(Handle):
             drawing.rows += known
 
     def begun(self) -> AbstractContextManager[Any]:
-        """Around `encode_prompt`: inside the pipeline's call, what that reads is read already."""
-        drawing = self._drawing
-        is_inside = drawing is not None and drawing.whole and not drawing.is_closed
-        return nullcontext() if is_inside else self._reader.reading()
+        """Around `encode_prompt`: inside the pipeline's call, or where a teacher encodes a caption, all is read already."""
+        return nullcontext() if self._reader.is_reading else self._reader.reading()
 
     def finished(self, arguments: dict[str, Any], texts: Texts | None, output: Any) -> None:
         """`encode_prompt` ran: by a user it says what is drawn next; inside the pipeline's call its first run has the prompt."""
         drawing = self._drawing
         if texts is None:
-            assert drawing is not None
-            if not drawing.prompts.texts and not drawing.rows:
+            if drawing is not None and drawing.whole and not (drawing.is_closed or drawing.prompts.texts or drawing.rows):
                 # A subclass's call that hands all its arguments on does not say which of them is the prompt.
                 inner = Drawing.of(arguments, self._words, whole=True)
                 drawing.arguments = {**arguments, **drawing.arguments}
