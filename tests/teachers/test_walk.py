@@ -41,7 +41,7 @@ OFTEN = [
 )
 def test_the_picture_is_the_same_and_its_maps_are_right_or_refused(name):
     outcome = walk(name)
-    stated = f"| {name.replace('/', ', ')} | {outcome.denoiser} | {'read |' if outcome.when is None else 'refused by '}"
+    stated = f"| {name.replace('/', ', ')} | {outcome.denoiser} | {'read' if outcome.when is None else 'refused by '}"
     assert stated in committed_table()
 
 
