@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
 from ..errors import CaptureError, ConfigError, LavenderError, ModelError, first_line
 from ..handle import Handle
@@ -283,6 +285,9 @@ class TeacherPatch(Handle):
         if drawing.is_suspended:
             drawing.left_out["inside a callback"] += 1
             return []
+        if drawing.whole and _is_drawn_by_another(self.pipe):
+            drawing.left_out["by another pipeline"] += 1
+            return []
         if drawing.whole and any(hooks.is_running for hooks in self._hooks):
             drawing.left_out["inside another forward"] += 1
             return []
@@ -392,6 +397,22 @@ class TeacherPatch(Handle):
     def _say(self, error: Exception) -> None:
         # No Python warning: where these are errors, they would end the call.
         logger.warning("this picture's maps cannot be read, or not all: %s", first_line(error))
+
+
+def _is_drawn_by_another(pipe: Any) -> bool:
+    """Whether the call of another pipeline, inside the one of this, asks the denoiser: in a scheduler or a hook of the user's."""
+    if torch.compiler.is_compiling():
+        return False
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__":
+            caller = frame.f_locals.get("self")
+            if caller is pipe:
+                return False
+            if isinstance(caller, DiffusionPipeline):
+                return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _time_of(timestep: Any, size: int) -> Any:

@@ -115,6 +115,29 @@ def test_batches_whose_texts_are_each_others(name, prompts, negatives):
                 assert lens.negative_maps_of(picture).text == negatives[picture // 2]
 
 
+def test_another_pipeline_that_draws_the_same_prompt_in_the_schedulers_step_is_not_part_of_the_call():
+    from diffusers import StableDiffusionImg2ImgPipeline
+    from PIL import Image
+
+    pipe = PIPELINES[SD]()
+    other = StableDiffusionImg2ImgPipeline(**pipe.components)
+    other.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    other.set_progress_bar_config(disable=True)
+    with lavender.patch(pipe) as lens:
+        plain = draw(pipe, SD)
+        expected = lens.maps["cat"].values
+        step = pipe.scheduler.step
+
+        def drawing_step(*args, **kwargs):
+            other(PROMPT, image=Image.new("RGB", (48, 32), "red"), num_inference_steps=4, guidance_scale=5.0)
+            return step(*args, **kwargs)
+
+        pipe.scheduler.step = drawing_step
+        assert (draw(pipe, SD) == plain).all()
+        assert torch.equal(lens.maps["cat"].values, expected)
+        assert lens.maps.coverage.left_out["by another pipeline"] > 2
+
+
 def test_one_negative_prompt_serves_all_pictures():
     for name in (SDXL, SD3, FLUX):
         pipe = PIPELINES[name]()
