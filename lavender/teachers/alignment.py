@@ -111,6 +111,16 @@ class Alignment:
         is_cut = self.is_run and other.is_run and self.received.is_exact
         return is_same and (self.closeness == other.closeness or is_cut)
 
+    def is_bordered(self, span: Span) -> bool:
+        """Whether tokens begin and end where some characters of `text` do, white space at a token's ends not counted."""
+        start, end = span
+        for left, right in self.spans:
+            token = self.text[left:right]
+            left, right = right - len(token.lstrip()), left + len(token.rstrip())
+            if max(left, start) < min(right, end) and not start <= left < right <= end:
+                return False
+        return True
+
     def columns_of(self, words: Sequence[Word]) -> list[list[int]]:
         """The text columns of every word."""
         columns = self.received.columns
@@ -259,7 +269,7 @@ def _pieces(text: str) -> Iterator[tuple[str, int, int]]:
 
     They are what is left of a word wherever a vocabulary or a decoder puts spaces.
     """
-    for is_piece, run in groupby(enumerate(text), lambda each: each[1].isalnum() or _is_mark(each[1])):
+    for is_piece, run in groupby(enumerate(text), lambda each: is_letter(each[1])):
         if is_piece:
             places = [at for at, _ in run]
             start, end = places[0], places[-1] + 1
@@ -268,11 +278,12 @@ def _pieces(text: str) -> Iterator[tuple[str, int, int]]:
 
 def _parts(text: str) -> set[str]:
     """The pieces of a text, and every other character but white space."""
-    return {piece for piece, _, _ in _pieces(text)} | {c for c in text if not (c.isalnum() or c.isspace() or _is_mark(c))}
+    return {piece for piece, _, _ in _pieces(text)} | {c for c in text if not (is_letter(c) or c.isspace())}
 
 
-def _is_mark(character: str) -> bool:
-    return unicodedata.category(character)[0] == "M"
+def is_letter(character: str) -> bool:
+    """Whether a character is a letter or a digit, or a mark on one."""
+    return character.isalnum() or unicodedata.category(character)[0] == "M"
 
 
 def _tokenize(tokenizer: Any, text: str, place: Place) -> tuple[list[int], list[Span], str, Place]:

@@ -17,14 +17,15 @@ from torch import nn
 from ..errors import CaptureError
 from ..handle import PerThread
 from ..types import Word
-from .alignment import Alignment, Received, align
+from ..words import match_words, words_of
+from .alignment import Alignment, Received, align, is_letter
 from .tracing import Call, Source, trace
 
 _TAIL = 2
 """Tokens that may follow a text that fills its window: the end, and one of a template."""
 
 TokenName = str | int
-"""What stands in a text without being a word, as a concept `<*>` does, for its first place; a token's string, as
+"""What stands in a text and not in another word, as a concept `<*>` does, for its first place; a token's string, as
 `convert_ids_to_tokens` gives it, for all columns that have it; or the index of a text column."""
 
 
@@ -98,15 +99,28 @@ class Carried:
 
     def _standing(self, token: TokenName, alignment: Alignment) -> list[int]:
         """The columns of what stands in the text without being a word, if its letters are what was tokenized."""
-        at = self.text.find(token) if isinstance(token, str) else -1
-        if not isinstance(token, str) or at < 0:
+        if not isinstance(token, str):
             return []
-        word = Word(token, at, at + len(token))
-        [span] = alignment.place([word])
+        [words] = match_words(self.text, [token])
         # A concept of several vectors is written out: <*> <*>_1 <*>_2.
         vectors = rf"{re.escape(token)}(\s*{re.escape(token)}_\d+)*"
-        is_literal = span is not None and re.fullmatch(vectors, alignment.text[span[0] : span[1]]) is not None
-        return alignment.columns_of([word])[0] if is_literal else []
+        for match in re.finditer(rf"(?={re.escape(token)})", self.text):
+            place = Word(token, match.start(), match.start() + len(token))
+            if place not in words and _is_inside_another(place, self.text):
+                continue
+            texts = [*words_of(self.text), place]
+            at = texts.index(place)
+            span = alignment.place(texts)[at]
+            is_literal = span is not None and re.fullmatch(vectors, alignment.text[span[0] : span[1]]) is not None
+            if span is not None and is_literal and (place in words or alignment.is_bordered(span)):
+                return alignment.columns_of(texts)[at]
+        return []
+
+
+def _is_inside_another(word: Word, text: str) -> bool:
+    """Whether letters stand beside a word's own, as those of "cat" do in "scat"."""
+    edges = (text[: word.start][-1:], word.text[:1]), (word.text[-1:], text[word.end :][:1])
+    return any(is_letter(own) and is_letter(beside) for own, beside in edges if own and beside)
 
 
 def _fit(alignments: Sequence[Alignment]) -> tuple[int, int]:

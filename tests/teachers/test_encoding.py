@@ -349,6 +349,49 @@ def test_concepts_of_one_and_several_vectors_and_tokens_that_are_no_words():
     assert carried.columns[1] == "a</w>"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("there the hat", {"the": [5], "he": []}),
+        ("a scat in a cat hat", {"cat": [6], "at": []}),
+        ("a sksa and a sks hat", {"sks": [7], "sksa": [2]}),
+        ("an a hat", {"a": [2], "an": [1]}),
+        ("a cat", {"at": [], "cat": [2], "a cat": [1, 2], "a c": []}),
+        ("a<*>b <*> <**>", {"<*>": [2], "*": []}),
+        ("a 7cat, cat7 cat", {"cat": [7], "7": [], "cat7": [5, 6], "7</w>": [2, 6]}),
+        ("a cat's (red)", {"cat": [2], "(red)": [5, 6, 7], "red)": [6, 7]}),
+        ("e\u0301 e hat", {"e": [3]}),
+    ],
+)
+def test_a_token_that_stands_in_the_text_is_no_part_of_another_word(prompt, expected):
+    pipe = PIPELINES["StableDiffusionPipeline"]()
+    pipe.tokenizer.add_tokens(["sks", "sksa", "<*>", "<**>"])
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False)
+    texts, (embeddings, _) = read(pipe, prompt, "cpu", 1, False)
+    weights, missing = texts.identify(embeddings[0], [prompt]).weights((), list(expected))
+    assert {token: columns(own) for token, own in zip(expected, weights, strict=True)} == expected
+    assert missing == [token for token, found in expected.items() if not found]
+
+
+@pytest.mark.parametrize("preset", [None, "daam"])
+def test_a_words_map_is_the_same_with_a_token_of_that_name(preset):
+    pipe = PIPELINES["StableDiffusionPipeline"]()
+    prompt, found = "there the Hat the hat", []
+    for tokens in ((), ("the", "hat", "the Hat", "the</w>", "e")):
+        with lavender.patch(pipe, preset=preset, tokens=tokens) as lens:
+            pipe(prompt, num_inference_steps=2, height=24, width=24, output_type="np", generator=torch.Generator().manual_seed(0))
+            found.append(lens.maps)
+    plain, maps = found
+    for word in ("the", "hat", "Hat", "the Hat"):
+        assert torch.equal(maps[word].values, plain[word].values)
+        assert maps[word].word == plain[word].word
+    assert torch.equal(maps.heat_map("the", occurrence=1).values, plain.heat_map("the", occurrence=1).values)
+    both = (plain.heat_map("the", occurrence=0).values + plain.heat_map("the", occurrence=1).values) / 2
+    torch.testing.assert_close(maps["the</w>"].values, both)
+    assert "e" in maps  # a token's string
+    assert "e" not in plain
+
+
 def chat(template: str) -> tuple[Any, Callable[[str], torch.Tensor]]:
     """A pipeline that nobody wrote a table for, and how it encodes."""
     pipe = SimpleNamespace(prompt_template=template, tokenizer=byte_level(), text_encoder=Ids())
