@@ -18,8 +18,10 @@ from ..errors import CaptureError
 from ..handle import PerThread
 from ..types import Word
 from ..words import match_words, words_of
-from .alignment import Alignment, Received, align, is_letter
+from .alignment import Alignment, Form, Received, align, forms_of, is_letter, template_parts
 from .tracing import Call, Source, trace
+
+_NONE: Mapping[str, Any] = {}
 
 _TAIL = 2
 """Tokens that may follow a text that fills its window: the end, and one of a template."""
@@ -141,6 +143,8 @@ class Texts:
         self._thread = threading.get_ident()
         self._depth = 0
         self._inside: list[Call] = []
+        self._forms: dict[tuple[str, str], list[Form]] = {}
+        self._formed_by: Mapping[str, Any] | None = None
 
     def identify(
         self, embedding: torch.Tensor, candidates: Sequence[str], arguments: Mapping[str, Any] | None = None
@@ -155,18 +159,26 @@ class Texts:
         Raises:
             CaptureError: the embedding's tokens and a candidate can be aligned in several ways.
         """
-        embedding = embedding.detach()
-        received, columns = self._received(embedding, (arguments or {}).get("max_sequence_length"))
+        arguments = _NONE if arguments is None else arguments
+        received, columns = self._received(embedding.detach(), arguments.get("max_sequence_length"))
+        around = {encoder: template_parts(self._pipe, tokens.tokenizer, arguments) for encoder, tokens in received.items()}
+        indices = {text: index for index, text in reversed(list(enumerate(candidates)))}
+
+        def ways_of(text: str, *kinds: bool) -> list[list[Alignment]]:
+            forms = [(own, self._forms_of(name, own.tokenizer, text, arguments), around[name]) for name, own in received.items()]
+            return [next((found for kind in kinds if (found := align(*each, kind))), []) for each in forms]
+
+        runs = {text: ways_of(text, True) for text in dict.fromkeys(candidates)}
+        # Where a candidate is all of the tokens, nothing fits as well but the same tokens.
+        is_told = any(found and all(len(way) == 1 and way[0].is_all for way in found) for found in runs.values())
         ways: dict[str, tuple[int, tuple[Alignment, ...]]] = {}
         unclear = None
-        for index, text in enumerate(candidates):
-            if text in candidates[:index]:
-                continue
-            found = [align(self._pipe, encoder, tokens, text, arguments or {}) for encoder, tokens in received.items()]
+        for text, run in runs.items():
+            found = run if is_told else ways_of(text, True, False)
             if any(len(alignments) > 1 for alignments in found):
                 unclear = text
             elif any(found):
-                ways[text] = index, tuple(alignment for alignments in found for alignment in alignments)
+                ways[text] = indices[text], tuple(alignment for alignments in found for alignment in alignments)
         if ways:
             best = max(ways, key=lambda text: _fit(ways[text][1]))
             same = {text: way for text, way in ways.items() if _are_equal(way[1], ways[best][1])}
@@ -206,6 +218,14 @@ class Texts:
                     columns[column] = name
             received[encoder] = _tokens_of(tokenizer, calls, sources, special[encoder], limit)
         return received, tuple(columns)
+
+    def _forms_of(self, encoder: str, tokenizer: Any, text: str, arguments: Mapping[str, Any]) -> list[Form]:
+        """A candidate's forms, which are made once for all samples of a call."""
+        if self._formed_by is not arguments:
+            self._forms, self._formed_by = {}, arguments
+        if (encoder, text) not in self._forms:
+            self._forms[encoder, text] = forms_of(self._pipe, encoder, tokenizer, text, arguments)
+        return self._forms[encoder, text]
 
     def _began(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of what takes token ids."""
