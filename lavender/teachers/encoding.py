@@ -161,6 +161,7 @@ class Texts:
         """
         arguments = _NONE if arguments is None else arguments
         received, columns = self._received(embedding.detach(), arguments.get("max_sequence_length"))
+        received = dict(sorted(received.items()))
         around = {encoder: template_parts(self._pipe, tokens.tokenizer, arguments) for encoder, tokens in received.items()}
         indices = {text: index for index, text in reversed(list(enumerate(candidates)))}
 
@@ -172,6 +173,7 @@ class Texts:
         # Where a candidate is all of the tokens, nothing fits as well but the same tokens.
         is_told = any(found and all(len(way) == 1 and way[0].is_all for way in found) for found in runs.values())
         ways: dict[str, tuple[int, tuple[Alignment, ...]]] = {}
+        fits: dict[str, tuple[bool, int, int]] = {}
         unclear = None
         for text, run in runs.items():
             found = run if is_told else ways_of(text, True, False)
@@ -179,8 +181,10 @@ class Texts:
                 unclear = text
             elif any(found):
                 ways[text] = indices[text], tuple(alignment for alignments in found for alignment in alignments)
+                fits[text] = bool(found[0]), *_fit(ways[text][1])
         if ways:
-            best = max(ways, key=lambda text: _fit(ways[text][1]))
+            # `prompt` goes to the first encoder; the others may have been given another one, which is a candidate too.
+            best = max(ways, key=fits.__getitem__)
             same = {text: way for text, way in ways.items() if _are_equal(way[1], ways[best][1])}
             return Carried(best, ways[best][0], columns, same)
         if unclear is not None:

@@ -302,6 +302,16 @@ def test_prompts_of_one_encoders_tokens_that_another_tells_apart_are_not_equal()
     ]
 
 
+@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "StableDiffusion3Pipeline"])
+def test_what_the_first_encoder_was_given_is_the_prompt_whatever_the_others_were(name):
+    pipe = PIPELINES[name]()
+    first, others = ["a cat", "two birds"], ["two birds", "a cat"]
+    more = {"prompt_3": others} if name == "StableDiffusion3Pipeline" else {}
+    texts, (embeddings, *_) = read(pipe, first, prompt_2=others, device="cpu", do_classifier_free_guidance=False, **more)
+    assert [texts.identify(embedding, first).text for embedding in embeddings] == first
+    assert [texts.identify(embedding, others).text for embedding in embeddings] == first
+
+
 class Nested(torch.nn.Module):
     """transformers 4 has CLIP's encoder inside the model, where diffusers looks for the last norm."""
 
