@@ -23,6 +23,7 @@ from peft import LoraConfig, get_peft_model
 import lavender
 from lavender.config import TeacherConfig
 from lavender.errors import CaptureError, DataError, ModelError
+from lavender.teachers import alignment, tracing
 from lavender.teachers.encoding import TextReader
 from lavender.teachers.model import Teacher
 from lavender.types import WordMaps
@@ -310,6 +311,31 @@ def test_what_the_first_encoder_was_given_is_the_prompt_whatever_the_others_were
     texts, (embeddings, *_) = read(pipe, first, prompt_2=others, device="cpu", do_classifier_free_guidance=False, **more)
     assert [texts.identify(embedding, first).text for embedding in embeddings] == first
     assert [texts.identify(embedding, others).text for embedding in embeddings] == first
+
+
+def test_the_work_grows_with_the_batch_and_not_with_its_square(monkeypatch):
+    pipe, counts = PIPELINES["StableDiffusionXLPipeline"](), {}
+
+    def counted(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def call(*args: Any) -> Any:
+            counts[name] = counts.get(name, 0) + 1
+            return function(*args)
+
+        monkeypatch.setattr(module, name, call)
+
+    for module, name in ((tracing, "_runs"), (tracing, "_keys"), (alignment, "_tokenize")):
+        counted(module, name)
+    work = []
+    for size in (4, 8):
+        prompts = [f"a cat in a red hat {'birds ' * n}" for n in range(size)]
+        texts, (embeddings, *_) = read(pipe, prompts, device="cpu", do_classifier_free_guidance=False)
+        counts.clear()
+        assert [texts.identify(embedding, prompts).index for embedding in embeddings] == list(range(size))
+        work.append(dict(counts))
+    assert work[0]["_tokenize"] == 2 * 4  # each of the prompts, for each of the tokenizers
+    assert all(work[1][name] <= 2 * work[0][name] for name in work[0])
 
 
 class Nested(torch.nn.Module):
