@@ -249,15 +249,16 @@ class Maps(Mapping[str, HeatMap]):
         return str(word) if word in self.tokens else " ".join(self.words[i].text for i in places)
 
     def _places(self, word: str | int, occurrence: int | None) -> list[int]:
-        if word in self.tokens:
+        parts = ([part.text for part in words_of(word)] or [word]) if isinstance(word, str) else []
+        starts = (self._starts(parts) or self._starts([part.casefold() for part in parts], fold=True)) if parts else []
+        # Words win: maps["the"] is the word's whether or not a token is called so too.
+        if word in self.tokens and not (starts and " ".join(parts) == word):
             if word in self.missing:
                 raise CaptureError(f"{word!r} has no map: no text column of {self.text!r} comes from such a token")
             return [self.tokens.index(word) - len(self.tokens)]  # behind the words
         if not isinstance(word, str):
             raise KeyError(f"column {word} was not asked for; a pipeline reads it with lavender.patch(..., tokens=({word},))")
         occurrence = occurrence or 0
-        parts = [part.text for part in words_of(word)] or [word]
-        starts = self._starts(parts) or self._starts([part.casefold() for part in parts], fold=True)
         if not starts:  # part of a run that has no spaces, or another composition of the letters
             parts = parts[:1]
             [parts_of_run] = match_words(self.text, [word])

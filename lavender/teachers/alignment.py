@@ -65,6 +65,11 @@ class Received:
                 pieces[owner][1].append(index)
         return pieces
 
+    @cached_property
+    def spelled(self) -> frozenset[str]:
+        """What these pieces are."""
+        return frozenset(piece for piece, _ in self.pieces)
+
     @property
     def is_exact(self) -> bool:
         """Whether there is no padding: a longer text is cut to these very tokens."""
@@ -101,6 +106,11 @@ class Alignment:
         return [token for token, (start, end) in enumerate(self.spans) if end > start]
 
     @property
+    def is_all(self) -> bool:
+        """Whether there is no token that is not of the text."""
+        return self.closeness == 2 and self.tokens == self.received.plain
+
+    @property
     def closeness(self) -> int:
         """2 where the text stands there token by token, 1 where its words do, 0 where its end is not there."""
         return (2 if self.is_run else 1) if self.is_whole else 0
@@ -111,6 +121,16 @@ class Alignment:
         is_cut = self.is_run and other.is_run and self.received.is_exact
         return is_same and (self.closeness == other.closeness or is_cut)
 
+    def is_bordered(self, span: Span) -> bool:
+        """Whether tokens begin and end where some characters of `text` do, white space at a token's ends not counted."""
+        start, end = span
+        for left, right in self.spans:
+            token = self.text[left:right]
+            left, right = right - len(token.lstrip()), left + len(token.rstrip())
+            if max(left, start) < min(right, end) and not start <= left < right <= end:
+                return False
+        return True
+
     def columns_of(self, words: Sequence[Word]) -> list[list[int]]:
         """The text columns of every word."""
         columns = self.received.columns
@@ -120,40 +140,77 @@ class Alignment:
         ]
 
 
-def align(pipe: Any, encoder: str, received: Received, prompt: str, arguments: Arguments) -> list[Alignment]:
+@dataclass(frozen=True, eq=False)
+class Form:
+    """A text that a prompt may have been made into, for one tokenizer.
+
+    Attributes:
+        text: the text.
+        tokens: its tokens, without those that are put around it.
+        offsets: their characters.
+        tokenized: the text that these are counted in.
+        place: where the words of the prompt stand in `text`.
+        place_tokenized: where they stand in `tokenized`.
+    """
+
+    text: str
+    tokens: list[int]
+    offsets: list[Span]
+    tokenized: str
+    place: Place
+    place_tokenized: Place
+
+    @cached_property
+    def pieces(self) -> list[tuple[str, int, int]]:
+        """See `_pieces`."""
+        return list(_pieces(self.text))
+
+    @cached_property
+    def optional(self) -> list[bool]:
+        """Of each piece, whether it is markup."""
+        markup = [match.span() for match in _MARKUP.finditer(self.text)]
+        return [any(left <= start and end <= right for left, right in markup) for _, start, end in self.pieces]
+
+    @cached_property
+    def needed(self) -> frozenset[str]:
+        """The pieces that are no markup."""
+        return frozenset(piece for (piece, _, _), optional in zip(self.pieces, self.optional, strict=True) if not optional)
+
+
+def align(received: Received, forms: Sequence[Form], around: frozenset[str], is_run: bool) -> list[Alignment]:
     """The ways in which a prompt stands among an encoder's tokens: none, one, or several, of which none is proved.
 
-    The prompt, as the pipeline is known to clean it and to put it into a template or as it is, is tokenized, and must stand in the
-    tokens as one run. Else its words must: all of them but weights and other markup, in order and without anything between them.
-    What stands around it must be of a template that the pipeline has.
+    Args:
+        received: the tokens.
+        forms: the prompt as the pipeline is known to clean it and to put it into a template, and as it is; see `forms_of`.
+        around: what may stand around it; see `template_parts`.
+        is_run: whether its tokens must stand there as one run. Else its words must: all of them but weights and other markup, in
+            order and without anything between them.
     """
-    around = _template_parts(pipe, received.tokenizer, arguments)
-    forms = list(_forms(pipe, encoder, received.tokenizer, prompt, arguments))
-    for find in (_as_run, _as_words):
-        for text, place in forms:
-            if alignments := find(received, text, place, around):
-                return alignments
-    return []
+    find = _as_run if is_run else _as_words
+    return next((alignments for form in forms if (alignments := find(received, form, around))), [])
 
 
-def _forms(pipe: Any, encoder: str, tokenizer: Any, prompt: str, arguments: Arguments) -> Iterator[tuple[str, Place]]:
+def forms_of(pipe: Any, encoder: str, tokenizer: Any, prompt: str, arguments: Arguments) -> list[Form]:
     """The texts that a prompt may have been made into."""
-    seen = set()
     # The tables say what a class's own encode_prompt does; a modular pipeline has none.
     parts = known_parts(pipe) if hasattr(pipe, "encode_prompt") else ()
     makers = [part.text for part in parts if part.encoder == encoder]
+    forms: dict[str, Form] = {}
     for make in (*makers, preprocessed, cleaned, converted, plain):
         text = make(pipe, tokenizer, prompt, (), arguments)[0]
-        if text not in seen:
-            seen.add(text)
-            yield text, partial(_place, partial(make, pipe, tokenizer, prompt), arguments)
+        if text not in forms:
+            place = partial(_place, partial(make, pipe, tokenizer, prompt), arguments)
+            ids, offsets, tokenized, place_tokenized = _tokenize(tokenizer, text, place)
+            forms[text] = Form(text, ids, offsets, tokenized, place, place_tokenized)
+    return list(forms.values())
 
 
 def _place(make: Callable[..., PlacedWords], arguments: Arguments, words: Sequence[Word]) -> list[Span | None]:
     return make(words, arguments)[1]
 
 
-def _template_parts(pipe: Any, tokenizer: Any, arguments: Arguments) -> frozenset[str]:
+def template_parts(pipe: Any, tokenizer: Any, arguments: Arguments) -> frozenset[str]:
     """What stands in the templates that a pipeline has: in its package and itself, its call's arguments and its tokenizer."""
     chat = getattr(tokenizer, "chat_template", None)
     mro = type(pipe).__mro__
@@ -187,31 +244,31 @@ def _parts_within(texts: Sequence[Any]) -> frozenset[str]:
     return frozenset(parts)
 
 
-def _as_run(received: Received, text: str, place: Place, around: frozenset[str]) -> list[Alignment]:
-    tokens, offsets, text, place = _tokenize(received.tokenizer, text, place)
-    ids = received.ids
-    if not tokens:
+def _as_run(received: Received, form: Form, around: frozenset[str]) -> list[Alignment]:
+    text, place = form.tokenized, form.place_tokenized
+    if not form.tokens:
         return [_aligned(received, text, place, {}, True, True)] if _is_template(received, (), around) else []
+    ids, tokens = received.ids, form.tokens
     whole, cut = [], []
-    for start in range(len(ids)):
+    for start in (start for start, token in enumerate(ids) if token == tokens[0]):
         count = next((n for n, (a, b) in enumerate(zip(tokens, ids[start:], strict=False)) if a != b), None)
         if count is None and len(ids) - start >= len(tokens):
             whole.append(range(start, start + len(tokens)))
         elif received.is_full:
             end = len(ids) if count is None else start + count
-            if end > start and (end == len(ids) or ids[end] in received.special):
+            if end == len(ids) or ids[end] in received.special:
                 cut.append(range(start, end))
     runs = [run for run in whole or cut if received.reaches(run) and _is_template(received, run, around)]
-    return [_aligned(received, text, place, dict(zip(run, offsets, strict=False)), True, bool(whole)) for run in runs]
+    return [_aligned(received, text, place, dict(zip(run, form.offsets, strict=False)), True, bool(whole)) for run in runs]
 
 
-def _as_words(received: Received, text: str, place: Place, around: frozenset[str]) -> list[Alignment]:
-    pieces = list(_pieces(text))
-    markup = [match.span() for match in _MARKUP.finditer(text)]
-    optional = [any(left <= start and end <= right for left, right in markup) for _, start, end in pieces]
-    marks = frozenset(character for character in text if not character.isalnum())
+def _as_words(received: Received, form: Form, around: frozenset[str]) -> list[Alignment]:
+    pieces = form.pieces
+    if not received.is_full and not form.needed <= received.spelled:
+        return []
+    marks = frozenset(character for character in form.text if not character.isalnum())
     alignments = []
-    for found in _walks([piece for piece, _, _ in pieces], optional, received):
+    for found in _walks([piece for piece, _, _ in pieces], form.optional, received):
         indices = sorted({token for at in found.values() for token in received.pieces[at][1]})
         if received.reaches(indices) and _is_template(received, indices, around | marks):
             spans: dict[int, Span] = {}
@@ -219,7 +276,7 @@ def _as_words(received: Received, text: str, place: Place, around: frozenset[str
                 for token in received.pieces[at][1]:
                     start, end = spans.get(token, pieces[piece][1:])
                     spans[token] = min(start, pieces[piece][1]), max(end, pieces[piece][2])
-            alignments.append(_aligned(received, text, place, spans, False, max(found) == len(pieces) - 1))
+            alignments.append(_aligned(received, form.text, form.place, spans, False, max(found) == len(pieces) - 1))
     return alignments
 
 
@@ -259,7 +316,7 @@ def _pieces(text: str) -> Iterator[tuple[str, int, int]]:
 
     They are what is left of a word wherever a vocabulary or a decoder puts spaces.
     """
-    for is_piece, run in groupby(enumerate(text), lambda each: each[1].isalnum() or _is_mark(each[1])):
+    for is_piece, run in groupby(enumerate(text), lambda each: is_letter(each[1])):
         if is_piece:
             places = [at for at, _ in run]
             start, end = places[0], places[-1] + 1
@@ -268,11 +325,12 @@ def _pieces(text: str) -> Iterator[tuple[str, int, int]]:
 
 def _parts(text: str) -> set[str]:
     """The pieces of a text, and every other character but white space."""
-    return {piece for piece, _, _ in _pieces(text)} | {c for c in text if not (c.isalnum() or c.isspace() or _is_mark(c))}
+    return {piece for piece, _, _ in _pieces(text)} | {c for c in text if not (is_letter(c) or c.isspace())}
 
 
-def _is_mark(character: str) -> bool:
-    return unicodedata.category(character)[0] == "M"
+def is_letter(character: str) -> bool:
+    """Whether a character is a letter or a digit, or a mark on one."""
+    return character.isalnum() or unicodedata.category(character)[0] == "M"
 
 
 def _tokenize(tokenizer: Any, text: str, place: Place) -> tuple[list[int], list[Span], str, Place]:

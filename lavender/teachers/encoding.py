@@ -17,14 +17,17 @@ from torch import nn
 from ..errors import CaptureError
 from ..handle import PerThread
 from ..types import Word
-from .alignment import Alignment, Received, align
+from ..words import match_words, words_of
+from .alignment import Alignment, Form, Received, align, forms_of, is_letter, template_parts
 from .tracing import Call, Source, trace
+
+_NONE: Mapping[str, Any] = {}
 
 _TAIL = 2
 """Tokens that may follow a text that fills its window: the end, and one of a template."""
 
 TokenName = str | int
-"""What stands in a text without being a word, as a concept `<*>` does, for its first place; a token's string, as
+"""What stands in a text and not in another word, as a concept `<*>` does, for its first place; a token's string, as
 `convert_ids_to_tokens` gives it, for all columns that have it; or the index of a text column."""
 
 
@@ -98,15 +101,28 @@ class Carried:
 
     def _standing(self, token: TokenName, alignment: Alignment) -> list[int]:
         """The columns of what stands in the text without being a word, if its letters are what was tokenized."""
-        at = self.text.find(token) if isinstance(token, str) else -1
-        if not isinstance(token, str) or at < 0:
+        if not isinstance(token, str):
             return []
-        word = Word(token, at, at + len(token))
-        [span] = alignment.place([word])
+        [words] = match_words(self.text, [token])
         # A concept of several vectors is written out: <*> <*>_1 <*>_2.
         vectors = rf"{re.escape(token)}(\s*{re.escape(token)}_\d+)*"
-        is_literal = span is not None and re.fullmatch(vectors, alignment.text[span[0] : span[1]]) is not None
-        return alignment.columns_of([word])[0] if is_literal else []
+        for match in re.finditer(rf"(?={re.escape(token)})", self.text):
+            place = Word(token, match.start(), match.start() + len(token))
+            if place not in words and _is_inside_another(place, self.text):
+                continue
+            texts = [*words_of(self.text), place]
+            at = texts.index(place)
+            span = alignment.place(texts)[at]
+            is_literal = span is not None and re.fullmatch(vectors, alignment.text[span[0] : span[1]]) is not None
+            if span is not None and is_literal and (place in words or alignment.is_bordered(span)):
+                return alignment.columns_of(texts)[at]
+        return []
+
+
+def _is_inside_another(word: Word, text: str) -> bool:
+    """Whether letters stand beside a word's own, as those of "cat" do in "scat"."""
+    edges = (text[: word.start][-1:], word.text[:1]), (word.text[-1:], text[word.end :][:1])
+    return any(is_letter(own) and is_letter(beside) for own, beside in edges if own and beside)
 
 
 def _fit(alignments: Sequence[Alignment]) -> tuple[int, int]:
@@ -127,6 +143,8 @@ class Texts:
         self._thread = threading.get_ident()
         self._depth = 0
         self._inside: list[Call] = []
+        self._forms: dict[tuple[str, str], list[Form]] = {}
+        self._formed_by: Mapping[str, Any] | None = None
 
     def identify(
         self, embedding: torch.Tensor, candidates: Sequence[str], arguments: Mapping[str, Any] | None = None
@@ -141,20 +159,32 @@ class Texts:
         Raises:
             CaptureError: the embedding's tokens and a candidate can be aligned in several ways.
         """
-        embedding = embedding.detach()
-        received, columns = self._received(embedding, (arguments or {}).get("max_sequence_length"))
+        arguments = _NONE if arguments is None else arguments
+        received, columns = self._received(embedding.detach(), arguments.get("max_sequence_length"))
+        received = dict(sorted(received.items()))
+        around = {encoder: template_parts(self.pipe, tokens.tokenizer, arguments) for encoder, tokens in received.items()}
+        indices = {text: index for index, text in reversed(list(enumerate(candidates)))}
+
+        def ways_of(text: str, *kinds: bool) -> list[list[Alignment]]:
+            forms = [(own, self._forms_of(name, own.tokenizer, text, arguments), around[name]) for name, own in received.items()]
+            return [next((found for kind in kinds if (found := align(*each, kind))), []) for each in forms]
+
+        runs = {text: ways_of(text, True) for text in dict.fromkeys(candidates)}
+        # Where a candidate is all of the tokens, nothing fits as well but the same tokens.
+        is_told = any(found and all(len(way) == 1 and way[0].is_all for way in found) for found in runs.values())
         ways: dict[str, tuple[int, tuple[Alignment, ...]]] = {}
+        fits: dict[str, tuple[bool, int, int]] = {}
         unclear = None
-        for index, text in enumerate(candidates):
-            if text in candidates[:index]:
-                continue
-            found = [align(self.pipe, encoder, tokens, text, arguments or {}) for encoder, tokens in received.items()]
+        for text, run in runs.items():
+            found = run if is_told else ways_of(text, True, False)
             if any(len(alignments) > 1 for alignments in found):
                 unclear = text
             elif any(found):
-                ways[text] = index, tuple(alignment for alignments in found for alignment in alignments)
+                ways[text] = indices[text], tuple(alignment for alignments in found for alignment in alignments)
+                fits[text] = bool(found[0]), *_fit(ways[text][1])
         if ways:
-            best = max(ways, key=lambda text: _fit(ways[text][1]))
+            # `prompt` goes to the first encoder; the others may have been given another one, which is a candidate too.
+            best = max(ways, key=fits.__getitem__)
             same = {text: way for text, way in ways.items() if _are_equal(way[1], ways[best][1])}
             return Carried(best, ways[best][0], columns, same)
         if unclear is not None:
@@ -192,6 +222,14 @@ class Texts:
                     columns[column] = name
             received[encoder] = _tokens_of(tokenizer, calls, sources, special[encoder], limit)
         return received, tuple(columns)
+
+    def _forms_of(self, encoder: str, tokenizer: Any, text: str, arguments: Mapping[str, Any]) -> list[Form]:
+        """A candidate's forms, which are made once for all samples of a call."""
+        if self._formed_by is not arguments:
+            self._forms, self._formed_by = {}, arguments
+        if (encoder, text) not in self._forms:
+            self._forms[encoder, text] = forms_of(self.pipe, encoder, tokenizer, text, arguments)
+        return self._forms[encoder, text]
 
     def _began(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of what takes token ids."""

@@ -41,7 +41,7 @@ class DaamMaps(Maps):
 
     def _places(self, word: str | int, occurrence: int | None) -> list[int]:
         places = super()._places(word, occurrence)
-        if occurrence is not None or word in self.tokens:
+        if occurrence is not None or min(places) < 0:  # a token's lies behind the words
             return places
         parts = [self.words[place].text.casefold() for place in places]
         everywhere = [start + n for start in self._starts(parts, fold=True) for n in range(len(parts))]

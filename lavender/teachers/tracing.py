@@ -43,6 +43,7 @@ class Call:
     encoder: str
     ids: torch.Tensor
     states: list[torch.Tensor] = field(default_factory=list)
+    _places: dict[tuple[int, torch.dtype], tuple[torch.Tensor, dict[bytes, list[int]]]] = field(default_factory=dict)
 
     def add(self, state: torch.Tensor) -> None:
         """Keeps a hidden state [B, L, C], or [L, B, C] as ChatGLM gives it."""
@@ -61,6 +62,17 @@ class Call:
     def id_at(self, row: int, position: int) -> int:
         """The token at a place."""
         return self.tokens[row][position]
+
+    def places(self, layer: int, dtype: torch.dtype) -> dict[bytes, list[int]]:
+        """Where in a state, in some precision, each key stands: as row * L + position. Built anew where the state was changed."""
+        channels = self.states[layer][..., :_KEY_CHANNELS].to(dtype)
+        known = self._places.get((layer, dtype))
+        if known is None or not torch.equal(known[0], channels):
+            places: dict[bytes, list[int]] = {}
+            for place, key in enumerate(_keys(channels)):
+                places.setdefault(key, []).append(place)
+            known = self._places[layer, dtype] = channels.clone(), places
+        return known[1]
 
 
 def _is_same(state: torch.Tensor, other: torch.Tensor) -> bool:
@@ -162,29 +174,78 @@ def _keys(states: torch.Tensor) -> list[bytes]:
 
 def _equal(embedding: torch.Tensor, calls: Sequence[Call], offset: int) -> Iterator[tuple[int, Source, bool]]:
     """The columns that equal a hidden state from the channel `offset` on, and whether no other one does as well."""
+    found = [
+        (number, state, matches)
+        for number, call in enumerate(calls)
+        for layer, state in enumerate(call.states)
+        if offset + state.shape[2] <= embedding.shape[1]
+        for matches in [_Matches.of(_keys(embedding[:, offset : offset + state.shape[2]]), call, layer, embedding.dtype)]
+        if matches is not None
+    ]
+    # No run is longer than its row has columns: a batch's other rows, which begin alike, need no look.
+    longest = np.max([matches.longest for _, _, matches in found], axis=0, initial=0) if found else np.zeros(len(embedding))
     columns = [_Column() for _ in embedding]
-    # Per width of the window, a number for every key, and the numbers of the columns.
-    numbered: dict[int, tuple[dict[bytes, int], NDArray[np.int64]]] = {}
-    for number, call in enumerate(calls):
-        for state in call.states:
-            width = state.shape[2]
-            if offset + width > embedding.shape[1]:
-                continue
-            if width not in numbered:
-                numbers: dict[bytes, int] = {}
-                keys = _keys(embedding[:, offset : offset + width])
-                numbered[width] = numbers, np.array([numbers.setdefault(key, len(numbers)) for key in keys])
-            numbers, wanted = numbered[width]
-            found = np.array([numbers.get(key, -1) for key in _keys(state[..., :_KEY_CHANNELS].to(embedding.dtype))])
-            for row, present in enumerate(found.reshape(call.ids.shape)):
-                if (present >= 0).any():
-                    _compete(columns, wanted[:, None] == present, calls, number, row, state)
+    for number, state, matches in found:
+        for row in np.flatnonzero((matches.present & (matches.counts[:, None] >= longest)).any(axis=1)).tolist():
+            _compete(columns, matches.of_row(row), calls, number, row, state)
+    winners: dict[int, tuple[torch.Tensor, list[int]]] = {}
     for column, best in enumerate(columns):
-        if best.source is not None and best.state is not None:
-            _, row, position = best.source
-            state = best.state[row, position].to(embedding)
-            if state.any() and torch.equal(state, embedding[column, offset : offset + len(state)]):
-                yield column, best.source, best.is_unique
+        if best.state is not None:
+            winners.setdefault(id(best.state), (best.state, []))[1].append(column)
+    for state, won in winners.values():
+        sources = [source for column in won if (source := columns[column].source) is not None]
+        values = state[[row for _, row, _ in sources], [position for _, _, position in sources]].to(embedding)
+        is_equal = (values == embedding[won, offset : offset + state.shape[2]]).all(dim=1) & (values != 0).any(dim=1)
+        for column, source, equal in zip(won, sources, is_equal.tolist(), strict=True):
+            if equal:
+                yield column, source, columns[column].is_unique
+
+
+@dataclass(eq=False)
+class _Matches:
+    """The places [R, L] of a state whose keys are those of the columns of an embedding.
+
+    Attributes:
+        present: bool [R, N], the columns that match somewhere in each row.
+        counts: int64 [R], how many these are.
+        longest: int32 [N], the run of each column in the row that has most.
+    """
+
+    columns: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    length: int
+    present: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, keys: Sequence[bytes], call: Call, layer: int, dtype: torch.dtype) -> _Matches | None:
+        """Those of the columns' keys; None if there are none."""
+        places = call.places(layer, dtype)
+        pairs = [(column, place) for column, key in enumerate(keys) for place in places.get(key, ())]
+        if not pairs:
+            return None
+        num_rows, length = call.ids.shape
+        columns, flat = np.array(pairs).T
+        present = np.zeros((num_rows, len(keys)), dtype=bool)
+        present[flat // length, columns] = True
+        return cls(columns, flat // length, flat % length, length, present)
+
+    @cached_property
+    def counts(self) -> NDArray[np.int64]:
+        counts: NDArray[np.int64] = self.present.sum(axis=1)
+        return counts
+
+    @cached_property
+    def longest(self) -> NDArray[np.int32]:
+        longest: NDArray[np.int32] = _runs(self.of_row(int(self.counts.argmax()))).max(axis=1)
+        return longest
+
+    def of_row(self, row: int) -> NDArray[np.bool_]:
+        """Those of one row, [N, L]."""
+        matches = np.zeros((self.present.shape[1], self.length), dtype=bool)
+        own = self.rows == row
+        matches[self.columns[own], self.positions[own]] = True
+        return matches
 
 
 def _compete(

@@ -23,6 +23,7 @@ from peft import LoraConfig, get_peft_model
 import lavender
 from lavender.config import TeacherConfig
 from lavender.errors import CaptureError, DataError, ModelError
+from lavender.teachers import alignment, tracing
 from lavender.teachers.encoding import TextReader
 from lavender.teachers.model import Teacher
 from lavender.types import WordMaps
@@ -302,6 +303,41 @@ def test_prompts_of_one_encoders_tokens_that_another_tells_apart_are_not_equal()
     ]
 
 
+@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "StableDiffusion3Pipeline"])
+def test_what_the_first_encoder_was_given_is_the_prompt_whatever_the_others_were(name):
+    pipe = PIPELINES[name]()
+    first, others = ["a cat", "two birds"], ["two birds", "a cat"]
+    more = {"prompt_3": others} if name == "StableDiffusion3Pipeline" else {}
+    texts, (embeddings, *_) = read(pipe, first, prompt_2=others, device="cpu", do_classifier_free_guidance=False, **more)
+    assert [texts.identify(embedding, first).text for embedding in embeddings] == first
+    assert [texts.identify(embedding, others).text for embedding in embeddings] == first
+
+
+def test_the_work_grows_with_the_batch_and_not_with_its_square(monkeypatch):
+    pipe, counts = PIPELINES["StableDiffusionXLPipeline"](), {}
+
+    def counted(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def call(*args: Any) -> Any:
+            counts[name] = counts.get(name, 0) + 1
+            return function(*args)
+
+        monkeypatch.setattr(module, name, call)
+
+    for module, name in ((tracing, "_runs"), (tracing, "_keys"), (alignment, "_tokenize")):
+        counted(module, name)
+    work = []
+    for size in (4, 8):
+        prompts = [f"a cat in a red hat {'birds ' * n}" for n in range(size)]
+        texts, (embeddings, *_) = read(pipe, prompts, device="cpu", do_classifier_free_guidance=False)
+        counts.clear()
+        assert [texts.identify(embedding, prompts).index for embedding in embeddings] == list(range(size))
+        work.append(dict(counts))
+    assert work[0]["_tokenize"] == 2 * 4  # each of the prompts, for each of the tokenizers
+    assert all(work[1][name] <= 2 * work[0][name] for name in work[0])
+
+
 class Nested(torch.nn.Module):
     """transformers 4 has CLIP's encoder inside the model, where diffusers looks for the last norm."""
 
@@ -347,6 +383,49 @@ def test_concepts_of_one_and_several_vectors_and_tokens_that_are_no_words():
     assert rows[5:7] == [[0], [7]]
     assert rows[10] == [column for column, token in enumerate(carried.columns) if token == "<|endoftext|>"]
     assert carried.columns[1] == "a</w>"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("there the hat", {"the": [5], "he": []}),
+        ("a scat in a cat hat", {"cat": [6], "at": []}),
+        ("a sksa and a sks hat", {"sks": [7], "sksa": [2]}),
+        ("an a hat", {"a": [2], "an": [1]}),
+        ("a cat", {"at": [], "cat": [2], "a cat": [1, 2], "a c": []}),
+        ("a<*>b <*> <**>", {"<*>": [2], "*": []}),
+        ("a 7cat, cat7 cat", {"cat": [7], "7": [], "cat7": [5, 6], "7</w>": [2, 6]}),
+        ("a cat's (red)", {"cat": [2], "(red)": [5, 6, 7], "red)": [6, 7]}),
+        ("e\u0301 e hat", {"e": [3]}),
+    ],
+)
+def test_a_token_that_stands_in_the_text_is_no_part_of_another_word(prompt, expected):
+    pipe = PIPELINES["StableDiffusionPipeline"]()
+    pipe.tokenizer.add_tokens(["sks", "sksa", "<*>", "<**>"])
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False)
+    texts, (embeddings, _) = read(pipe, prompt, "cpu", 1, False)
+    weights, missing = texts.identify(embeddings[0], [prompt]).weights((), list(expected))
+    assert {token: columns(own) for token, own in zip(expected, weights, strict=True)} == expected
+    assert missing == [token for token, found in expected.items() if not found]
+
+
+@pytest.mark.parametrize("preset", [None, "daam"])
+def test_a_words_map_is_the_same_with_a_token_of_that_name(preset):
+    pipe = PIPELINES["StableDiffusionPipeline"]()
+    prompt, found = "there the Hat the hat", []
+    for tokens in ((), ("the", "hat", "the Hat", "the</w>", "e")):
+        with lavender.patch(pipe, preset=preset, tokens=tokens) as lens:
+            pipe(prompt, num_inference_steps=2, height=24, width=24, output_type="np", generator=torch.Generator().manual_seed(0))
+            found.append(lens.maps)
+    plain, maps = found
+    for word in ("the", "hat", "Hat", "the Hat"):
+        assert torch.equal(maps[word].values, plain[word].values)
+        assert maps[word].word == plain[word].word
+    assert torch.equal(maps.heat_map("the", occurrence=1).values, plain.heat_map("the", occurrence=1).values)
+    both = (plain.heat_map("the", occurrence=0).values + plain.heat_map("the", occurrence=1).values) / 2
+    torch.testing.assert_close(maps["the</w>"].values, both)
+    assert "e" in maps  # a token's string
+    assert "e" not in plain
 
 
 def chat(template: str) -> tuple[Any, Callable[[str], torch.Tensor]]:
