@@ -80,7 +80,8 @@ class TeacherFamily(ABC):
                 f"the autoencoder of this {type(pipe).__name__} is a {type(pipe.vae).__name__}, which says no "
                 "latent_channels; give the pipeline one that it draws with"
             )
-        channels, expected = self.denoiser.config.in_channels, self.packed_channels(latent_channels)
+        config: Any = self.denoiser.config
+        channels, expected = config.in_channels, self.packed_channels(latent_channels)
         if channels != expected:
             raise ModelError(
                 f"the denoiser of this {type(pipe).__name__} takes {channels} channels and its pictures have {expected} by its "

@@ -208,7 +208,7 @@ def test_a_denoiser_is_read_below_what_is_around_it():
     assert identities[2]["behavior"]["maps"] == identities[0]["behavior"]["maps"] != identities[3]["behavior"]["maps"]
     pipe = built("sd")
     pipe.unet = torch.nn.DataParallel(pipe.unet)
-    with pytest.raises(ModelError, match="the unet of this .* is in a DataParallel.*give the pipeline the UNet2DConditionModel"):
+    with pytest.raises(ModelError, match=r"the unet of this .* is in a DataParallel.*give the pipeline the UNet2DConditionModel"):
         Teacher(pipe, DDIM)
 
 

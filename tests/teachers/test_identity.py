@@ -18,12 +18,12 @@ from lavender.data.samples import Pair
 from lavender.errors import ConfigError, ModelError, TargetError
 from lavender.extraction.engines import _require_same
 from lavender.extraction.extract import extract
-from lavender.patching import patch
 from lavender.targets.maintenance import merge
 from lavender.targets.manifest import StoreConfig, different_teacher, new_manifest, read_manifest
 from lavender.targets.store import TargetStore
 from lavender.teachers.identity import digits_as_loaded, digits_of_weights
 from lavender.teachers.model import Teacher
+from lavender.teachers.recording import DenoiserHooks
 
 from .explicit import NAMES, SIDE, built, picture
 
@@ -200,8 +200,9 @@ def test_what_is_switched_off_again_is_as_before():
     pipe.enable_attention_slicing()
     pipe.disable_attention_slicing()
     pipe.unet.register_forward_pre_hook(lambda *_: None)  # no hook of an attention's
-    with patch(pipe):
-        assert identity(pipe) == before
+    hooks = DenoiserHooks(pipe.unet)
+    assert identity(pipe) == before
+    hooks.remove()
     pipe.vae = torch.compile(pipe.vae, backend="eager")
     assert identity(pipe) == before
 
