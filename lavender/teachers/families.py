@@ -41,6 +41,12 @@ class Text:
         return Text(torch.cat([self.embeddings, other.embeddings]), more)
 
 
+def stripped(part: Any) -> Any:
+    """A part of a pipeline without torch.compile and PEFT around it, by which it computes the same."""
+    part = getattr(part, "_orig_mod", part)
+    return unwrapped(part) if type(part).__module__.startswith("peft.") else part
+
+
 class TeacherFamily(ABC):
     """A pipeline's parts, outside of its own loop.
 
@@ -67,13 +73,12 @@ class TeacherFamily(ABC):
         self.pipe = pipe
         around = getattr(pipe, self.denoiser_name)
         self.denoiser: Any = unwrapped(around)
-        if not hasattr(around, "dtype"):
+        if not (hasattr(around, "dtype") and hasattr(around, "config")):  # DataParallel
             raise ModelError(
                 f"the {self.denoiser_name} of this {type(pipe).__name__} is in a {type(around).__name__}, with which the pipeline "
                 f"itself draws no picture; give the pipeline the {type(self.denoiser).__name__} that is inside"
             )
-        # Torch's and PEFT's wrappers compute the same; one's own is called, since it may not.
-        self._predictor = self.denoiser if type(around).__module__.startswith(("torch.", "peft.")) else around
+        self._predictor = stripped(around)  # a wrapper of one's own may change what is predicted
         latent_channels = getattr(pipe.vae.config, "latent_channels", None)
         if latent_channels is None:
             raise ModelError(

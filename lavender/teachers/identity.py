@@ -21,8 +21,7 @@ from ..config import TeacherConfig, fingerprint
 from ..errors import ConfigError, LavenderError, ModelError, first_line
 from ..words import words_of
 from .bound_denoiser import BoundDenoiser
-from .denoisers import unwrapped
-from .families import TeacherFamily
+from .families import TeacherFamily, stripped
 from .inversion import noisy_at
 from .recording import DenoiserHooks
 
@@ -40,17 +39,8 @@ _GRID = 4
 
 def modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
     """What shapes the maps: text encoders, autoencoder and denoiser."""
-    return {
-        name: _inner(part)
-        for name, part in pipe.components.items()
-        if isinstance(part, torch.nn.Module) and name != "safety_checker"
-    }
-
-
-def _inner(part: Any) -> Any:
-    """A part without what torch.compile, PEFT or another library puts around it: names of weights are the same then."""
-    part = getattr(part, "_orig_mod", part)
-    return unwrapped(part) if isinstance(part, torch.nn.Module) else part
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module) and name != "safety_checker"}
+    return {name: stripped(part) for name, part in parts.items()}
 
 
 def digits_of_weights(pipe: Any) -> str:
@@ -78,7 +68,7 @@ def _digest(settings: str, modules: Mapping[str, torch.nn.Module], in_single: tu
 
 def _settings(pipe: Any) -> str:
     """What was set of denoiser, autoencoder and scheduler; no names of folders and versions, and no defaults."""
-    parts = {name: _inner(getattr(pipe, name, None)) for name in ("unet", "transformer", "vae", "scheduler")}
+    parts = {name: stripped(getattr(pipe, name, None)) for name in ("unet", "transformer", "vae", "scheduler")}
     return json.dumps({name: _set(part) for name, part in parts.items() if part is not None}, sort_keys=True, default=str)
 
 

@@ -180,9 +180,10 @@ class Louder(torch.nn.Module):
     def __init__(self, denoiser):
         super().__init__()
         self.inner, self.config, self.dtype = denoiser, denoiser.config, denoiser.dtype
+        self.factor = torch.nn.Parameter(torch.tensor(2.0))
 
     def forward(self, sample, timestep, encoder_hidden_states, **more):
-        return self.inner(sample, timestep, 2 * encoder_hidden_states, **more)
+        return self.inner(sample, timestep, self.factor * encoder_hidden_states, **more)
 
 
 def test_a_denoiser_is_read_below_what_is_around_it():
@@ -193,6 +194,7 @@ def test_a_denoiser_is_read_below_what_is_around_it():
         lambda denoiser: torch.compile(denoiser, backend="eager"),
         lambda denoiser: get_peft_model(denoiser, LoraConfig(target_modules=["to_q"])),  # which begins as zero
         Louder,
+        lambda denoiser: torch.compile(Louder(denoiser), backend="eager"),
     ):
         pipe = built("sd")
         pipe.unet = wrap(pipe.unet)
@@ -200,11 +202,13 @@ def test_a_denoiser_is_read_below_what_is_around_it():
         maps.append(teacher.word_maps(picture(0), CAPTION).maps)
         identities.append(teacher.identity)
         teacher.close()
-    plain, compiled, peft, louder = maps
+    plain, compiled, peft, louder, both = maps
+    np.testing.assert_array_equal(both, louder)
     np.testing.assert_array_equal(compiled, plain)
     np.testing.assert_array_equal(peft, plain)
     assert abs(louder - plain).max() > 0.01 * plain.max()
     assert identities[1] == identities[0]
+    assert identities[0]["weights"] != identities[3]["weights"] == identities[4]["weights"]
     assert identities[2]["behavior"]["maps"] == identities[0]["behavior"]["maps"] != identities[3]["behavior"]["maps"]
     pipe = built("sd")
     pipe.unet = torch.nn.DataParallel(pipe.unet)
