@@ -13,6 +13,7 @@ import torch
 from ..config import Inversion, TeacherConfig
 from ..errors import ConfigError, ModelError, first_line
 from ..pretrained.names import loading, locate_model
+from ..teachers.denoisers import unwrapped
 from ..teachers.identity import encode_once
 from ..teachers.loading import empty_pipeline
 from ..teachers.model import require_teacher
@@ -52,6 +53,7 @@ def examine_name(model: str, index_file: Path) -> Iterator[Finding]:
 
 def examine(pipe: Any, denoiser: Any, problem: str | None = None) -> Iterator[Finding]:
     """A pipeline whose weights may be on the meta device; `problem` says why it cannot be loaded, if so."""
+    denoiser = unwrapped(denoiser)
     yield Finding("model", f"{type(pipe).__name__} with {type(denoiser).__name__}, a teacher")
     try:
         hooks = DenoiserHooks(denoiser)
@@ -75,6 +77,17 @@ def examine(pipe: Any, denoiser: Any, problem: str | None = None) -> Iterator[Fi
     yield kernels("column_maps", width, getattr(denoiser, "dtype", torch.float32))
 
 
+def _fitting(scheduler: Any) -> dict[str, Any]:
+    """The defaults that count timesteps, as far as the scheduler has so many: others are a matter of the config."""
+    count = int(getattr(scheduler, "config", {}).get("num_train_timesteps") or 1000)
+    few = max(1, count // 2)
+    return {
+        "timesteps": tuple(number for number in TeacherConfig.timesteps if number < count) or (count - 1,),
+        "inversion_steps": min(TeacherConfig.inversion_steps, few),
+        "diffusion_steps": min(TeacherConfig.diffusion_steps, few),
+    }
+
+
 def _extraction(pipe: Any) -> Finding:
     """By which inversions `lavender.extract` takes the pipeline, and why by none: it is asked itself."""
     accepted, refusal = [], ""
@@ -83,7 +96,9 @@ def _extraction(pipe: Any) -> Finding:
         try:
             # null_text is there to make guidance exact, and has no default for it.
             guidance = 7.5 if inversion == "null_text" else TeacherConfig.guidance_scale
-            family = require_teacher(pipe, TeacherConfig(inversion=inversion, dtype=dtype, guidance_scale=guidance))
+            family = require_teacher(
+                pipe, TeacherConfig(inversion=inversion, dtype=dtype, guidance_scale=guidance, **_fitting(pipe.scheduler))
+            )
             if pipe.vae.device.type == "meta":  # where nothing is computed but shapes
                 encode_once(family, torch.zeros(1, 3, family.side, family.side, device="meta"))
             accepted.append(inversion)

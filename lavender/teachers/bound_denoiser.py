@@ -62,9 +62,8 @@ class BoundDenoiser:
             word_weights = torch.cat([word_weights, torch.ones_like(word_weights[:, :1])], dim=1)
         self._word_weights = word_weights
         self._layer_weights = _layer_weights(hooks, config)
-        self._sums: dict[tuple[int, ...], torch.Tensor] = {}
-        self._total = 0.0
-        self._num_recorded = 0
+        self._sums: dict[tuple[int, ...], torch.Tensor]
+        self.forget()
 
     def _weights(self, received: Texts, texts: Sequence[str], words: Sequence[Sequence[Word]]) -> torch.Tensor:
         """Each column's share of each word, [B, W, N], as the text encoders received them."""
@@ -79,6 +78,10 @@ class BoundDenoiser:
                 padded[: len(caption_words)] = carried.weights(caption_words)[0][: len(caption_words)]
             self.missing.append([not own.any() for own in padded[: len(caption_words)]])
         return weights
+
+    def forget(self) -> None:
+        """Leaves out what was recorded so far."""
+        self._sums, self._total, self._num_recorded = {}, 0.0, 0
 
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """The prediction for the captions; nothing is recorded."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import ModelError, warn_renamed
+from .denoisers import unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +41,18 @@ class Text:
         return Text(torch.cat([self.embeddings, other.embeddings]), more)
 
 
+def stripped(part: Any) -> Any:
+    """A part of a pipeline without torch.compile and PEFT around it, by which it computes the same."""
+    part = getattr(part, "_orig_mod", part)
+    return unwrapped(part) if type(part).__module__.startswith("peft.") else part
+
+
 class TeacherFamily(ABC):
     """A pipeline's parts, outside of its own loop.
 
     Attributes:
         pipe: the pipeline.
-        denoiser: its U-Net or transformer.
+        denoiser: its U-Net or transformer, without what torch.compile, PEFT or a wrapper of one's own puts around it.
         flow_matching: whether models of this family are flow-matching ones; another family's are where their scheduler says so.
     """
 
@@ -64,14 +71,22 @@ class TeacherFamily(ABC):
             if getattr(pipe, part, None) is None:
                 raise ModelError(f"this {type(pipe).__name__} has no {part}; load it with all of its parts")
         self.pipe = pipe
-        self.denoiser = getattr(pipe, self.denoiser_name)
+        around = getattr(pipe, self.denoiser_name)
+        self.denoiser: Any = unwrapped(around)
+        if not (hasattr(around, "dtype") and hasattr(around, "config")):  # DataParallel
+            raise ModelError(
+                f"the {self.denoiser_name} of this {type(pipe).__name__} is in a {type(around).__name__}, with which the pipeline "
+                f"itself draws no picture; give the pipeline the {type(self.denoiser).__name__} that is inside"
+            )
+        self._predictor = stripped(around)  # a wrapper of one's own may change what is predicted
         latent_channels = getattr(pipe.vae.config, "latent_channels", None)
         if latent_channels is None:
             raise ModelError(
                 f"the autoencoder of this {type(pipe).__name__} is a {type(pipe.vae).__name__}, which says no "
                 "latent_channels; give the pipeline one that it draws with"
             )
-        channels, expected = self.denoiser.config.in_channels, self.packed_channels(latent_channels)
+        config: Any = self.denoiser.config
+        channels, expected = config.in_channels, self.packed_channels(latent_channels)
         if channels != expected:
             raise ModelError(
                 f"the denoiser of this {type(pipe).__name__} takes {channels} channels and its pictures have {expected} by its "
@@ -205,7 +220,7 @@ class _StableDiffusion(TeacherFamily):
             scales = torch.full((len(latents),), guidance_scale - 1)
             width = self.denoiser.config.time_cond_proj_dim
             more["timestep_cond"] = self.pipe.get_guidance_scale_embedding(scales, width).to(latents)
-        output = self.denoiser(latents, timestep, text.embeddings, **more).sample
+        output = self._predictor(latents, timestep, text.embeddings, **more).sample
         return output[:, : latents.shape[1]]  # the rest is the learned variance
 
 
@@ -258,7 +273,7 @@ class _PixArt(TeacherFamily):
 
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor, text: Text, guidance_scale: float) -> torch.Tensor:
         sizes = {name: text.more.get(name) for name in ("resolution", "aspect_ratio")}
-        output = self.denoiser(
+        output = self._predictor(
             latents,
             encoder_hidden_states=text.embeddings,
             encoder_attention_mask=text.more["mask"],
@@ -282,7 +297,7 @@ class _StableDiffusion3(TeacherFamily):
         return text, Text(empty, {"pooled_projections": empty_pooled}) if guided else None
 
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor, text: Text, guidance_scale: float) -> torch.Tensor:
-        return self.denoiser(
+        return self._predictor(
             latents, timestep=timestep.expand(len(latents)), encoder_hidden_states=text.embeddings, **text.more
         ).sample
 
@@ -311,7 +326,7 @@ class _Flux(TeacherFamily):
         guidance = None
         if self.denoiser.config.guidance_embeds:
             guidance = latents.new_full((batch,), guidance_scale, dtype=torch.float32)
-        output = self.denoiser(
+        output = self._predictor(
             hidden_states=self.pipe._pack_latents(latents, batch, channels, height, width),
             timestep=timestep.expand(batch).to(latents.dtype) / 1000,
             guidance=guidance,

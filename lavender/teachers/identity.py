@@ -21,7 +21,7 @@ from ..config import TeacherConfig, fingerprint
 from ..errors import ConfigError, LavenderError, ModelError, first_line
 from ..words import words_of
 from .bound_denoiser import BoundDenoiser
-from .families import TeacherFamily
+from .families import TeacherFamily, stripped
 from .inversion import noisy_at
 from .recording import DenoiserHooks
 
@@ -39,7 +39,8 @@ _GRID = 4
 
 def modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
     """What shapes the maps: text encoders, autoencoder and denoiser."""
-    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module) and name != "safety_checker"}
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module) and name != "safety_checker"}
+    return {name: stripped(part) for name, part in parts.items()}
 
 
 def digits_of_weights(pipe: Any) -> str:
@@ -67,7 +68,7 @@ def _digest(settings: str, modules: Mapping[str, torch.nn.Module], in_single: tu
 
 def _settings(pipe: Any) -> str:
     """What was set of denoiser, autoencoder and scheduler; no names of folders and versions, and no defaults."""
-    parts = {name: getattr(pipe, name, None) for name in ("unet", "transformer", "vae", "scheduler")}
+    parts = {name: stripped(getattr(pipe, name, None)) for name in ("unet", "transformer", "vae", "scheduler")}
     return json.dumps({name: _set(part) for name, part in parts.items() if part is not None}, sort_keys=True, default=str)
 
 
@@ -100,9 +101,10 @@ def behavior_of(
         word_weights: float32 [1, W, N], each text column's share of each word of `CAPTION`.
 
     Returns:
-        `tolerance`, the relative distance up to which lists of numbers are the same; `tokens` and `adapters`, digits of the
-        tokenizers and of how PEFT's adapters are switched; and the lists
-        `levels` (of noise), `picture` (latents), `text` (embeddings), `prediction` (the denoiser's) and `maps`.
+        `tolerance`, the relative distance up to which lists of numbers are the same; `tokens`, `adapters` and `switches`, digits
+        of the tokenizers, of how PEFT's adapters are switched and of what else is switched in the denoiser; and the lists
+        `levels` (of noise), `picture` (latents), `text` (embeddings), `prediction` (the denoiser's) and `maps`. With the
+        inversion `noise`, `prediction` and `maps` at the config's `lowest` and `highest` timestep too.
 
     Raises:
         ModelError: a part of the pipeline cannot do what it is there for.
@@ -118,22 +120,27 @@ def behavior_of(
         with asking(f"{kind} cannot encode a caption"):
             denoiser = BoundDenoiser(family, hooks, once, [CAPTION], word_weights, side, [words_of(CAPTION)])
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        number = 300 if denoiser.flow_matching else int(denoiser.scheduler.config.num_train_timesteps) * 3 // 10
-        _, given, timestep = noisy_at(denoiser, latents, noise, number)
-        with asking(f"the denoiser of {kind} cannot be asked for a picture and a caption alone"):
-            prediction = denoiser.record(given, timestep)
-        maps = denoiser.maps([(0.0, 0.0, 1.0, 1.0)])
-    numbers = {
-        "levels": _levels(family, latents),
-        "picture": _spread(latents),
-        "text": _spread(denoiser.text),
-        "prediction": _spread(prediction),
-        "maps": [float(f"{value:.4g}") for value in maps.flatten().tolist()],
-    }
+        numbers = {"levels": _levels(family, latents), "picture": _spread(latents), "text": _spread(denoiser.text)}
+        places = {"": 300 if denoiser.flow_matching else int(denoiser.scheduler.config.num_train_timesteps) * 3 // 10}
+        if config.inversion == "noise":  # what is switched by the timestep shows at those of the run
+            places |= {"lowest ": min(config.timesteps), "highest ": max(config.timesteps)}
+        for place, number in places.items():
+            _, given, timestep = noisy_at(denoiser, latents, noise, number)
+            denoiser.forget()
+            with asking(f"the denoiser of {kind} cannot be asked for a picture and a caption alone"):
+                numbers[f"{place}prediction"] = _spread(denoiser.record(given, timestep))
+            maps = denoiser.maps([(0.0, 0.0, 1.0, 1.0)])
+            numbers[f"{place}maps"] = [float(f"{value:.4g}") for value in maps.flatten().tolist()]
     overflown = [name for name, values in numbers.items() if not torch.tensor(values).isfinite().all()]
     if overflown:
         raise ConfigError(f"the {overflown[0]} of {kind} is not finite in {config.dtype}; {remedy_of_overflow(config.dtype)}")
-    return {"tolerance": _TOLERANCES[config.dtype], "tokens": _tokens(pipe), "adapters": _adapters(pipe), **numbers}
+    return {
+        "tolerance": _TOLERANCES[config.dtype],
+        "tokens": _tokens(pipe),
+        "adapters": _adapters(pipe),
+        "switches": _switches(family.denoiser),
+        **numbers,
+    }
 
 
 def encode_once(family: TeacherFamily, pixels: torch.Tensor) -> torch.Tensor:
@@ -141,8 +148,7 @@ def encode_once(family: TeacherFamily, pixels: torch.Tensor) -> torch.Tensor:
     pipe, vae = family.pipe, family.autoencoder()
     who = f"the {type(vae).__name__} of this {type(pipe).__name__}"
     with asking(f"{who} cannot encode a picture"):
-        # Through the class: an `encode` that was put on the object to watch or speed it up sees the pictures of a run alone.
-        latents = family.latents_of(type(vae).encode(vae, pixels.to(vae.dtype)))
+        latents = family.encode(pixels)
     expected = (1, vae.config.latent_channels, *(size // int(pipe.vae_scale_factor) for size in pixels.shape[2:]))
     if latents.shape != expected:
         raise ModelError(
@@ -166,7 +172,7 @@ def digits_of_behavior(behavior: Mapping[str, Any]) -> str:
         for name, values in behavior.items()
         if isinstance(values, list)
     }
-    return fingerprint([behavior["tokens"], behavior["adapters"], coarse])
+    return fingerprint([behavior["tokens"], behavior["adapters"], behavior["switches"], coarse])
 
 
 def _picture(side: int) -> torch.Tensor:
@@ -200,6 +206,25 @@ def _adapters(pipe: Any) -> str:
         for name, layer in module.named_modules()
         if isinstance(getattr(layer, "scaling", None), dict) and hasattr(layer, "active_adapters")
     ]
+    return fingerprint(states)
+
+
+def _switches(denoiser: torch.nn.Module) -> str:
+    """Sixteen digits of what is switched in a denoiser beside its weights, for what would pass for rounding: FreeU's factors,
+    attention processors by their classes, and the number of others' hooks in attention."""
+    states: list[Any] = []
+    for name, module in denoiser.named_modules():
+        factors = {factor: getattr(module, factor, None) for factor in ("s1", "s2", "b1", "b2")}
+        if any(isinstance(factor, int | float) for factor in factors.values()):
+            states.append([name, {factor: float(value) for factor, value in factors.items() if value is not None}])
+        if hasattr(module, "processor"):
+            num_hooks = sum(
+                not str(getattr(hook, "__module__", "")).startswith("lavender.")
+                for part in module.modules()
+                for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values())
+            )
+            # Newer versions of diffusers leave the ending out.
+            states.append([name, type(module.processor).__name__.removesuffix("2_0"), num_hooks])
     return fingerprint(states)
 
 

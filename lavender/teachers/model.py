@@ -119,7 +119,7 @@ class Teacher:
             self.identity: dict[str, Any] = {**_name_of(model), **_weights_of(self.pipe)}
             self.pipe.set_progress_bar_config(disable=True)
             self._place(offload, vae_slicing)
-            with turn_of(self.pipe):
+            with turn_of(self.pipe), _evaluated(self.pipe):
                 self.identity["behavior"] = self._behavior()
         except BaseException:
             self.close()
@@ -211,7 +211,7 @@ class Teacher:
         As many passages of text are read at a time as there are pictures. `refusal` must have no reason against any of the
         captions. Where the model's numbers overflow, maps are infinite. Threads that use one pipeline wait for each other.
         """
-        with turn_of(self.pipe):
+        with turn_of(self.pipe), _evaluated(self.pipe):
             frames = [frame(picture.image, self.side, self.config.fit) for picture in pictures]
             with torch.no_grad():
                 latents = self.family.encode(torch.stack([square.pixels for square in frames]).to(self.device)).float()
@@ -311,6 +311,7 @@ def require_teacher(pipe: Any, config: TeacherConfig) -> TeacherFamily:
     if dtype != getattr(torch, config.dtype):
         raise ConfigError(f"dtype is {config.dtype!r}, but this {name} is in {dtype}; give its own, or load it in that")
     require_inversion(config, pipe.scheduler, family.flow_matching, name)
+    _require_plain(family.denoiser, config, name)
     if config.inversion == "null_text" and family.takes_guidance:
         raise ConfigError(f"inversion is 'null_text', but {name} takes the guidance scale as an input; choose ddim or noise")
     if (config.image_size or family.side) % family.multiple:
@@ -318,6 +319,24 @@ def require_teacher(pipe: Any, config: TeacherConfig) -> TeacherFamily:
             f"image_size is {config.image_size or family.side}; for this model it must be a multiple of {family.multiple}"
         )
     return family
+
+
+def _require_plain(denoiser: Any, config: TeacherConfig, name: str) -> None:
+    """Raises `ConfigError` where diffusers' hooks would keep forwards of a denoiser from being what they are read as."""
+    registries = [vars(module)["_diffusers_hook"] for module in denoiser.modules() if "_diffusers_hook" in vars(module)]
+    kinds = {type(hook).__module__.rpartition(".")[2] for registry in registries for hook in registry.hooks.values()}
+    caches = sorted(kind for kind in kinds if kind.endswith("_cache") or kind == "pyramid_attention_broadcast")
+    if caches:
+        remedy = "call disable_cache() on the denoiser" if getattr(denoiser, "is_cache_enabled", False) else "load it without"
+        raise ConfigError(
+            f"the denoiser of this {name} has a cache of diffusers, {', '.join(caches)}, by which layers give what they computed "
+            f"for another timestep or caption; {remedy}"
+        )
+    if config.inversion == "null_text" and "layerwise_casting" in kinds:
+        raise ConfigError(
+            f"inversion is 'null_text', but the denoiser of this {name} casts its weights layer by layer, through which no "
+            "gradient leads; choose ddim or noise, or load it without enable_layerwise_casting()"
+        )
 
 
 def _name_of(model: Any) -> dict[str, str]:
@@ -336,6 +355,19 @@ def _weights_of(pipe: Any) -> dict[str, str]:
 
 
 _weights_fingerprint = digits_of_weights
+
+
+@contextmanager
+def _evaluated(pipe: Any) -> Iterator[None]:
+    """No module of the pipeline trains: the dropout that PEFT adds to a LoRA does, also in a denoiser that does not."""
+    training = [module for part in modules_of(pipe).values() for module in part.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from functools import cached_property
 from typing import Any, Literal
@@ -167,21 +168,43 @@ def require_inversion(config: TeacherConfig, scheduler: Any, flow_matching: bool
 
 def _require_steps(config: TeacherConfig, scheduler: Any, num_timesteps: int, predicts: str, name: str) -> None:
     """Raises `ConfigError` where DDIM has no such steps, or cannot take one of them."""
-    from diffusers import DDIMScheduler
+    from diffusers import DDIMInverseScheduler, DDIMScheduler
 
-    for setting in ("diffusion_steps",) if config.inversion == "null_text" else ("inversion_steps", "diffusion_steps"):
+    reached = math.inf
+    way_there = "diffusion_steps" if config.inversion == "null_text" else "inversion_steps"
+    for setting, ddim in ((way_there, DDIMInverseScheduler), ("diffusion_steps", DDIMScheduler)):
         steps = getattr(config, setting)
-        if steps > num_timesteps:
-            raise ConfigError(f"{setting} is {steps}, but {name} has {num_timesteps} training timesteps; give no more than that")
-        ddim = ddim_of(DDIMScheduler, scheduler)
-        ddim.set_timesteps(steps)
-        noisiest = int(ddim.timesteps[0])
-        if predicts == "epsilon" and ddim.alphas_cumprod[noisiest] < _LEAST_SIGNAL:
+        # Denoising starts where inversion stopped: what is noisier is not asked for.
+        timesteps = [timestep for timestep in _timesteps(ddim, scheduler, steps) if timestep <= reached]
+        if not _are_of(timesteps, num_timesteps):
+            possible = range(min(steps, num_timesteps), 0, -1)
+            most = next((n for n in possible if _are_of(_timesteps(ddim, scheduler, n), num_timesteps)), None)
+            offset = scheduler.config.get("steps_offset", 0)
             raise ConfigError(
-                f"{setting} is {steps}, which begins at timestep {noisiest} of {name}: its schedule ends in pure noise there "
+                f"{setting} is {steps}, but {name} has {num_timesteps} training timesteps and steps_offset={offset}; "
+                + ("set a smaller steps_offset" if most is None else f"the most that can be given is {most}")
+            )
+        reached = max(timesteps)
+        if predicts == "epsilon" and scheduler.alphas_cumprod[reached] < _LEAST_SIGNAL:
+            raise ConfigError(
+                f"{setting} is {steps}, which begins at timestep {reached} of {name}: its schedule ends in pure noise there "
                 "(rescale_betas_zero_snr, or a cosine), and a prediction of the noise says nothing about the picture; choose the "
                 "inversion noise, or give the scheduler timestep_spacing='leading'"
             )
+
+
+def _timesteps(kind: Any, scheduler: Any, steps: int) -> list[int]:
+    """Those of DDIM or its inverse in so many steps; -1 where there are not so many."""
+    if steps > scheduler.config.num_train_timesteps:
+        return [-1]
+    ddim = ddim_of(kind, scheduler)
+    ddim.set_timesteps(steps)
+    timesteps: list[int] = ddim.timesteps.tolist()
+    return timesteps
+
+
+def _are_of(timesteps: list[int], num_timesteps: int) -> bool:
+    return all(0 <= timestep < num_timesteps for timestep in timesteps)
 
 
 def ddim_of(kind: Any, scheduler: Any) -> Any:

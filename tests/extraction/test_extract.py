@@ -109,8 +109,9 @@ def test_attention_that_is_not_finite_is_a_failure_and_no_map(teacher_folder, da
 
     def overflowing(pixels):
         found = encode(pixels)
-        found.latent_dist.mean[1] = float("inf")
-        batches.append(len(pixels))
+        if len(pixels) > 1:  # the teacher asks for one picture of its own before
+            found.latent_dist.mean[1] = float("inf")
+            batches.append(len(pixels))
         return found
 
     pipe.vae.encode = overflowing

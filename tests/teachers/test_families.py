@@ -8,7 +8,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+from peft import LoraConfig, get_peft_model
 
 from lavender.config import TeacherConfig
 from lavender.doctor.teacher import examine
@@ -161,6 +163,82 @@ def test_the_doctor_says_what_the_autoencoder_cannot_do(tmp_path):
     assert extraction() == "of target stores, by noise or ddim"
     empty.register_modules(scheduler=diffusers.IPNDMScheduler())
     assert "is a IPNDMScheduler, whose noise levels lavender cannot derive" in extraction()
+
+
+def test_the_doctor_asks_for_timesteps_that_a_short_schedule_has(tmp_path):
+    built("sd").save_pretrained(tmp_path)
+    empty = empty_pipeline(tmp_path)
+    for count in (1, 20, 100):
+        empty.register_modules(scheduler=diffusers.DDPMScheduler(num_train_timesteps=count))
+        found = next(finding.result for finding in examine(empty, empty.unet) if finding.topic == "extraction")
+        assert found == "of target stores, by noise or ddim or null_text"
+
+
+class Louder(torch.nn.Module):
+    """A wrapper of one's own, which changes what is predicted."""
+
+    def __init__(self, denoiser):
+        super().__init__()
+        self.inner, self.config, self.dtype = denoiser, denoiser.config, denoiser.dtype
+        self.factor = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, sample, timestep, encoder_hidden_states, **more):
+        return self.inner(sample, timestep, self.factor * encoder_hidden_states, **more)
+
+
+def test_a_denoiser_is_read_below_what_is_around_it():
+    """torch.compile's and PEFT's wrappers change nothing, and a wrapper of one's own is called."""
+    maps, identities = [], []
+    for wrap in (
+        lambda denoiser: denoiser,
+        lambda denoiser: torch.compile(denoiser, backend="eager"),
+        lambda denoiser: get_peft_model(denoiser, LoraConfig(target_modules=["to_q"])),  # which begins as zero
+        Louder,
+        lambda denoiser: torch.compile(Louder(denoiser), backend="eager"),
+    ):
+        pipe = built("sd")
+        pipe.unet = wrap(pipe.unet)
+        teacher = Teacher(pipe, DDIM)
+        maps.append(teacher.word_maps(picture(0), CAPTION).maps)
+        identities.append(teacher.identity)
+        teacher.close()
+    plain, compiled, peft, louder, both = maps
+    np.testing.assert_array_equal(both, louder)
+    np.testing.assert_array_equal(compiled, plain)
+    np.testing.assert_array_equal(peft, plain)
+    assert abs(louder - plain).max() > 0.01 * plain.max()
+    assert identities[1] == identities[0]
+    assert identities[0]["weights"] != identities[3]["weights"] == identities[4]["weights"]
+    assert identities[2]["behavior"]["maps"] == identities[0]["behavior"]["maps"] != identities[3]["behavior"]["maps"]
+    pipe = built("sd")
+    pipe.unet = torch.nn.DataParallel(pipe.unet)
+    with pytest.raises(ModelError, match=r"the unet of this .* is in a DataParallel.*give the pipeline the UNet2DConditionModel"):
+        Teacher(pipe, DDIM)
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        FirstBlockCacheConfig(),
+        TaylorSeerCacheConfig(),
+        PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 0),
+    ],
+)
+def test_a_cache_is_refused_until_it_is_disabled(cache):
+    pipe = built("flux")
+    pipe.transformer.enable_cache(cache)
+    with pytest.raises(ConfigError, match=r"has a cache of diffusers, \w+.*call disable_cache\(\) on the denoiser"):
+        Teacher(pipe, NOISE)
+    pipe.transformer.disable_cache()
+    assert np.isfinite(Teacher(pipe, NOISE).word_maps(picture(0), CAPTION).maps).all()
+
+
+def test_weights_that_are_cast_layer_by_layer_are_not_fitted_through():
+    pipe = built("sd")
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with pytest.raises(ConfigError, match=r"null_text.*layer by layer.*choose ddim or noise"):
+        Teacher(pipe, replace(DDIM, inversion="null_text", guidance_scale=2.0))
+    assert np.isfinite(Teacher(pipe, NOISE).word_maps(picture(0), CAPTION).maps).all()
 
 
 def test_tiling_that_an_autoencoder_has_not_is_refused():

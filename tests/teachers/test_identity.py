@@ -23,6 +23,7 @@ from lavender.targets.manifest import StoreConfig, different_teacher, new_manife
 from lavender.targets.store import TargetStore
 from lavender.teachers.identity import digits_as_loaded, digits_of_weights
 from lavender.teachers.model import Teacher
+from lavender.teachers.recording import DenoiserHooks
 
 from .explicit import NAMES, SIDE, built, picture
 
@@ -145,6 +146,65 @@ def test_whatever_shapes_the_maps_makes_another_teacher(switch, tmp_path):
         store(pipe, tmp_path, "store")
     store(pipe, tmp_path, "other")
     assert TargetStore(tmp_path / "other").fingerprint != one.fingerprint
+
+
+def hooked_attention(pipe):
+    module = pipe.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_q")
+    module.register_forward_hook(lambda _m, _a, output: 1.0001 * output)
+
+
+def louder_when_clear(pipe):
+    def scale(_module, arguments, options):
+        return ((arguments[0] * (0.5 if float(arguments[1]) < 200 else 1), *arguments[1:]), options)
+
+    pipe.unet.register_forward_pre_hook(scale, with_kwargs=True)
+
+
+def dimmed(pipe):
+    encode = pipe.vae.encode
+    pipe.vae.encode = lambda pixels, *more, **options: encode(0.2 * pixels, *more, **options)
+
+
+def own_processor(pipe):
+    class Same(diffusers.models.attention_processor.AttnProcessor2_0):
+        pass
+
+    pipe.unet.set_attn_processor(Same())
+
+
+@pytest.mark.parametrize(
+    ("switch", "where"),
+    [
+        (lambda pipe: pipe.enable_freeu(1.0, 1.0, 1.0001, 1.0), "switches"),
+        (hooked_attention, "switches"),
+        (own_processor, "switches"),
+        (louder_when_clear, "lowest maps, lowest prediction"),
+        (dimmed, "picture"),
+    ],
+    ids=["FreeU", "hook in attention", "processor", "hook by the timestep", "the object's own encode"],
+)
+def test_what_would_pass_for_rounding_or_shows_elsewhere_is_known(switch, where):
+    pipe = built("sd")
+    before = identity(pipe, replace(NOISE, timesteps=(51, 701)))
+    switch(pipe)
+    after = identity(pipe, replace(NOISE, timesteps=(51, 701)))
+    assert where in different_teacher(before, after)
+    assert before["behavior"]["digits"] != after["behavior"]["digits"]
+
+
+def test_what_is_switched_off_again_is_as_before():
+    pipe = built("sd")
+    before = identity(pipe)
+    pipe.enable_freeu(0.9, 0.2, 1.1, 1.2)
+    pipe.disable_freeu()
+    pipe.enable_attention_slicing()
+    pipe.disable_attention_slicing()
+    pipe.unet.register_forward_pre_hook(lambda *_: None)  # no hook of an attention's
+    hooks = DenoiserHooks(pipe.unet)
+    assert identity(pipe) == before
+    hooks.remove()
+    pipe.vae = torch.compile(pipe.vae, backend="eager")
+    assert identity(pipe) == before
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,33 @@ def test_guidance_reads_the_conditional_half(teacher_folder, scenes):
     np.testing.assert_allclose(guided.maps, plain.maps, atol=1e-4)
 
 
+def test_nothing_drops_out_while_maps_are_read(pipe, scenes):
+    """PEFT's dropout trains in a pipeline that does not; whoever trains the model goes on with it."""
+    from peft import LoraConfig
+
+    torch.manual_seed(0)
+    adapter = LoraConfig(r=2, target_modules=["to_q", "to_k"], lora_dropout=0.5, init_lora_weights=False)
+    pipe.unet.add_adapter(adapter)
+    pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False))
+    maps, identities = [], []
+    for train in (False, True):
+        pipe.unet.mid_block.train(train)
+        parts = [module for part in (pipe.unet, pipe.text_encoder, pipe.vae) for module in part.modules()]
+        flags = [module.training for module in parts]
+        assert any(flags)
+        teacher = Teacher(pipe, NOISE)
+        maps += [teacher.word_maps(scenes[0].image, scenes[0].caption).maps for _ in range(2)]
+        identities.append(teacher.identity)
+        teacher.close()
+        assert [module.training for module in parts] == flags
+    pipe.unet.eval()
+    pipe.text_encoder.eval()
+    maps.append(Teacher(pipe, NOISE).word_maps(scenes[0].image, scenes[0].caption).maps)
+    for values in maps[1:]:
+        np.testing.assert_array_equal(values, maps[0])
+    assert identities[0] == identities[1]
+
+
 def test_words_beyond_the_window_have_no_map(teacher_folder, scenes):
     teacher = Teacher(teacher_folder, replace(NOISE, long_captions="truncate"))
     maps = teacher.word_maps(scenes[0].image, "a red circle " * 20)

@@ -218,6 +218,42 @@ def test_what_a_schedule_cannot_do_is_refused_before_the_run(name, scheduler, co
         Teacher(pipe, config)
 
 
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    ("settings", "count", "offset", "most"),
+    [
+        ({"inversion_steps": 20, "diffusion_steps": 5}, 20, 1, 19),
+        ({"inversion_steps": 50, "diffusion_steps": 50}, 100, 5, 48),
+        ({"inversion": "null_text", "guidance_scale": 2.0, "diffusion_steps": 20, "inner_steps": 1}, 20, 1, 19),
+    ],
+)
+def test_the_most_steps_are_named_where_an_offset_leads_beyond_the_schedule(settings, count, offset, most, predicts):
+    """Timesteps are those of diffusers; all below the most may be given, and the most can be read."""
+    pipe, config = built("sd"), replace(DDIM, **settings)
+    pipe.scheduler = made("DDIMScheduler", num_train_timesteps=count, steps_offset=offset, prediction_type=predicts)
+    setting = "inversion_steps" if "inversion_steps" in settings else "diffusion_steps"
+    own = copy.deepcopy(pipe.scheduler)
+    for steps, is_possible in ((most, True), (most + 1, False)):
+        own.set_timesteps(steps)
+        assert (int(own.timesteps.max()) < count) == is_possible
+    with pytest.raises(
+        ConfigError,
+        match=f"{setting} is {settings[setting]}.* {count} training timesteps and steps_offset={offset}; .* given is {most}$",
+    ):
+        Teacher(pipe, config)
+    teacher = Teacher(pipe, replace(config, **{setting: most}))
+    assert np.isfinite(teacher.word_maps(picture(0), CAPTION).maps).all()
+
+
+def test_steps_that_denoising_leaves_out_are_no_obstacle():
+    pipe = built("sd")
+    pipe.scheduler = made("DDIMScheduler", num_train_timesteps=20, steps_offset=1)
+    teacher = Teacher(pipe, replace(DDIM, inversion_steps=5, diffusion_steps=20))
+    with forwards_of(pipe.unet) as forwards:
+        teacher.word_maps(picture(0), CAPTION)
+    assert [forward.timestep for forward in forwards] == [1, 5, 9, 13, 17, *range(17, 0, -1)]
+
+
 def test_a_schedule_that_ends_in_pure_noise_is_inverted_where_that_can_be():
     pipe = built("sd")
     for flags in ({"prediction_type": "v_prediction", "timestep_spacing": "trailing"}, {"timestep_spacing": "leading"}):
