@@ -162,7 +162,9 @@ def _fetch(url: str) -> bytes:
         raise OSError(f"{type(error).__name__}: {error}") from None
 
 
-def path_within(root: str | Path, name: str, place: str) -> str | Path:
+def path_within(
+    root: str | Path, name: str, place: str, remedy: str = "give the folder that holds it (--images FOLDER)"
+) -> str | Path:
     """The path or URL of a picture that a data set names, which must lie in the data set's root.
 
     Names come from whoever made the data set, so that without this rule any file could be read that the user may read. It is
@@ -172,16 +174,14 @@ def path_within(root: str | Path, name: str, place: str) -> str | Path:
         root: a folder, or the URL of one.
         name: relative to the root, or an absolute path or URL inside it.
         place: what the entry is called in errors.
+        remedy: what they say to do.
 
     Raises:
         DataError: the name leads out of the root.
     """
     inside = _within_url(str(root), name) if is_url(root) else _within_folder(Path(root), name)
     if inside is None:
-        raise DataError(
-            f"{place}: the picture {name!r} is not in {root}, where the pictures of this data set are; give the folder that holds "
-            "it (--images FOLDER)"
-        )
+        raise DataError(f"{place}: the picture {name!r} is not in {root}, where the pictures of this data set are; {remedy}")
     return inside
 
 

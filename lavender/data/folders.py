@@ -61,7 +61,7 @@ def open_folder(
     )
     groups = _group(files)
     beside = next((texts[0] for pictures, texts in groups if pictures and texts), None)
-    metadata = [file for file in files if posixpath.basename(file) in METADATA]
+    metadata = [file for file in files if posixpath.basename(file).lower() in METADATA]
     if metadata and beside:
         raise DataError(
             f"{folder} has captions in {metadata[0]} and in texts beside pictures ({beside}); give the metadata file itself, or "
@@ -70,7 +70,7 @@ def open_folder(
     if metadata:
         return _of_metadata(str(folder), metadata, split, columns, images, captions)
     if beside is None:
-        tables = [file for file in files if file.endswith((".csv", ".tsv", ".jsonl", ".json"))]
+        tables = [file for file in files if file.lower().endswith((".csv", ".tsv", ".jsonl", ".json"))]
         raise DataError(
             f"{folder} has no captions: expected a metadata.csv or metadata.jsonl with 'file_name' and 'caption', or a.txt beside "
             f"a.jpg" + (f". If they are in {tables[0]}, give this file itself" if tables else "")
@@ -118,7 +118,7 @@ def ask_server(url: str, question: Callable[[], _Answer]) -> _Answer:
 def _of_metadata(
     folder: str, files: list[str], split: str | None, columns: Columns, images: str | Path | None, captions: str
 ) -> Pairs:
-    kinds = sorted({posixpath.basename(file) for file in files})
+    kinds = sorted({posixpath.basename(file).lower() for file in files})
     if len(kinds) > 1:
         raise DataError(f"{folder} has captions in {' and in '.join(kinds)}; give one of these files itself, or take one away")
     splits = [_split_of(file) for file in files]

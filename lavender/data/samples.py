@@ -68,7 +68,7 @@ def read_pairs(
     path = str(data) if is_url(data) else Path(data)
     if is_folder(path):
         pairs = [_whole(path, entry) for entry in open_folder(path, split, Columns(), images, captions)]
-    elif str(path).endswith(TABLE_ENDINGS):
+    elif str(path).lower().endswith(TABLE_ENDINGS):
         entries_of_table = read_table(str(path), images or folder_of(str(path)), Columns(), captions)
         pairs = [_whole(path, entry) for entry in entries_of_table]
     else:

@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast, get_args
+from typing import Any, BinaryIO, TypeVar, cast, get_args
 
 from ..config import Captions
 from ..errors import ConfigError, DataError
@@ -41,6 +41,7 @@ ENDINGS = ("jpg", "jpeg", "png", "webp")
 ROWS_AT_ONCE = 64
 """Rows of a table that are read together, encoded pictures and all."""
 
+_Given = TypeVar("_Given")
 _HUB_ID = re.compile(r"(?:hf://datasets/)?(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^/]+))?/?")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _FILE_ENDINGS = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".tar", *_COMPRESSED)
@@ -97,12 +98,12 @@ def open_pairs(
     location = str(data)
     columns = Columns(image_column, caption_column, id_column)
     hub = _HUB_ID.fullmatch(location)
-    if hub and (is_url(location) or not (os.path.exists(location) or location.endswith(_FILE_ENDINGS))):
+    if hub and (is_url(location) or not (os.path.exists(location) or location.lower().endswith(_FILE_ENDINGS))):
         return _Hub.opened(hub["name"], hub["revision"], split, columns, images, captions)
     files = _files(location)
-    if files and files[0].endswith(".parquet"):
+    if files and files[0].lower().endswith(".parquet"):
         return _Parquet.opened(files, columns, images, captions)
-    if files and files[0].endswith(TABLE_ENDINGS):
+    if files and files[0].lower().endswith(TABLE_ENDINGS):
         tables = [read_table(file, images or folder_of(file), columns, captions) for file in files]
         return Listed(tuple(entry for entries in tables for entry in entries))
     if files:
@@ -114,6 +115,11 @@ def open_pairs(
     return Listed(tuple(read_pairs(data, split=split, images=images, captions=captions)))
 
 
+def as_pairs(pairs: _Given | str | Path) -> _Given | Pairs:
+    """What `open_pairs` makes of a path, a URL, a pattern or a hub id; other pairs as they are."""
+    return open_pairs(pairs) if isinstance(pairs, str | Path) else pairs
+
+
 def _files(data: str) -> tuple[str, ...]:
     """The parquet files, tars or CSV files that are meant, in the order of their names; none if `data` is something else."""
     paths = ask_server(data, lambda: _list_files_at(data)) if is_url(data) else _list_files(data)
@@ -121,17 +127,17 @@ def _files(data: str) -> tuple[str, ...]:
     if paths is None:
         paths = ask_server(data, lambda: _list_matching(data)) if is_url(data) else glob.glob(data, recursive=True)
     if paths != [data]:  # a folder's metadata belongs to its pictures
-        paths = [path for path in paths if os.path.basename(path) not in METADATA]
+        paths = [path for path in paths if os.path.basename(path).lower() not in METADATA]
     tables = TABLE_ENDINGS if is_pattern or paths == [data] else ()
     wanted = (".parquet", ".tar", *_COMPRESSED, *tables)
-    kinds = {kind: tuple(sorted(file for file in paths if file.endswith(kind))) for kind in wanted}
+    kinds = {kind: tuple(sorted(file for file in paths if file.lower().endswith(kind))) for kind in wanted}
     files = next(filter(None, kinds.values()), ())
     if is_pattern and len(files) < max(1, len(paths)):
         other = next((file for file in sorted(paths) if file not in files), "nothing")
         raise DataError(
             f"{data} stands for {other}; expected a pattern of parquet files alone, or of tars alone, or of CSV files alone"
         )
-    if files and files[0].endswith(_COMPRESSED):
+    if files and files[0].lower().endswith(_COMPRESSED):
         raise DataError(f"{files[0]} is compressed, so that no picture in it can be read by itself; unpack it to a plain .tar")
     return files
 
@@ -401,4 +407,5 @@ class _Shards(Pairs):
 
 
 def _stem(file: str) -> str:
-    return os.path.basename(file).removesuffix(".tar")
+    name = os.path.basename(file)
+    return name[: -len(".tar")] if name.lower().endswith(".tar") else name

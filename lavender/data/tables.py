@@ -9,7 +9,7 @@ import json
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,7 @@ def read_table(file: str, root: str | Path, columns: Columns, captions: str, bel
         content = read_file(file)
     except OSError as error:
         raise DataError(f"cannot read {file}: {error}") from None
+    read: Callable[[str, bytes], _Rows]
     read = {".jsonl": _json_rows, ".parquet": _parquet_rows}.get(os.path.splitext(file)[1].lower(), _csv_rows)
     names, rows = read(file, content)
     if not rows:
@@ -173,6 +174,8 @@ def read_table(file: str, root: str | Path, columns: Columns, captions: str, bel
         if isinstance(row, str):
             entries.append(BadPair(name, row))
             continue
+        if read is _csv_rows:  # blanks around a caption are its own, as those in quotes
+            row = {name: cell.strip() if name in (chosen.image, chosen.id) else cell for name, cell in row.items()}
         path = row.get(chosen.image)
         if below is not None and isinstance(path, str) and path and not is_url(path):
             row = {**row, chosen.image: posixpath.normpath(posixpath.join(below, path))}

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..config import ExtractionConfig, TeacherConfig, require_kind, to_dict
 from ..data.pairs import BadPair, Pair
+from ..data.sources import as_pairs
 from ..errors import DataError, TargetError
 from ..targets.manifest import StoreConfig, read_manifest
 from ..targets.store import TargetWriter
@@ -31,7 +32,7 @@ class Summary:
 
 def extract(
     model: str | Path | Any,
-    pairs: Iterable[Pair | BadPair],
+    pairs: Iterable[Pair | BadPair] | str | Path,
     out: str | Path,
     config: TeacherConfig | None = None,
     work: ExtractionConfig | None = None,
@@ -50,7 +51,7 @@ def extract(
     Args:
         model: folder or hub id of a text-to-image pipeline, maybe as `NAME@REVISION`, or a loaded pipeline (one device,
             `engine="local"`).
-        pairs: pictures with captions; see `lavender.open_pairs`.
+        pairs: pictures with captions, or the data set that `lavender.open_pairs` opens.
         out: folder of the store.
         config: how the maps are read.
         work: where, and how many pictures at a time.
@@ -59,7 +60,7 @@ def extract(
         progress: whether to show a progress bar.
 
     Raises:
-        DataError: there is no entry in `pairs`.
+        DataError: there is no entry in `pairs`, or no data set there.
         ConfigError: the settings do not fit the model, or the engine is missing.
         ModelError: `model` cannot be loaded or read, or its processes die.
         TargetError: `out` holds something else, is not complete (`failed_only`), or another process writes it; the disk is full.
@@ -68,7 +69,7 @@ def extract(
     work = ExtractionConfig() if work is None else work
     require_kind("config", config, TeacherConfig)
     require_kind("work", work, ExtractionConfig)
-    out = Path(out)
+    out, pairs = Path(out), as_pairs(pairs)
     if failed_only and not read_manifest(out)["complete"]:
         raise TargetError(f"the extraction into {out} has not finished; finish it before you try what failed")
     count = getattr(pairs, "count", None) if not isinstance(pairs, Sequence) else len(pairs)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..config import ExtractionConfig, TeacherConfig
 from ..data.pairs import BadPair, Pair
+from ..data.sources import as_pairs
 from ..errors import DataError
 from ..files import write_within
 from ..images import load_image
@@ -79,7 +80,7 @@ def _in_unit(value: float, units: Iterable[tuple[str, float, float]]) -> str:
 
 def preview(
     model: str | Path | Any,
-    pairs: Iterable[Pair | BadPair],
+    pairs: Iterable[Pair | BadPair] | str | Path,
     out: str | Path,
     count: int,
     config: TeacherConfig | None = None,
@@ -95,6 +96,7 @@ def preview(
         ConfigError, ModelError: as `extract`.
     """
     config, work, out = config or TeacherConfig(), work or ExtractionConfig(), Path(out)
+    pairs = as_pairs(pairs)
     some = list(islice(pairs, count))
     failures = [(entry.id, entry.reason) for entry in some if isinstance(entry, BadPair)]
     good = [entry for entry in some if isinstance(entry, Pair)]

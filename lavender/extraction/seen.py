@@ -19,7 +19,8 @@ FILE = ".pictures.jsonl"
 
 
 def stamp_of(image: ImageSource) -> str | None:
-    """Which local file a picture is, or is in, with its size and the time of its last change; None if it is in none."""
+    """Which local file a picture is, or is in, by its path and by its number on its disk, which a link that leads elsewhere now
+    does not keep, with its size and the time of its last change; None if it is in none."""
     path = image.file if isinstance(image, StoredImage) else image
     if not isinstance(path, str | Path) or is_url(path):
         return None
@@ -28,12 +29,13 @@ def stamp_of(image: ImageSource) -> str | None:
     except (OSError, ValueError):
         return None
     place = f"{os.path.abspath(path)}\0{image.offset if isinstance(image, StoredImage) else 0}"
-    return f"{place}\0{status.st_size}\0{status.st_mtime_ns}" if stat.S_ISREG(status.st_mode) else None
+    state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return "\0".join([place, *map(str, state)]) if stat.S_ISREG(status.st_mode) else None
 
 
 class SeenPictures:
-    """What was noted of a store's pictures. A picture is known again if its file has the place, the size and the time that it had
-    when the stored maps were found to be its own: a file that was changed and has all three again is not noticed.
+    """What was noted of a store's pictures. A picture is known again if it is the file at the place, of the size and the time that
+    it was when the stored maps were found to be its own: one that was written over and has all of them again is not noticed.
     """
 
     def __init__(self, folder: Path, rehash: bool = False) -> None:

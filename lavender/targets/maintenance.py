@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations, groupby
@@ -10,9 +11,20 @@ from typing import Any
 
 import numpy as np
 
+from ..data.sources import as_pairs
 from ..errors import DataError, TargetError
 from ..files import own_path
-from .manifest import StoreConfig, config_of, difference, proven_source_of, read_manifest, shards_of, source_of, unlisted_shards
+from .manifest import (
+    StoreConfig,
+    config_of,
+    difference,
+    known_behavior,
+    proven_source_of,
+    read_manifest,
+    shards_of,
+    source_of,
+    unlisted_shards,
+)
 from .shards import Target, group_problem, opened, require_sha256, rows_of, schema, sha256_of
 from .soundness import store_problems
 from .store import TargetStore, TargetWriter
@@ -84,13 +96,14 @@ def info(folder: str | Path) -> StoreInfo:
     )
 
 
-def verify(folder: str | Path, pairs: Iterable[Any] | None = None) -> list[str]:
+def verify(folder: str | Path, pairs: Iterable[Any] | str | Path | None = None) -> list[str]:
     """Checks every byte and every row of a store.
 
     Args:
         folder: of the store.
-        pairs: the data set that it was made from, objects with `id` and `caption`; see `lavender.open_pairs`. Every one
-            must be stored with its caption, or listed as failed. One without `caption` could not be read, and must be listed.
+        pairs: the data set that it was made from, objects with `id` and `caption`, or what `lavender.open_pairs` opens.
+            Every one must be stored with its caption, or listed as failed. One without `caption` could not be read, and must be
+            listed.
 
     Returns:
         What is wrong, one line each; nothing if the store is sound.
@@ -124,7 +137,7 @@ def verify(folder: str | Path, pairs: Iterable[Any] | None = None) -> list[str]:
         problems += [f"{name}: {problem}" for problem in wrong]
         whole = whole and readable
     if pairs is not None and whole:
-        problems += _input_problems(pairs, captions, {entry["id"] for entry in manifest["failed"]})
+        problems += _input_problems(as_pairs(pairs), captions, {entry["id"] for entry in manifest["failed"]})
     elif pairs is not None:
         problems.append("the data set was not compared with the store, which is not whole")
     return problems
@@ -199,15 +212,17 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> int:
     if not folders:
         raise TargetError("there is nothing to merge; give the folders of one or more target stores")
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise TargetError(f"{out} exists; give a new folder")
     stores = [TargetStore(folder) for folder in folders]
     manifests = [read_manifest(store.folder) for store in stores]
     for (first, one), (second, other) in combinations(zip(stores, manifests, strict=True), 2):
         if how := difference(one, other, (f"in {first.folder}", f"in {second.folder}")):
             raise TargetError(f"{second.folder} holds targets of another teacher or config ({how}); merge stores of the same ones")
-    # Where one of them does not say what its teacher does, nothing is known of all.
-    source = min(map(proven_source_of, manifests), key=lambda source: "behavior" in source)
+    sources = [proven_source_of(manifest) for manifest in manifests]
+    source = min(sources, key=lambda source: "behavior" in source)
+    if "behavior" not in source and (known := next(filter(None, map(known_behavior, sources)), None)):
+        source["continued_by"] = known  # of one of them nobody knows what its teacher did
     try:
         unfinished = own_path(out.parent, f"{out.name}.merging")
     except DataError as error:

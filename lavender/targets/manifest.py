@@ -23,11 +23,16 @@ OLD_VERSION = 2
 stores are read and continued, and keep their version and their fingerprint, which run folders recorded."""
 NAMES = ("model", "model_commit", "source")
 """Entries of a source that only name it: they decide nothing about the maps."""
-PROOFS = ("weights_as_loaded", "behavior")
-"""Entries of a source that compare it with another: the digits that older stores know its weights by, and what it does.
+PROOFS = ("weights_as_loaded", "behavior", "continued_by")
+"""Entries of a source that compare it with another: the digits that older stores know its weights by, and what it does; of a store
+that was begun when stores did not keep that, what the teacher does that continued it.
 
-Of `behavior`, lists of numbers are the same up to the relative distance `tolerance`, other entries if they are equal; `digits` of a
+Of a behavior, lists of numbers are the same up to the relative distance `tolerance`, other entries if they are equal; `digits` of a
 source that its weights do not tell apart enter the fingerprint."""
+LARGEST_TOLERANCE = 0.1
+"""Of a behavior. Teachers differ by more, roundings in the coarsest dtype by less."""
+_LARGEST_NUMBER = 1e30
+"""Of a behavior: squares are added without an overflow."""
 SHOWN = 60
 """Characters of a wrong value that an error shows."""
 _JSON_NAMES = {dict: "a mapping", list: "a list", str: "a text", bool: "true or false"}
@@ -52,8 +57,18 @@ class StoreConfig:
 
 
 def new_manifest(source: Mapping[str, Any], config: StoreConfig) -> dict[str, Any]:
-    """The manifest of a store that holds nothing yet. `source` is plain JSON values."""
-    manifest = {"format": FORMAT, "version": VERSION, "source": json.loads(json.dumps(dict(source))), "config": to_dict(config)}
+    """The manifest of a store that holds nothing yet. `source` is plain JSON values.
+
+    Raises `TargetError` if it cannot be compared with others.
+    """
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "source": json.loads(json.dumps(dict(source))),
+        "config": to_dict(config),
+    }
+    if problem := _source_problem(manifest["source"]):
+        raise TargetError(f"{problem}; sources are told apart by that")
     digits = _fingerprint(manifest, manifest["source"].get("weights"))
     return {**manifest, "fingerprint": digits, "complete": False, "shards": {}, "failed": []}
 
@@ -130,6 +145,8 @@ def _problem(manifest: dict[str, Any]) -> str:
         config_of(manifest)
     except ConfigError as error:
         return f"its config: {error}"
+    if problem := _source_problem(proven_source_of(manifest)):
+        return problem
     if manifest["fingerprint"] != (digits := _fingerprint(manifest, source_of(manifest).get("weights"))):
         return f"its source and config have the fingerprint {digits}, and it says {_short(manifest['fingerprint'])}"
     for number, (name, listed) in enumerate(manifest["shards"].items()):
@@ -147,6 +164,33 @@ def _problem(manifest: dict[str, Any]) -> str:
     return ""
 
 
+def _source_problem(source: Mapping[str, Any]) -> str:
+    """What is wrong with the entries by which a source is compared; empty if nothing is."""
+    for name in ("weights", "weights_as_loaded"):
+        if name in source and not isinstance(source[name], str):
+            return f"the {name} of its source is {_short(source[name])}, expected a text"
+    for name in ("behavior", "continued_by"):
+        if name in source and (problem := _behavior_problem(source[name])):
+            return f"the {name} of its source {problem}"
+    return ""
+
+
+def _behavior_problem(behavior: Any) -> str:
+    if not isinstance(behavior, dict):
+        return f"is {_short(behavior)}, expected a mapping"
+    tolerance = behavior.get("tolerance")
+    if type(tolerance) is not float or not 0 < tolerance <= LARGEST_TOLERANCE:
+        return f"has the tolerance {_short(tolerance)}, expected a number above 0, up to {LARGEST_TOLERANCE}"
+    for name, value in behavior.items():
+        if name != "tolerance" and not (isinstance(value, str) or (isinstance(value, list) and all(map(_is_small, value)))):
+            return f"has {_short(value)} for {_short(name)}, expected a text or a list of numbers below {_LARGEST_NUMBER:g}"
+    return ""
+
+
+def _is_small(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < _LARGEST_NUMBER
+
+
 def source_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What a store's maps came from."""
     return {name: value for name, value in proven_source_of(manifest).items() if name not in PROOFS}
@@ -157,6 +201,16 @@ def proven_source_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     if manifest["version"] == OLD_VERSION:
         return {**manifest["teacher"], **manifest["config"]}
     return dict(manifest["source"])
+
+
+def known_behavior(source: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the teacher does that made a source's maps, of an older store those since then; None if nobody wrote it down."""
+    return source.get("behavior") or source.get("continued_by")
+
+
+def continue_by(manifest: Mapping[str, Any], behavior: Mapping[str, Any]) -> None:
+    """Notes in the manifest of an older store what the teacher does that continues it; its fingerprint stays."""
+    manifest["source" if manifest["version"] == VERSION else "teacher"]["continued_by"] = dict(behavior)
 
 
 def config_of(manifest: Mapping[str, Any]) -> StoreConfig:
@@ -194,11 +248,11 @@ def different_teacher(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     digits = [{source.get("weights"), source.get("weights_as_loaded")} for source in (there, now)]
     if there.get("weights") != now.get("weights") and not (digits[0] & digits[1]) - {None}:
         return "other weights"
-    ours, theirs = there.get("behavior"), now.get("behavior")
+    ours, theirs = known_behavior(there), known_behavior(now)
     if not ours or not theirs:
         return ""
     names = [name for name in ours.keys() | theirs.keys() if name not in ("digits", "tolerance")]
-    tolerance = max(ours["tolerance"], theirs["tolerance"])
+    tolerance = min(ours["tolerance"], theirs["tolerance"])
     changed = sorted(name for name in names if not _are_alike(ours.get(name), theirs.get(name), tolerance))
     if not changed:
         return ""
@@ -213,8 +267,11 @@ def _are_alike(ours: Any, theirs: Any, tolerance: float) -> bool:
         return bool(ours == theirs)
     if len(ours) != len(theirs):
         return False
-    one, other = np.array(ours), np.array(theirs)
-    return bool(np.linalg.norm(one - other) <= tolerance * max(np.linalg.norm(one), np.linalg.norm(other)))
+    one, other = np.array(ours, np.float64), np.array(theirs, np.float64)
+    return bool(
+        np.isfinite([*one, *other]).all()
+        and np.linalg.norm(one - other) <= tolerance * max(np.linalg.norm(one), np.linalg.norm(other))
+    )
 
 
 def shard_name(number: int) -> str:

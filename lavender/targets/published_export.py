@@ -69,17 +69,19 @@ def export_targets(
 
     Raises:
         ConfigError: `format` is neither, `out` has the wrong suffix, or a table would lack its pictures.
-        TargetError: `out` exists, or no word has a map.
+        TargetError: `out` exists or is a link to nothing, or no word has a map.
     """
     path = Path(out)
     if format not in get_args(Format):
         raise ConfigError(f"format is {format!r}; choose {' or '.join(get_args(Format))}")
-    if format == "parquet" and path.suffix != ".parquet":
+    if format == "parquet" and path.suffix.lower() != ".parquet":
         raise ConfigError(f"the table is to be {path}; give a file name that ends in .parquet")
     if format == "parquet" and samples is None and images is None:
         raise ConfigError("a table contains the pictures; give samples (--samples) or the folder of the pictures (--images)")
     if path.exists() and (format == "parquet" or not path.is_dir() or any(path.iterdir())):
         raise TargetError(f"{path} exists; give a new name")
+    if path.is_symlink() and not path.exists():
+        raise TargetError(f"{path} is a link to {os.readlink(path)}, where nothing is; give that name itself, or a new one")
     known = None if samples is None else {sample.id: sample for sample in samples}
     failed: list[tuple[str, str]] = []
     outgoing: list[_Outgoing] = []

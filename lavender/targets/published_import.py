@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -182,7 +183,7 @@ class _Owners:
             for name in filter(None, (row.image, row.name)):
                 with suppress(DataError):  # a set may name pictures where its makers had them
                     path = Path(path_within(folder, name, row.name))
-                    if path.is_file():
+                    if os.path.isfile(path):  # which a path too long for the system is not, either
                         return path
         raise DataError(f"there is no picture {row.name} in {' or '.join(map(str, folders))}; give its folder (--images)")
 
@@ -219,7 +220,7 @@ def _look_through(rows: _FolderRows | _ParquetRows, progress: bool) -> tuple[int
 
 
 def _grey(source: bytes | str, root: Path) -> NDArray[np.uint8]:
-    image = source if isinstance(source, bytes) else path_within(root, source, "the set's own file")
+    image = source if isinstance(source, bytes) else path_within(root, source, "the set's own file", "put the map there")
     return np.asarray(load_image(image).convert("L"))
 
 
@@ -263,13 +264,13 @@ def _word_maps(caption: str, maps: Sequence[tuple[str, NDArray[np.float32]]]) ->
 
 
 def _open(source: Path) -> _FolderRows | _ParquetRows:
-    if not source.exists():
+    if not os.path.exists(source):
         raise DataError(f"there is nothing at {source}; expected a folder of published maps, or a parquet file")
     if source.is_dir():
         names = sorted(child.name for child in source.iterdir() if (child / "lpm_attention").is_dir())
         if names:
             return _FolderRows(source, names)
-    files = sorted(source.rglob("*.parquet")) if source.is_dir() else [source]
+    files = sorted(path for path in source.rglob("*") if path.suffix.lower() == ".parquet") if source.is_dir() else [source]
     if not files:
         raise DataError(
             f"{source} has no maps: expected <picture>/lpm_attention/<stem>/attention_<word>.jpg in it, or parquet files"

@@ -60,9 +60,14 @@ def store_problems(word_maps: WordMaps, map_size: int, normalization: Normalizat
     if normalization == "zscore":  # the farthest that one value can be from the mean of all, in standard deviations
         high = math.sqrt(height * width)
         low = -high
+    least, most = low * (1 + ROUNDING), high * (1 + ROUNDING)
+    # Of all words at once: nearly every sample is sound. NaN of a word without a map is beyond nothing.
+    if not (
+        np.fmin.reduce(word_maps.maps, None, initial=np.nan) < least or np.fmax.reduce(word_maps.maps, None, initial=np.nan) > most
+    ):
+        return
     for word, values in zip(word_maps.words, word_maps.maps, strict=True):
-        lowest, highest = float(values.min()), float(values.max())  # NaN of a word without a map is beyond nothing
-        if lowest < low * (1 + ROUNDING):
+        if values.min() < least:
             yield f"the map of {word.text!r} has {f'values below {low:.4g}' if low else 'negative values'}, though it is {what}"
-        if highest > high * (1 + ROUNDING):
+        if values.max() > most:
             yield f"the map of {word.text!r} has values above {high:.4g}, though it is {what}"

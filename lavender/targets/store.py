@@ -25,7 +25,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -41,8 +40,10 @@ from ..images import ImageSource, file_sha256, image_sha256, load_image
 from .manifest import (
     StoreConfig,
     config_of,
+    continue_by,
     difference,
     earlier_fingerprint,
+    known_behavior,
     new_manifest,
     proven_source_of,
     read_manifest,
@@ -137,7 +138,8 @@ class _Lock:
     def release(self) -> None:
         if self._lock.is_locked:
             try:
-                self._holder.unlink(missing_ok=True)
+                with suppress(OSError):  # it only names the holder, and may be a folder that somebody put there
+                    self._holder.unlink()
             finally:
                 self._lock.release()
 
@@ -189,6 +191,7 @@ class TargetWriter:
 
     def _open(self, manifest: dict[str, Any]) -> None:
         self._manifest = manifest
+        self._newly_known: dict[str, Any] | None = None
         # A store that nothing was written to yet may be begun anew with other settings.
         if any(self.folder.glob("data-*.parquet")) or any(self._pending.glob("*.parquet")):
             self._manifest = read_manifest(self.folder)
@@ -197,7 +200,9 @@ class TargetWriter:
                     f"{self.folder} holds targets of another teacher or config ({how}); "
                     "give --out a new folder, or the settings that the store was begun with"
                 )
-            if "behavior" in proven_source_of(manifest) and "behavior" not in proven_source_of(self._manifest):
+            if not known_behavior(proven_source_of(self._manifest)):
+                self._newly_known = known_behavior(proven_source_of(manifest))
+            if self._newly_known:
                 logger.warning(
                     "%s was begun before stores kept what their teacher does: it is continued by its weights alone", self.folder
                 )
@@ -209,7 +214,7 @@ class TargetWriter:
             require_sha256(shard)
             self.done |= _identities(shard.path)
         self._adopt()
-        for path in chain(self.folder.glob("*.partial"), self._pending.glob("*.partial")):
+        for path in _partial_files(self.folder):
             path.unlink()
         self._waiting: list[_Waiting] = []
         if not self._manifest["complete"]:
@@ -269,8 +274,11 @@ class TargetWriter:
                 raise TargetError(f"the store has a sample {target.id!r} already")
             seen.add(target.id)
         table = to_table(targets, self._storage).append_column(_POSITION, pa.array(positions, _POSITION.type))
-        if self._manifest["complete"]:  # until here a run may end, and the store is what it was
+        if self._manifest["complete"] or self._newly_known:  # until here a run may end, and the store is what it was
             self._manifest["complete"] = False
+            if self._newly_known:
+                continue_by(self._manifest, self._newly_known)
+                self._newly_known = None
             self._write_manifest()
             self._pending.mkdir(exist_ok=True)
         # The id makes the name unique where an earlier run counted the input's places in another way.
@@ -391,9 +399,19 @@ class TargetWriter:
             path.unlink()
 
 
+def _partial_files(folder: Path) -> list[Path]:
+    """What a kill left half written in a store. Raises `TargetError` for a folder under such a name."""
+    partial = [*folder.glob("*.partial"), *(folder / "pending").glob("*.partial")]
+    for path in partial:
+        if path.is_dir() and not path.is_symlink():
+            raise TargetError(f"{path} is a folder, where a store has a file under this name; move it elsewhere")
+    return partial
+
+
 def _require_store(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise TargetError(f"{folder} is a file; give --out a folder")
+    if os.path.lexists(folder) and not folder.is_dir():
+        is_link = folder.is_symlink() and not folder.exists()
+        raise TargetError(f"{folder} is {'a link that leads to nothing' if is_link else 'a file'}; give --out a folder")
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if "manifest.json" not in names and names - _EARLY_FILES:
         raise TargetError(f"{folder} exists and is no target store; give --out a new or empty folder")

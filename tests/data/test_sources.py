@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lavender.data.samples import read_pairs
 from lavender.data.sources import BadPair, open_pairs
 from lavender.errors import ConfigError, DataError
 from lavender.images import StoredImage
@@ -213,3 +214,38 @@ def test_iterating_loads_no_picture(world, tmp_path):
     assert len(list(open_pairs(data))) == len(list(open_pairs(tmp_path / "data/captions.jsonl"))) == COUNT
     for pair in open_pairs(as_shards(world, tmp_path / "s")):
         assert isinstance(pair.image, StoredImage)
+
+
+def in_upper_case(path):
+    """Renames a file, or all in a folder but its pictures, and returns the new path."""
+    if path.is_dir():
+        for file in [file for file in path.rglob("*") if file.is_file() and file.suffix not in (".png", ".jpg")]:
+            in_upper_case(file)
+        return path
+    return path.rename(path.with_suffix(path.suffix.upper()))
+
+
+@pytest.mark.parametrize("place", ["path", "memory"])
+@pytest.mark.parametrize("form", FORMS)
+def test_endings_may_be_in_upper_case(world, tmp_path, memory, form, place):
+    data = in_upper_case(FORMS[form](world, tmp_path / "data"))
+    pattern = f"{data}/*.TAR" if form == "shards" else data
+    if place == "memory":
+        memory.put(str(tmp_path / "data"), "/data", recursive=True)
+        data, pattern = (f"memory://data{str(path).removeprefix(str(tmp_path / 'data'))}" for path in (data, pattern))
+    for given in (data, pattern):
+        ids = require_world(open_pairs(given), world)
+        if form in IDS:
+            assert ids == [IDS[form].format(n) for n in range(COUNT)]
+        elif form == "shards":
+            assert ids == ["00000/00000", "00000/00001", "00001/00002", "00001/00003", "00001/00004"]
+    if form not in ("shards", "parquet_of_datasets", "parquet_of_bytes", "parquet_of_paths") and place == "path":
+        assert [pair.caption for pair in read_pairs(data)] == [scene.caption for scene in world]
+
+
+def test_a_missing_or_compressed_file_is_told_in_upper_case_too(tmp_path):
+    with pytest.raises(DataError, match=r"there is no data at a/B\.CSV"):
+        open_pairs("a/B.CSV")
+    (tmp_path / "A.TAR.GZ").touch()
+    with pytest.raises(DataError, match="is compressed"):
+        open_pairs(tmp_path / "A.TAR.GZ")

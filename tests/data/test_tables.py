@@ -141,3 +141,14 @@ def test_every_text_in_quotes_is_itself(tmp_path, captions):
             [["image", "text"], *([f"{n}.png", text] for n, text in enumerate(captions))]
         )
     assert found(tmp_path / "a.csv") == [(f"{n}.png", text) for n, text in enumerate(captions)]
+
+
+def test_blanks_around_paths_and_ids_are_no_part_of_them(tmp_path):
+    """As around the names of columns; a caption is kept as it stands."""
+    (tmp_path / "a.csv").write_text('id , image , caption \n1 , a.png\t, A cat. \n"2 ", "b.png ",A dog.\n')
+    assert found(tmp_path / "a.csv") == [("1", "A cat. "), ("2", "A dog.")]
+    assert [pair.image for pair in open_pairs(tmp_path / "a.csv")] == [tmp_path / "a.png", tmp_path / "b.png"]
+    (tmp_path / "b.csv").write_text("image,caption\na.png ,A cat.\nb.png  ,A dog.\n")
+    assert found(tmp_path / "b.csv") == [("a.png", "A cat."), ("b.png", "A dog.")]
+    (tmp_path / "metadata.csv").write_text("file_name,caption\na.png ,A cat.\n")
+    assert found(tmp_path) == [("a.png", "A cat.")]

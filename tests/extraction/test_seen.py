@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,11 +12,14 @@ import pytest
 
 from lavender import images
 from lavender.config import ExtractionConfig, TeacherConfig
+from lavender.data.pairs import Pair
 from lavender.data.sources import open_pairs
 from lavender.errors import DataError, TargetError
 from lavender.extraction.extract import extract
+from lavender.extraction.preview import preview
 from lavender.extraction.seen import FILE
 from lavender.miniworld import TEACHER, write_dataset
+from lavender.targets.maintenance import verify
 from lavender.targets.store import TargetStore
 
 from ..data.forms import as_shards
@@ -151,3 +155,51 @@ def test_a_data_set_of_nothing_is_refused_before_a_store_is_begun(tmp_path):
     with pytest.raises(DataError, match="no picture with a caption in the data"):
         extract("nowhere", [], tmp_path / "t", NOISE, WORK, progress=False)
     assert not (tmp_path / "t").exists()
+
+
+def test_a_link_that_leads_to_another_picture_is_read_again(whole, reads, scenes, tmp_path):
+    """Of the same size and time: the link's place and the file's state tell the two apart by nothing but the file itself."""
+    for name, scene in (("one", scenes[0]), ("other", scenes[1])):
+        scene.image.save(tmp_path / f"{name}.bmp")  # of a size that does not depend on the pixels
+        os.utime(tmp_path / f"{name}.bmp", ns=(0, 10**18))
+    assert (tmp_path / "one.bmp").stat().st_size == (tmp_path / "other.bmp").stat().st_size
+    link = tmp_path / "link.bmp"
+    link.symlink_to(tmp_path / "one.bmp")
+    pairs = [Pair("s", link, scenes[0].caption)]
+    extract(TEACHER, pairs, tmp_path / "t", NOISE, WORK, progress=False)
+    for _ in range(2):
+        reads.clear()
+        assert extract(TEACHER, pairs, tmp_path / "t", NOISE, WORK, progress=False).present == 1
+        assert not reads
+    link.unlink()
+    link.symlink_to(tmp_path / "other.bmp")
+    with pytest.raises(TargetError, match="another picture for sample 's'"):
+        extract(TEACHER, pairs, tmp_path / "t", NOISE, WORK, progress=False)
+    link.unlink()
+    link.symlink_to(tmp_path / "one.bmp")
+    assert extract(TEACHER, pairs, tmp_path / "t", NOISE, WORK, progress=False).present == 1
+
+
+def test_notes_without_the_files_number_are_read_once_more(begun, reads):
+    """As they were written before: the hash of path, offset, size and time."""
+    store, notes = begun.folder / "t", {}
+    for sample_id in TargetStore(store):
+        picture, target = begun.folder / "data" / sample_id, TargetStore(store)[sample_id]
+        stamp = f"{picture}\0{0}\0{picture.stat().st_size}\0{picture.stat().st_mtime_ns}"
+        note = hashlib.sha256(f"{stamp}\0{target.image_sha256}\0{target.file_sha256}".encode()).hexdigest()[:32]
+        notes[sample_id] = note
+    (store / FILE).write_text("".join(json.dumps(note) + "\n" for note in notes.items()))
+    assert (begun().present, sum(reads.values())) == (COUNT, COUNT)
+    assert (begun().present, sum(reads.values())) == (COUNT, 0)
+
+
+def test_the_name_of_a_data_set_is_opened(whole, scenes, tmp_path):
+    data = as_shards(scenes[:COUNT], tmp_path / "data")
+    for place in (data / "00000.tar", str(data / "00000.tar"), f"{data}/00000.ta?"):
+        summary = extract(TEACHER, place, tmp_path / "t", NOISE, WORK, progress=False)
+    assert (summary.present, list(TargetStore(tmp_path / "t"))) == (2, ["00000/00000", "00000/00001"])
+    assert verify(tmp_path / "t", str(data / "00000.tar")) == []
+    assert preview(TEACHER, data, tmp_path / "p", 1, NOISE, WORK).num_pictures is None
+    with pytest.raises(DataError, match=r"there is no data at .*nothing\.tar"):
+        extract(TEACHER, tmp_path / "nothing.tar", tmp_path / "u", NOISE, WORK, progress=False)
+    assert not (tmp_path / "u").exists()

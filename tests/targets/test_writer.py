@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lavender.errors import TargetError
+from lavender.targets.maintenance import merge
 from lavender.targets.store import TargetStore, TargetWriter
 
 from .stores import CONFIG, SOURCE, contents, fill, ids_of, make_target, shards
@@ -302,3 +303,32 @@ def test_a_finished_store_stays_finished_until_something_is_added(tmp_path):
         TargetStore(tmp_path / "t")
     fill(tmp_path / "t", range(4)).close()
     assert list(TargetStore(tmp_path / "t")) == ["s0", "s1", "s2", "s3"]
+
+
+@pytest.mark.parametrize("name", [".lock.json", "x.partial", "manifest.json.partial", "data-00003.parquet.partial"])
+@pytest.mark.parametrize("is_empty", [True, False])
+def test_a_folder_under_a_name_of_the_stores_files(tmp_path, name, is_empty):
+    fill(tmp_path / "t", range(7)).close()
+    (tmp_path / "t" / name).mkdir()
+    if not is_empty:
+        (tmp_path / "t" / name / "mine").touch()
+    if name == ".lock.json":  # it only says who writes
+        fill(tmp_path / "t", range(9)).close()
+        assert len(TargetStore(tmp_path / "t")) == 9
+    else:
+        before = contents(tmp_path / "t")
+        with pytest.raises(TargetError, match=rf"{name} is a folder, where a store has a file.*move it elsewhere"):
+            fill(tmp_path / "t", range(9))
+        assert contents(tmp_path / "t") == before
+        assert len(TargetStore(tmp_path / "t")) == 7
+    assert (tmp_path / "t" / name).is_dir()
+
+
+def test_a_link_to_nothing_is_no_folder_for_a_store(tmp_path):
+    fill(tmp_path / "t", range(3)).close()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(TargetError, match="link is a link that leads to nothing; give --out a folder"):
+        fill(tmp_path / "link", range(3))
+    with pytest.raises(TargetError, match="link exists; give a new folder"):
+        merge([tmp_path / "t"], tmp_path / "link")
+    assert not (tmp_path / "nothing").exists()
