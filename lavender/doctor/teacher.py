@@ -13,7 +13,6 @@ import torch
 from ..config import Inversion, TeacherConfig
 from ..errors import ConfigError, ModelError, first_line
 from ..pretrained.names import loading, locate_model
-from ..teachers.denoisers import unwrapped
 from ..teachers.identity import encode_once
 from ..teachers.loading import empty_pipeline
 from ..teachers.model import require_teacher
@@ -53,7 +52,6 @@ def examine_name(model: str, index_file: Path) -> Iterator[Finding]:
 
 def examine(pipe: Any, denoiser: Any, problem: str | None = None) -> Iterator[Finding]:
     """A pipeline whose weights may be on the meta device; `problem` says why it cannot be loaded, if so."""
-    denoiser = unwrapped(denoiser)
     yield Finding("model", f"{type(pipe).__name__} with {type(denoiser).__name__}, a teacher")
     try:
         hooks = DenoiserHooks(denoiser)
