@@ -7,7 +7,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -230,7 +230,12 @@ class TeacherPatch(Handle):
                 self._take_up(drawing, branch, arguments[name])
         self._drawing = drawing
         try:
-            with self._reader.reading() as drawing.texts:
+            with ExitStack() as stack:
+                for hooks in self._hooks:
+                    if outer is None or not outer.whole or outer.is_closed:  # a loop of the user's may have been interrupted
+                        hooks.unwind()
+                    stack.enter_context(hooks.unwinding())
+                drawing.texts = stack.enter_context(self._reader.reading())
                 yield drawing
         finally:
             drawing.close()

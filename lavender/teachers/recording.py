@@ -333,20 +333,40 @@ class DenoiserHooks:
         recording = Recording(word_weights, heads, fused=fused, resolutions=resolutions)
         before, self._threads.state.manual = self._threads.state.manual, (recording, branch)
         try:
-            yield recording
+            with self.unwinding():
+                yield recording
         finally:
             self._threads.state.manual = before
         recording.require_layers(self.denoiser, self.modules)
+
+    @contextmanager
+    def unwinding(self) -> Iterator[None]:
+        """Leaves this thread's state as it was before: of a forward that an interrupt ends, torch calls no hook."""
+        state = self._threads.state
+        num_forwards, num_readers = len(state.forwards), len(state.readers)
+        try:
+            yield
+        finally:
+            self.unwind(num_forwards, num_readers)
+
+    def unwind(self, num_forwards: int = 0, num_readers: int = 0) -> None:
+        """Ends the forwards of this thread, and the layers in them, but for so many."""
+        state = self._threads.state
+        del state.forwards[num_forwards:]
+        while len(state.readers) > num_readers:
+            state.readers.pop().__exit__(None, None, None)
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module is not self.denoiser:
             return
         state = self._threads.state
         inputs = self._inputs(module, args, kwargs)
-        wanted = [] if self._opened is None or state.manual is not None else self._opened(inputs)
+        try:
+            wanted = [] if self._opened is None or state.manual is not None else self._opened(inputs)
+        finally:  # the hook behind the forward runs in any case
+            state.forwards.append(None)
         if state.manual is not None:
             wanted = [state.manual]
-        state.forwards.append(None)
         if not wanted:
             return
         try:

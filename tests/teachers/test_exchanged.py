@@ -54,6 +54,32 @@ def test_layers_that_run_twice_in_one_forward_are_refused():
             lens.maps  # noqa: B018
 
 
+@pytest.mark.parametrize("part", ["mid_block", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"])
+def test_an_interrupt_inside_a_forward_leaves_nothing_behind(part):
+    """torch runs no hook of a module that it interrupts."""
+    pipe = PIPELINES[SD]()
+    with lavender.patch(pipe) as lens:
+        plain = draw(pipe, SD)
+        expected = lens.maps["cat"].values
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        handle = pipe.unet.get_submodule(part).register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            draw(pipe, SD)
+        assert torch.overrides._len_torch_function_stack() == 0
+        with torch.no_grad():
+            prompt = pipe.encode_prompt(PROMPT, "cpu", 1, False)[0]
+        with torch.no_grad(), pytest.raises(KeyboardInterrupt):  # in a loop of the user's
+            pipe.unet(torch.randn(1, 4, 8, 12), torch.tensor(7), prompt)
+        handle.remove()
+        assert (draw(pipe, SD) == plain).all()
+        assert torch.overrides._len_torch_function_stack() == 0
+        assert torch.equal(lens.maps["cat"].values, expected)
+        assert lens.maps.coverage.left_out == {}
+
+
 @pytest.mark.parametrize("place", ["unet", "mid_block"])
 def test_a_forward_inside_a_forward_is_not_part_of_the_call(place):
     pipe = PIPELINES[SD]()
