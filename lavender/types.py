@@ -29,6 +29,10 @@ WHOLE_PICTURE: Box = (0.0, 0.0, 1.0, 1.0)
 OUTCOMES = ("matched", "no target", "no word matched", "cut off", "skipped")
 """What becomes of a training sample, by the numbers in `WordBatch.outcomes`."""
 
+ROLES = ("question", "answer", "prompt end")
+"""Where a word stands, by the numbers in `WordBatch.roles`: in what the user says, in what the assistant says, or the last token
+before an answer, which is no word: it is read at its own row, and is the answer's otherwise."""
+
 
 @dataclass(frozen=True)
 class Word:
@@ -108,6 +112,7 @@ class WordBatch:
         outcomes: int64 [B], what became of each sample, as an index into `OUTCOMES`.
         targets: float32 [B, W, y, x], the teacher's maps. The loss is computed only with them.
         input_ids: int64 [B, T], the text that the positions are of. A forward over another text is refused.
+        roles: int64 [B, W], where each word stands, as an index into `ROLES`; all are the answer's without it.
     """
 
     tokens: torch.Tensor
@@ -119,6 +124,7 @@ class WordBatch:
     outcomes: torch.Tensor | None = None
     targets: torch.Tensor | None = None
     input_ids: torch.Tensor | None = None
+    roles: torch.Tensor | None = None
 
     KEYS: ClassVar[dict[str, str]] = {
         "tokens": "lavender_tokens",
@@ -130,6 +136,7 @@ class WordBatch:
         "outcomes": "lavender_outcomes",
         "targets": "lavender_targets",
         "input_ids": "lavender_input_ids",
+        "roles": "lavender_roles",
     }
     """Field -> its key in a batch."""
 
@@ -153,7 +160,7 @@ class WordBatch:
         if not values:
             return inputs, None
         optional: tuple[str, ...] = () if values.get("targets") is not None else ("boxes",)
-        optional += ("outcomes", "targets", "input_ids")
+        optional += ("outcomes", "targets", "input_ids", "roles")
         missing = [key for field, key in cls.KEYS.items() if field not in (*values, *optional)]
         if missing:
             raise CaptureError(f"the batch lacks {', '.join(missing)}; make it with lavender.Collator")
