@@ -2,8 +2,8 @@
 
     python bench/alignment_results.py
 
-writes, from `bench/results/alignment_study.json`, the tables of `docs/alignment-study.md`, the plot beside the JSON, and the headline
-that the demo's report cites (`lavender/miniworld/study.json`).
+writes, from `bench/results/alignment_study.json`, the tables of `docs/alignment-study.md`, the plot beside the JSON, and what the
+demo's report cites (`lavender/miniworld/study.json`).
 """
 
 from __future__ import annotations
