@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -24,7 +25,7 @@ HeadReduction = Literal["mean", "max"]
 Storage = Literal["float16", "uint8"]
 Engine = Literal["local", "ray"]
 Offload = Literal["none", "model", "sequential"]
-Rows = Literal["predicts", "reads"]
+Rows = Literal["predicts", "reads", "both", "last"]
 Aggregation = Literal["project_mean", "project_max", "mean_project", "max_project", "mean", "max", "flow", "learned", "parallel"]
 AlignerKind = Literal["light", "sim", "deep", "identity"]
 Norm = Literal["instance", "batch", "group", "identity"]
@@ -318,6 +319,33 @@ class ExtractionConfig:
         _require(len(self.devices) >= 1, "devices is empty; give one or more, such as cuda:0")
 
 
+_BY_ROLE = ("rows", "layers", "heads")
+"""Settings of `AlignmentConfig` that words of questions may have of their own."""
+
+
+def _num_best(value: Any) -> int | None:
+    """K of `best:K`; None for anything else."""
+    found = re.fullmatch(r"best:0*([1-9]\d{0,5})", value) if isinstance(value, str) else None
+    return None if found is None else int(found[1])
+
+
+def parse_heads(name: str, heads: str) -> tuple[tuple[int, int], ...]:
+    """Layer and head of each item of `3.1,5.0`. Raises `ConfigError` naming the setting."""
+    items = [re.fullmatch(r"(\d{1,6})\.(\d{1,6})", item.strip(), re.ASCII) for item in heads.split(",")]
+    places = tuple((int(item[1]), int(item[2])) for item in items if item is not None)
+    _require(
+        len(places) == len(items),
+        f"{name} is {heads!r}; give mean, best:K with K of at least 1, or heads as layer.head, such as 3.1,5.0",
+    )
+    _require(len(set(places)) == len(places), f"{name} is {heads!r}; a head stands there twice")
+    return places
+
+
+def format_heads(places: Iterable[tuple[int, int]]) -> str:
+    """Layers and heads as the setting `heads` writes them."""
+    return ",".join(f"{layer}.{head}" for layer, head in places)
+
+
 @dataclass(frozen=True)
 class AlignmentConfig:
     """What is compared with what, and how strongly.
@@ -333,11 +361,33 @@ class AlignmentConfig:
     """How lambda falls during training. The formulas are in `lavender.students.lambda_schedule`."""
     decay: float = 5.0
     """How fast `exponential` and `inverse` fall."""
+    until: float = 1.0
+    """Share of the training, in (0, 1], after which lambda is zero; the schedule runs from the start to there."""
     rows: Rows = "predicts"
-    """Which row of the student's attention speaks for a token: the one that `predicts` it (the row
-    before) or the one that `reads` it."""
-    layers: tuple[int, ...] = ()
-    """Decoder layers to align, counted from 0 among the attention layers; empty for all."""
+    """Which rows of the student's attention speak for a word: those that `predicts` its tokens (each the
+    row before) or `reads` them; `both`, compared apart; or the one that reads its `last` token.
+
+    A word of `both` is two comparisons, each with the word's target. Of a word of several tokens the row
+    of the last one alone has read all of it. The end of a prompt (`lavender.types.ROLES`) is always read
+    at its own row."""
+    layers: tuple[int, ...] | str = ()
+    """Decoder layers to align, counted from 0 among the attention layers; empty for all, or `best:K` for
+    the K that localize best before the training, by `lavender.choose_heads`."""
+    heads: str = "mean"
+    """Heads to align: the `mean` over all; a list of `layer.head`, as in `3.1,5.0`, layers numbered as
+    in `layers`; or `best:K` for the K that localize best before the training, by `lavender.choose_heads`.
+
+    `mean` says that no head is chosen: an aggregation may keep all of them apart. K chosen ones, of
+    whatever layers, are the K channels of one map: `project_mean`, `project_max`, `mean_project` and
+    `max_project` are then G of these channels, `mean`, `max` and `learned` go over them. `flow` and
+    `parallel` take no chosen heads."""
+    question_rows: Rows | None = None
+    """`rows` of the words that the user says (`WordsConfig.roles`); None takes the answer's."""
+    question_layers: tuple[int, ...] | str | None = None
+    """`layers` of the words that the user says; None takes the answer's."""
+    question_heads: str | None = None
+    """`heads` of the words that the user says; None takes the answer's. Of another number than the
+    answer's, where heads are the aligner's channels, they need `aligner="identity"`."""
     renormalize: bool = False
     """Whether the softmax runs over the image tokens alone, not over all keys that the row sees."""
     aggregation: Aggregation = "project_mean"
@@ -397,8 +447,69 @@ class AlignmentConfig:
             self.distance != "kl" or self.normalization == "sum",
             f"distance='kl' compares distributions: use normalization='sum', not {self.normalization!r}",
         )
-        _require(all(layer >= 0 for layer in self.layers), f"layers is {self.layers}; layers are counted from 0")
-        _require(len(set(self.layers)) == len(self.layers), f"layers is {self.layers}; a layer stands there twice")
+        _require(0 < self.until <= 1, f"until is {self.until}; it must be in (0, 1], a share of the training")
+        for prefix in ("", "question_"):
+            self._check_places(f"{prefix}layers", f"{prefix}heads")
+        if any(getattr(self, f"question_{name}") is not None for name in _BY_ROLE):
+            try:
+                _ = self.of_question
+            except ConfigError as error:
+                raise ConfigError(
+                    f"of questions' words, which take from the answers' what question_... is not given: {error}"
+                ) from None
+
+    def _check_places(self, layers_name: str, heads_name: str) -> None:
+        """Writes the heads in their shortest form. Raises `ConfigError` for layers and heads that cannot be."""
+        layers, heads = getattr(self, layers_name), getattr(self, heads_name)
+        if isinstance(layers, str):
+            _require(
+                _num_best(layers) is not None,
+                f"{layers_name} is {layers!r}; give integers, an empty list for all layers, or best:K with K of at least 1",
+            )
+        elif layers is not None:
+            _require(all(layer >= 0 for layer in layers), f"{layers_name} is {layers}; layers are counted from 0")
+            _require(len(set(layers)) == len(layers), f"{layers_name} is {layers}; a layer stands there twice")
+        if heads is None or heads == "mean":
+            return
+        _require(
+            self.aggregation not in ("flow", "parallel"),
+            f"{heads_name} is {heads!r} and aggregation {self.aggregation!r}, which takes no chosen heads; leave heads='mean', or "
+            "choose another aggregation",
+        )
+        if _num_best(heads) is not None:
+            return
+        places = parse_heads(heads_name, heads)
+        object.__setattr__(self, heads_name, format_heads(places))
+        _require(
+            not isinstance(layers, str),
+            f"{heads_name} is {heads!r} and {layers_name} {layers!r}: the heads name their layers; leave {layers_name} out",
+        )
+        beyond = sorted({layer for layer, _ in places} - set(layers or ())) if layers else []
+        _require(not beyond, f"{heads_name} is {heads!r}, and {layers_name} {layers} lacks {beyond}; leave {layers_name} out")
+
+    @property
+    def of_question(self) -> AlignmentConfig:
+        """The settings by which words of questions are read, as a config whose words are all read so.
+
+        Raises `ConfigError` where they do not go together.
+        """
+        own: dict[str, Any] = {name: getattr(self, f"question_{name}") for name in _BY_ROLE}
+        return replace(self.of_answer, **{name: value for name, value in own.items() if value is not None})
+
+    @property
+    def of_answer(self) -> AlignmentConfig:
+        """The same of answers' words."""
+        return replace(self, question_rows=None, question_layers=None, question_heads=None)
+
+    @property
+    def num_best(self) -> tuple[int | None, int | None]:
+        """How many layers and how many heads are still to be chosen, of the answer's words; None where none are."""
+        return _num_best(self.layers), _num_best(self.heads)
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether it says which layers and heads are aligned: none is `best:K`."""
+        return not any(any(reading.num_best) for reading in (self.of_answer, self.of_question))
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ class Comparison:
     """What the latest forward with targets compared. Sums run over all processes while the model trains.
 
     Attributes:
-        loss: the unweighted alignment loss, the mean over matched words; a scalar, detached.
+        loss: the unweighted alignment loss, the mean over what is compared: matched words, those that are read by both rows twice;
+            a scalar, detached.
         weight: lambda.
         share: this micro-batch's share of its optimizer step, as the Trainer scales losses; 1 where it does not.
         words: the number of matched words, a scalar.
         outcomes: [5], samples by `lavender.types.OUTCOMES`.
-        aligned: [B, W, y, x], the aligned maps of this process's batch, detached.
+        aligned: [B, W, y, x], the aligned maps of this process's batch, detached; of a word that is compared twice their mean.
         batch: this process's batch, with its targets [B, W, y', x'].
         input_ids: int64 [B, T], or None if neither the forward nor the batch has them.
         tokens: the number of label tokens of this process's batch, a scalar; None without labels.
@@ -52,44 +53,47 @@ def compare(
 ) -> tuple[Comparison, torch.Tensor]:
     """The alignment loss of one forward: a report of it, and the term that is added to the loss in its `output`.
 
-    The mean runs over the words of all processes. Engines average gradients over processes, so each adds the sum over its words
-    times the number of processes. `num_items_in_batch` counts an optimizer step's label tokens, over all processes or over one:
-    this micro-batch's share of them is taken from the mean over processes, which serves both. A micro-batch without matched words
-    keeps its share, since it does not know how many words the others have. TRL's `SFTTrainer` takes sums and divides them itself:
+    The mean runs over the comparisons of all processes: a word is one, or two where both its rows are read. Engines average
+    gradients over processes, so each adds the sum over its comparisons times the number of processes. `num_items_in_batch` counts
+    an optimizer step's label tokens, over all processes or over one: this micro-batch's share of them is taken from the mean over
+    processes, which serves both. A micro-batch without matched words keeps its share, since it does not know how many words the
+    others have. TRL's `SFTTrainer` takes sums and divides them itself:
     by the step's tokens where the model accepts their number, else by this forward's.
     """
     trains = model.training and torch.is_grad_enabled()
-    words, inputs = forward.words.to(source.device), forward.inputs
-    per_word, aligned = model.lavender(source, forward.place, words.targets, words.present)
-    total = per_word.sum()
+    words, inputs, reading = forward.words.to(source.device), forward.inputs, forward.reading
+    assert words.targets is not None
+    present = reading.compared(words.present)
+    per_comparison, aligned = model.lavender(source, forward.place, reading.compared(words.targets), present, reading.questions)
+    total = per_comparison.sum()
     labels, step_tokens = inputs.get("labels"), inputs.get("num_items_in_batch")
     tokens = total.new_zeros(()) if labels is None else (labels[:, 1:] != -100).sum().to(total.device)
     outcomes = words.tokens.new_zeros(len(words.tokens)) if words.outcomes is None else words.outcomes
     counts = torch.bincount(outcomes, minlength=len(OUTCOMES)).to(total.dtype)
-    sums = torch.cat([torch.stack([total.detach(), words.present.sum(), tokens]), counts])
+    sums = torch.cat([torch.stack([total.detach(), present.sum(), tokens, words.present.sum()]), counts])
     processes = 1
     if trains and dist.is_available() and dist.is_initialized():
         processes = dist.get_world_size()
         dist.all_reduce(sums)
-    all_words = sums[1].clamp_min(1)
+    comparisons = sums[1].clamp_min(1)
     # A step that was cut off entirely has no label token.
     share: torch.Tensor | float = 1.0
     if labels is not None and step_tokens is not None:
         share = sums[2] / processes / torch.as_tensor(step_tokens, device=sums.device).clamp_min(1)
     weight = _weight(forward.config, progress, torch.is_grad_enabled())
     comparison = Comparison(
-        loss=sums[0] / all_words,
+        loss=sums[0] / comparisons,
         weight=weight,
         share=share,
-        words=sums[1],
-        outcomes=sums[3:],
-        aligned=aligned.detach(),
+        words=sums[3],
+        outcomes=sums[4:],
+        aligned=reading.by_word(aligned.detach()),
         batch=words,
         input_ids=inputs.get("input_ids") if words.input_ids is None else words.input_ids,
         tokens=None if labels is None else tokens,
         language=None if labels is None else _language_loss(output, tokens),
     )
-    term = weight * processes * share * total / all_words
+    term = weight * processes * share * total / comparisons
     if inputs.get("fused_lm_head"):
         term = term * (sums[2] / processes if getattr(model, "accepts_loss_kwargs", True) else tokens)
     return comparison, term
