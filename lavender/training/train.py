@@ -281,9 +281,10 @@ class _Run:
 def _texts(sample: Sample | Conversation) -> list[Any]:
     """What a run's record knows of a sample; of pictures their paths and sizes."""
     pictures = [[str(path), path.stat().st_size] for path in _paths(sample)]
+    regions = [region.record() for region in sample.regions]
     if isinstance(sample, Sample):
-        return [sample.id, pictures, sample.question, sample.answer]
-    return [sample.id, pictures, *([message.role, message.content] for message in sample.messages)]
+        return [sample.id, pictures, sample.question, sample.answer, *regions]
+    return [sample.id, pictures, *([message.role, message.content] for message in sample.messages), *regions]
 
 
 def _paths(sample: Sample | Conversation) -> list[Path]:
