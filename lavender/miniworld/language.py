@@ -109,7 +109,9 @@ def features_of(model: LlavaForConditionalGeneration, processor: Any, scenes: Se
     for first in range(0, len(scenes), 100):
         images = [scene.image for scene in scenes[first : first + 100]]
         pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        parts.append(model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[model.config.vision_feature_layer][:, 1:])
+        parts.append(
+            model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[model.config.vision_feature_layer][:, 1:]
+        )
     return torch.cat(parts)
 
 

@@ -157,6 +157,4 @@ class PackedPictures:
                 targets[b, : len(found)] = joined
         image = (ids == self._image).nonzero()[:, 1].view(len(rows), -1)
         boxes = self.boxes.expand(len(rows), -1, -1)
-        return WordBatch(
-            tokens, owners, weights, image, present, boxes, targets=targets, input_ids=ids, roles=roles
-        ).to_batch()
+        return WordBatch(tokens, owners, weights, image, present, boxes, targets=targets, input_ids=ids, roles=roles).to_batch()

@@ -211,6 +211,6 @@ def test_all_questions_follow_from_the_objects(numbers, world):
         else:
             truth = getattr(thing, question.type)
         assert question.answer == truth, question
-        about = question.type in ("color", "shape", "place") or question.answer == "yes" and question.type == "existence"
+        about = question.type in ("color", "shape", "place") or (question.answer == "yes" and question.type == "existence")
         assert question.object_index == (named[0] if about else None)
     assert {question.answer for question in asked if question.type == "existence"} == {"yes", "no"}
