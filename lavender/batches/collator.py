@@ -6,9 +6,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -19,8 +19,9 @@ from ..images import image_sha256, load_image
 from ..students.boxes import boxes_within
 from ..students.families import ProcessedImages, student_family
 from ..students.image_tokens import image_token_of, model_type_of, place_image_tokens, require_pair
-from ..types import OUTCOMES, WHOLE_PICTURE, Span, Word, WordBatch
-from ..words import FUNCTION_WORDS, Caption, collate_rows, locate_tokens, tokens_of, words_of
+from ..types import OUTCOMES, ROLES, WHOLE_PICTURE, Span, Word, WordBatch
+from ..words import collate_rows, locate_tokens, tokens_of
+from .aligned_words import AlignedWord, CaptionMaps, TurnWord, aligned_turns, content_words, target_maps, turn_words
 from .chat_template import ChatText, Turn, apply_chat_template, without_thinking
 from .word_selection import WordSelector
 
@@ -47,33 +48,24 @@ class _Item:
         id: the sample's.
         images: its pictures, in the order of their places in the text.
         chat: its text.
-        target: the teacher's maps; None where there are none.
-        caption: the text that the target's words are of.
-        turn: the answer whose words are compared.
-        image: index of the picture that they are looked for in; None without one.
-        words: the answer's words.
+        targets: the teacher's maps of one picture, per caption.
+        image: index of the picture that words are looked for in; None without one.
+        words: the words that may be compared.
         skipped: whether it stands for a sample that was skipped.
     """
 
     id: str
     images: list[Image.Image]
     chat: ChatText
-    target: Target | None
-    caption: Caption | None
-    turn: Turn
+    targets: tuple[Target, ...]
     image: int | None
-    words: tuple[Word, ...]
+    words: tuple[TurnWord, ...]
     skipped: bool = False
-
-    @property
-    def sees_image(self) -> bool:
-        """Whether the picture stands before the answer."""
-        return self.image is not None and self.image < self.turn.num_images
 
 
 @dataclass(frozen=True, eq=False)
-class _Answer:
-    """The words of a sample's answer in the batch.
+class _Tokens:
+    """The words of a sample in the batch.
 
     Attributes:
         tokens: per word the positions of its tokens; none if one was cut off.
@@ -92,14 +84,21 @@ class Collator:
     batch has `labels` (int64 [B, T]: what the assistant says, and what the template closes it with; -100 elsewhere), and the keys
     of `lavender.types.WordBatch`; `lavender_targets` only with `targets`.
 
-    W counts the words (`Collator.words`, without function words) of one answer: the first one that is the caption of the sample's
-    target, else the last one. M counts the image tokens of one picture: the one that the target was made from, else the last one
-    before that answer. `lavender_outcomes` are
+    W counts the words (without function words) of the messages of `WordsConfig.roles`, in the order of the text: by default those
+    of every answer that is learned, which in a sample of one answer are `Collator.words`. `aligned_words` lists them, and
+    `lavender_roles` says whose each is. M counts the image tokens of one picture: the one that the targets were made from, else
+    the last one before the last answer. Words that do not stand behind it are never compared.
+
+    A sample's target is that of its id; without one, those that were made from its picture, whatever their ids: ten questions
+    about one picture share its maps. An answer that is the caption of a target takes each word's own map. Every other word has
+    the mean map of the caption's words that are the same, averaged over the captions that have it if the picture has several.
+
+    `lavender_outcomes` are
 
         0, matched           a word at least is compared
         1, no target         the targets have none for this sample, which trains the language model alone
-        2, no word matched   the target has none of the answer's words, they were all left out, or there is no picture
-        3, cut off           `max_length` cut the answer before its words
+        2, no word matched   the targets have none of the words, they were all left out, or no picture stands before them
+        3, cut off           `max_length` cut the text before them
         4, skipped           it raised a `LavenderError`, and a stand-in takes its place: a gray picture and a word, no labels, no
                              words. So every process of a training has as many samples as before, and the same keys in its batch
 
@@ -155,7 +154,7 @@ class Collator:
         self.skipped: dict[str, str] = {}
         self._skipped_in_a_row = 0
         self._selector = WordSelector(self.words_config)
-        self._warned: set[int] = set()
+        self._warned: set[int | str] = set()
         self._family = student_family(model_type_of(processor, model_config))
         if not self._family.collates:
             raise ConfigError(
@@ -165,11 +164,23 @@ class Collator:
 
     @staticmethod
     def words(answer: str) -> tuple[Word, ...]:
-        """The words of an answer that can be aligned, in order: index w of a batch's word axis is the w-th of them.
+        """The words of an answer that can be aligned, in order: of a sample of one answer, index w of a batch's word axis is the
+        w-th of them, if only answers are aligned.
 
         Those of thinking are none; the others' places are in the answer without it.
         """
-        return tuple(word for word in words_of(without_thinking(answer)) if word.text.casefold() not in FUNCTION_WORDS)
+        return content_words(without_thinking(answer))
+
+    def aligned_words(self, sample: Sample | Conversation | Mapping[str, Any]) -> tuple[AlignedWord, ...]:
+        """A sample's words in the order of a batch's word axis. Raises `LavenderError` if the sample cannot be used."""
+        item = self._item(as_conversation(sample))
+        text = item.chat.text
+        encoded = self.processor.tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)
+        offsets: list[Span] = encoded.offset_mapping[0]
+        return tuple(
+            AlignedWord(word.turn, word.role, word.word, tuple(text[slice(*offsets[t])] for t in _tokens_of(word, offsets, text)))
+            for word in item.words
+        )
 
     def __call__(self, samples: Sequence[Sample | Conversation | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Raises `DataError` or `TargetError` naming the sample at fault, unless it is skipped; then the last of 16 in a row."""
@@ -226,12 +237,18 @@ class Collator:
         ]
         self._cut(batch, items, places)
         self._add_labels(batch, items, offsets, places)
-        answers = [self._find_words(*each, batch, b) for b, each in enumerate(zip(items, offsets, places, strict=True))]
-        rows = collate_rows([answer.tokens for answer in answers])
         image_positions, boxes = self._place_images(batch, items)
-        present, outcomes, targets = self._compare(items, answers, rows.num_words)
+        found = [
+            self._find_words(item, spans, at, positions, batch, b)
+            for b, (item, spans, at, positions) in enumerate(zip(items, offsets, places, image_positions, strict=True))
+        ]
+        rows = collate_rows([words.tokens for words in found])
+        present, outcomes, targets = self._compare(items, found, rows.num_words)
+        roles = torch.full_like(present, ROLES.index("answer"), dtype=torch.long)
+        for b, item in enumerate(items):
+            roles[b, : len(item.words)] = torch.tensor([ROLES.index(word.role) for word in item.words])
         words = WordBatch(
-            rows.rows, rows.words, rows.weights, image_positions, present, boxes, outcomes, targets, batch["input_ids"]
+            rows.rows, rows.words, rows.weights, image_positions, present, boxes, outcomes, targets, batch["input_ids"], roles
         )
         return batch | words.to_batch()
 
@@ -272,7 +289,7 @@ class Collator:
     def _stand_in(self) -> _Item:
         """An item that fits into every batch, and teaches nothing. Raises `LavenderError` if there is none."""
         item = self._item(_STAND_IN)
-        item = replace(item, chat=replace(item.chat, turns=()), target=None, caption=None, words=(), skipped=True)
+        item = replace(item, chat=replace(item.chat, turns=()), targets=(), words=(), skipped=True)
         self._collate([item])
         return item
 
@@ -301,41 +318,67 @@ class Collator:
             raise DataError(
                 f"{name} has {len(images)} pictures; {type(self.processor).__name__}'s family takes {expected} in a sample"
             )
-        chat = apply_chat_template(self.processor, conversation)
-        target, image = self._target(conversation, images)
-        caption = None if target is None else Caption.of(target.word_maps.caption)
-        turn = next((turn for turn in chat.turns if caption is not None and turn.answer == caption.text), chat.turns[-1])
-        if target is None and turn.num_images:
-            image = turn.num_images - 1
-        return _Item(conversation.id, images, chat, target, caption, turn, image, self.words(turn.answer))
+        roles = self.words_config.roles
+        chat = apply_chat_template(self.processor, conversation, aligned_turns(conversation, {*roles} - {"answer"}))
+        targets, image = self._targets(conversation, images)
+        if not targets and chat.turns[-1].num_images:
+            image = chat.turns[-1].num_images - 1
+        item = _Item(conversation.id, images, chat, targets, image, tuple(turn_words(conversation, chat, roles)))
+        self._require_shown(item)
+        return item
 
-    def _target(self, conversation: Conversation, images: Sequence[Image.Image]) -> tuple[Target | None, int | None]:
-        """The sample's target, and the index of the picture that it was made from."""
+    def _targets(self, conversation: Conversation, images: Sequence[Image.Image]) -> tuple[tuple[Target, ...], int | None]:
+        """The sample's targets, and the index of the picture that they were made from."""
         if self.targets is None:
-            return None, None
+            return (), None
         digests = [image_sha256(image) for image in images]
         if conversation.id in self.targets:
-            target = self.targets[conversation.id]
+            targets = [self.targets[conversation.id]]
         else:
             answers = [message.content for message in conversation.messages if message.role == "assistant"]
-            found = None if conversation.has_id else self.targets.of_pictures(digests, answers)
+            found = self.targets.of_pictures(digests, answers)
             if found is None:
-                return None, None
-            target = found
+                return (), None
+            targets = self.targets.made_from(found.image_sha256)
         from ..targets.soundness import store_problems  # here, since pyarrow comes with it, which a batch without targets can lack
 
         config, is_attention = self.targets.config, "weights" in self.targets.source
-        if problem := next(store_problems(target.word_maps, config.map_size, config.normalization, is_attention), ""):
-            raise TargetError(
-                f"the targets of sample {conversation.id!r} in {self.targets.folder} cannot be trained on: {problem}. Extract them "
-                "anew, or write their store with the StoreConfig that they have"
-            )
-        if target.image_sha256 in digests:
-            return target, digests.index(target.image_sha256)
+        for target in targets:
+            if problem := next(store_problems(target.word_maps, config.map_size, config.normalization, is_attention), ""):
+                raise TargetError(
+                    f"the targets of sample {conversation.id!r} in {self.targets.folder} cannot be trained on: {problem}. Extract "
+                    "them anew, or write their store with the StoreConfig that they have"
+                )
+        if targets[0].image_sha256 in digests:
+            return tuple(targets), digests.index(targets[0].image_sha256)
         raise TargetError(
             f"the targets of sample {conversation.id!r} in {self.targets.folder} were made from another picture than "
             f"{'its own' if len(images) == 1 else f'its {len(images)}'}; extract them into a new folder"
         )
+
+    def _require_shown(self, item: _Item) -> None:
+        """Raises `DataError` if the template shows no answer to the letter in which words would be compared; logs the first message
+        of a sample with others whose words are left out for that."""
+        hidden = sorted({word.turn for word in item.words} - item.chat.passages.keys())
+        if not hidden:
+            return
+        seeing = {turn.message: turn for turn in item.chat.turns if item.image is not None and item.image < turn.num_images}
+        changed = [turn for n, turn in seeing.items() if n in hidden]
+        if changed and all(word.turn in hidden for word in item.words if word.role == "answer" and word.turn in seeing):
+            turn = changed[-1]
+            raise DataError(
+                f"sample {item.id!r}: the chat template changes the answer {turn.answer!r} to "
+                f"{item.chat.text[turn.start : turn.answer_end]!r}, in which its words cannot be found; give it as the template "
+                "writes it"
+            )
+        if "hidden" not in self._warned:
+            self._warned.add("hidden")
+            logger.warning(
+                "sample %r: the chat template does not show message %d once and to the letter, so that its words cannot be found "
+                "and are not compared; give it as the template writes it. (Logged once.)",
+                item.id,
+                hidden[0] + 1,
+            )
 
     def _process(self, items: Sequence[_Item], texts: list[str]) -> dict[str, torch.Tensor]:
         images = [item.images for item in items]
@@ -408,33 +451,39 @@ class Collator:
                 later[later == batch["token_type_ids"][b, at[0] - 1]] = self._family.answer_type
 
     def _find_words(
-        self, item: _Item, offsets: Sequence[Span], places: Sequence[int], batch: Mapping[str, torch.Tensor], b: int
-    ) -> _Answer:
-        """The words of the answer of sample `b`: their tokens, and whether they are selected and see the picture."""
-        text, turn = item.chat.text, item.turn
-        if not (item.words and item.sees_image):
-            return _Answer([[] for _ in item.words], [False for _ in item.words])
-        begin = turn.answer_end - len(turn.answer.rstrip())
-        if not text.endswith(turn.answer.strip(), turn.start, turn.answer_end):
-            raise DataError(
-                f"sample {item.id!r}: the chat template changes the answer {turn.answer!r} to "
-                f"{text[turn.start : turn.answer_end]!r}, in which its words cannot be found; give it as the template writes it"
-            )
-        near = [i for i, (left, right) in enumerate(offsets) if right > turn.start and left < turn.end]
-        near_offsets = [offsets[i] for i in near]
-        spans = [(begin + word.start, begin + word.end) for word in item.words]
-        tokens = [[places[near[t]] for t in tokens_of(span, near_offsets, text)] for span in spans]
-        selected = [
-            wanted and bool(at) for wanted, at in zip(self._selector.selected(turn.answer, item.words), tokens, strict=True)
-        ]
-        tokens = [at if min(at, default=-1) >= 0 else [] for at in tokens]
-        # Text that reads by cross-attention may see the latest picture alone: [B, T, pictures, tiles] of mllama.
+        self,
+        item: _Item,
+        offsets: Sequence[Span],
+        places: Sequence[int],
+        image_positions: torch.Tensor,
+        batch: Mapping[str, torch.Tensor],
+        b: int,
+    ) -> _Tokens:
+        """The words of sample `b`: their tokens, and whether they are selected and see the picture."""
+        if item.image is None:
+            return _Tokens([[] for _ in item.words], [False for _ in item.words])
         mask = batch.get("cross_attention_mask")
-        if mask is not None:
-            selected = [
-                wanted and (not at or bool(mask[b, at, item.image].any())) for wanted, at in zip(selected, tokens, strict=True)
-            ]
-        return _Answer(tokens, selected)
+        last = -1 if self._family.cross else int(image_positions.max())
+        behind = {turn.message for turn in item.chat.turns if item.image < turn.num_images}
+        tokens, selected = [], []
+        for word, is_wanted in zip(item.words, self._selector_of(item.words), strict=True):
+            at = [places[t] for t in _tokens_of(word, offsets, item.chat.text)]
+            sees = bool(at) and (word.role != "answer" or word.turn in behind)
+            is_there = min(at, default=-1) >= 0
+            if is_there:  # what was cut off stands behind all pictures
+                # Text that reads by cross-attention may see the latest picture alone: [B, T, pictures, tiles] of mllama.
+                sees = sees and (min(at) > last if mask is None else bool(mask[b, at, item.image].any()))
+            tokens.append(at if is_there else [])
+            selected.append(is_wanted and sees)
+        return _Tokens(tokens, selected)
+
+    def _selector_of(self, words: Sequence[TurnWord]) -> list[bool]:
+        """Per word whether the config keeps it."""
+        return [
+            wanted
+            for said, group in groupby(words, key=lambda word: word.said)
+            for wanted in self._selector.selected(said, [word.in_said for word in group])
+        ]
 
     def _place_images(self, batch: dict[str, torch.Tensor], items: Sequence[_Item]) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions [B, M] and boxes [B, M, 4] of the image tokens of each sample's picture."""
@@ -442,7 +491,7 @@ class Collator:
         boxes = list(self._family.boxes(ProcessedImages(self.processor, batch, sizes, self.model_config))) if sizes else []
         first = 0
         for item in items:
-            crop = WHOLE_PICTURE if item.target is None else item.target.word_maps.crop
+            crop = item.targets[0].word_maps.crop if item.targets else WHOLE_PICTURE
             if item.image is not None and crop != WHOLE_PICTURE:
                 # The student's maps show what the teacher's do.
                 boxes[first + item.image] = boxes_within(boxes[first + item.image], crop)
@@ -454,22 +503,22 @@ class Collator:
             raise DataError(f"{_named(items)}: {error}") from None
 
     def _compare(
-        self, items: Sequence[_Item], answers: Sequence[_Answer], num_words: int
+        self, items: Sequence[_Item], found: Sequence[_Tokens], num_words: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The words that are compared, bool [B, W], the samples' outcomes [B], and with targets the teacher's maps [B, W, y, x]."""
         present = torch.zeros(len(items), num_words, dtype=torch.bool)
         outcomes = torch.zeros(len(items), dtype=torch.long)
         size = 0 if self.targets is None else self.targets.config.map_size
         targets = torch.zeros(*present.shape, size, size)
-        for b, (item, answer) in enumerate(zip(items, answers, strict=True)):
-            selected = answer.selected
+        for b, (item, words) in enumerate(zip(items, found, strict=True)):
+            selected = words.selected
             if self.targets is not None:
-                maps = _target_maps(item, self._selector)
+                maps = target_maps(item.words, [CaptionMaps(target, self._selector) for target in item.targets])
                 selected = [wanted and w in maps for w, wanted in enumerate(selected)]
                 for w, word_map in maps.items():
-                    targets[b, w] = word_map
+                    targets[b, w] = torch.from_numpy(word_map)
             present[b, : len(selected)] = torch.tensor(
-                [wanted and bool(at) for wanted, at in zip(selected, answer.tokens, strict=True)]
+                [wanted and bool(at) for wanted, at in zip(selected, words.tokens, strict=True)]
             )
             outcomes[b] = self._outcome(item, compared=bool(present[b].any()), cut=any(selected))
         return present, outcomes, None if self.targets is None else targets * present[..., None, None]
@@ -481,7 +530,7 @@ class Collator:
         if compared:
             return OUTCOMES.index("matched")
         name = f"sample {item.id!r}"
-        if self.targets is not None and item.target is None:
+        if self.targets is not None and not item.targets:
             outcome = OUTCOMES.index("no target")
             message = f"{name} has no target in {self.targets.folder}, and trains the language model alone; extract targets for it"
         elif cut:
@@ -496,15 +545,16 @@ class Collator:
         return outcome
 
     def _lack(self, item: _Item) -> str:
-        if not item.sees_image:
+        seeing = [turn for turn in item.chat.turns if item.image is not None and item.image < turn.num_images]
+        if not seeing:
             return "no picture stands before its answer; put one into a message of the user's before it"
-        answer = item.turn.answer
-        if item.caption is None:
+        answer, captions = seeing[-1].answer, [target.word_maps.caption for target in item.targets]
+        if not captions:
             return f"its answer {answer!r} has no words that name something, or {self.words_config} leaves them out"
-        if answer == item.caption.text:
+        if any(turn.answer in captions for turn in seeing):
             return f"its words have no maps, do not see the target's picture, or are left out by {self.words_config}; loosen that"
         return (
-            f"its answer is {answer!r}, and its target was made from {item.caption.text!r}; extract targets "
+            f"its answer is {answer!r}, and its target was made from {captions[0]!r}; extract targets "
             f"from captions that share words with the answers, or loosen {self.words_config}"
         )
 
@@ -543,27 +593,10 @@ def _tokens_in(turn: Turn, offsets: Sequence[Span]) -> list[int]:
     return [i for i, (left, right) in enumerate(offsets) if turn.start <= left < right <= turn.end]
 
 
-def _target_maps(item: _Item, selector: WordSelector) -> dict[int, torch.Tensor]:
-    """The teacher's map of every word of the answer that has one which is not too sparse.
-
-    Where the answer is the caption, a word's own map; else the mean over the caption's occurrences of the same word, which may be
-    part of a run that has no spaces.
-    """
-    if item.target is None or item.caption is None:
-        return {}
-    known, answer = item.target.word_maps, item.turn.answer
-    if len(known.maps) != len(known.words):
-        raise TargetError(f"the targets of sample {item.id!r} are damaged: {len(known.maps)} maps for {len(known.words)} words")
-    same = known.caption == answer
-    places = [[word] for word in item.words] if same else selector.occurrences(item.caption, answer, item.words)
-    dense = [
-        (word, values)
-        for word, values, is_dense in zip(known.words, known.maps, selector.dense(known.maps), strict=True)
-        if is_dense
-    ]
-    result = {}
-    for w, occurrences in enumerate(places):
-        maps = [values for word, values in dense if any(word.start <= o.start and o.end <= word.end for o in occurrences)]
-        if maps:
-            result[w] = torch.from_numpy(np.mean(maps, axis=0))
-    return result
+def _tokens_of(word: TurnWord, offsets: Sequence[Span], text: str) -> list[int]:
+    """The tokens of a word."""
+    tokens = []
+    for start, end in word.spans:
+        near = [t for t, (left, right) in enumerate(offsets) if right > start and left < end]
+        tokens += [near[t] for t in tokens_of((start, end), [offsets[t] for t in near], text)]
+    return tokens
