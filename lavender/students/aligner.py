@@ -13,6 +13,8 @@ from ..config import NORM_GROUPS, AlignmentConfig
 from ..kernels.map_loss import map_loss
 from ..kernels.row_maps import row_maps
 from ..types import WordRows
+from .channels import channels_of, num_channels
+from .channels import keeps_heads as keeps_heads  # importable from here
 
 NUM_CONVOLUTIONS = {"light": 2, "sim": 3, "deep": 5}
 _POSITIVE = ("sum", "max")
@@ -124,40 +126,65 @@ class Alignment(nn.Module):
     def __init__(self, config: AlignmentConfig, num_layers: int, num_heads: int, hidden_size: int) -> None:
         super().__init__()
         self.config = config
-        channels = {"mean": 1, "max": 1, "learned": 1, "parallel": config.parallel_heads}.get(config.aggregation, num_heads)
-        self.aligner: nn.Module = Identity() if config.aligner == "identity" else Aligner(config, channels)
+        channels = channels_of(config, num_layers, num_heads)
+        self.answer, self.question = channels.answer, channels.question
+        self.aligner: nn.Module = Identity() if config.aligner == "identity" else Aligner(config, num_channels(config, num_heads))
         if config.aggregation == "learned":
-            self.mixture = nn.Parameter(torch.zeros(num_layers, num_heads))
+            shapes = [
+                (1, len(role.heads)) if role.heads else (num_layers if role.layers is None else len(role.layers), num_heads)
+                for role in (self.answer, self.question)
+            ]
+            self.mixture = nn.Parameter(torch.zeros(shapes[0]))
+            if self.question != self.answer:
+                self.question_mixture = nn.Parameter(torch.zeros(shapes[1]))
         if config.aggregation == "parallel":
             self.parallel = ParallelAttention(hidden_size, num_layers, config.parallel_heads, config.parallel_width)
 
-    def align(self, maps: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor:
+    def align(self, maps: torch.Tensor, present: torch.Tensor | None = None, questions: torch.Tensor | None = None) -> torch.Tensor:
         """Raw maps [B, L, H, W, y, x] to one aligned map per word, [B, W, y, x], on the same grid.
 
-        Where words are not `present` (bool [B, W]), there are zeros, and they take no part in the norms' statistics.
+        Where words are not `present` (bool [B, W]), there are zeros, and they take no part in the norms' statistics. Words of
+        `questions` (bool [B, W]) are read by the layers and heads of questions; the others, or all, by those of answers.
         """
         batch, _, _, words, height, width = maps.shape
         # Attention sums to at most one over the grid: times its size, values are of order one and no epsilon dominates them.
         scaled = maps.permute(0, 3, 1, 2, 4, 5).flatten(0, 1) * (height * width)
-        if present is None:
-            return self._project(scaled).unflatten(0, (batch, words))
-        kept = present.flatten().nonzero().flatten()
-        if not len(kept):  # one map all the same: every process of a distributed run must use every weight
+        apart = questions is not None and self.question != self.answer
+        if present is None and not apart:
+            return self._project([self._aggregate(self.answer.of(scaled), getattr(self, "mixture", None))]).unflatten(
+                0, (batch, words)
+            )
+        chosen = torch.ones(batch * words, dtype=torch.bool, device=maps.device) if present is None else present.flatten()
+        asked = questions.flatten() & chosen if questions is not None and apart else torch.zeros_like(chosen)
+        kept = (chosen & ~asked).nonzero().flatten()
+        by_question = asked.nonzero().flatten()
+        if not len(kept) + len(by_question):  # one map all the same: every process of a distributed run must use every weight
             kept = torch.zeros(1, dtype=torch.long, device=maps.device)
-        aligned = self._project(scaled[kept])
-        return aligned.new_zeros(batch * words, height, width).index_copy(0, kept, aligned).unflatten(0, (batch, words))
+        groups = [self._aggregate(self.answer.of(scaled[kept]), getattr(self, "mixture", None))]
+        if apart:  # also where there are none: their weights are used all the same
+            groups.append(self._aggregate(self.question.of(scaled[by_question]), getattr(self, "question_mixture", None)))
+        aligned = self._project(groups)
+        places = torch.cat([kept, by_question])
+        return aligned.new_zeros(batch * words, height, width).index_copy(0, places, aligned).unflatten(0, (batch, words))
 
-    def _project(self, maps: torch.Tensor) -> torch.Tensor:
-        """[K, L, H, y, x] to [K, y, x]: by layer, or of all layers at once, then the mean or maximum over what is left."""
-        aggregated = self._aggregate(maps)
-        words, layers = aggregated.shape[:2]
-        weight = next(self.aligner.parameters(), aggregated)
+    def _project(self, groups: list[torch.Tensor]) -> torch.Tensor:
+        """Groups [K, L, C, y, x] to [sum of K, y, x]: by layer, or of all at once, then the mean or maximum over what is left.
+
+        In one call of the aligner: its norms' statistics are those of all maps.
+        """
+        weight = next(self.aligner.parameters(), groups[0])
+        flat = [group.flatten(0, 1).to(weight.dtype) for group in groups]
         # Attention is small and its differences smaller: no half precision but the weights' own.
-        with torch.autocast(maps.device.type, enabled=False):
-            projected = self.aligner(aggregated.flatten(0, 1).to(weight.dtype)).unflatten(0, (words, layers))
-        return projected.amax(dim=1) if self.config.aggregation == "project_max" else projected.mean(dim=1)
+        with torch.autocast(weight.device.type, enabled=False):
+            if isinstance(self.aligner, Identity):  # of any number of channels
+                projected = [self.aligner(maps) for maps in flat]
+            else:
+                projected = list(self.aligner(torch.cat(flat)).split([len(maps) for maps in flat]))
+        by_layer = [maps.view(len(group), group.shape[1], *maps.shape[1:]) for maps, group in zip(projected, groups, strict=True)]
+        largest = self.config.aggregation == "project_max"
+        return torch.cat([maps.amax(dim=1) if largest else maps.mean(dim=1) for maps in by_layer])
 
-    def _aggregate(self, maps: torch.Tensor) -> torch.Tensor:
+    def _aggregate(self, maps: torch.Tensor, mixture: torch.Tensor | None) -> torch.Tensor:
         """[K, L, H, y, x] to what the aligner projects, [K, L or 1, C, y, x]."""
         match self.config.aggregation:
             case "mean_project":
@@ -171,7 +198,8 @@ class Alignment(nn.Module):
             case "flow":
                 return attention_flow(maps)[:, None]
             case "learned":
-                shares = self.mixture.flatten().softmax(dim=0).view_as(self.mixture).to(maps.dtype)
+                assert mixture is not None
+                shares = mixture.flatten().softmax(dim=0).view_as(mixture).to(maps.dtype)
                 return (maps * shares[..., None, None]).sum(dim=(1, 2), keepdim=True)
             case _:
                 return maps
@@ -182,22 +210,24 @@ class Alignment(nn.Module):
         place: Callable[[torch.Tensor], torch.Tensor],
         targets: torch.Tensor | None = None,
         present: torch.Tensor | None = None,
+        questions: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """The alignment loss of every word, and the aligned maps.
 
         Args:
-            source: the student's attention [B, L, H, W, M], or for `parallel` its hidden states. Where heads are not needed, H may
-                be 1: their mean.
+            source: the student's attention [B, L, H, W, M] as `Channels` records it, or for `parallel` its hidden states. Where
+                heads are not needed, H may be 1: their mean.
             place: from attention by image token, [B, L, H, W, M], to maps [B, L, H, W, y, x]. It is called in here since sharded
                 engines gather this module's weights at one `__call__`, and `parallel` needs them before attention is placed.
             targets: [B, W, y', x'], the teacher's maps on their own grid, to which the aligned ones are resampled.
             present: bool [B, W], which words have a target; with `targets`.
+            questions: bool [B, W], which words are read by the layers and heads of questions; None for no word.
 
         Returns:
             [B, W], zero for absent words, or None without `targets`; and [B, W, y, x].
         """
         maps = place(self.parallel(source) if isinstance(source, HiddenStates) else source)
-        aligned = self.align(maps, present)
+        aligned = self.align(maps, present, questions)
         if targets is None or present is None:
             return None, aligned
         config = self.config
@@ -205,12 +235,6 @@ class Alignment(nn.Module):
             aligned, targets, present, normalization=config.normalization, distance=config.distance, reduction="none"
         )
         return per_word, aligned
-
-
-def keeps_heads(config: AlignmentConfig) -> bool:
-    """Whether the alignment needs attention per head, or the mean over heads will do."""
-    linear = config.aligner == "identity" and config.aggregation in ("project_mean", "project_max", "mean_project")
-    return not linear and config.aggregation != "mean"
 
 
 def attention_flow(maps: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,11 @@ from torch import nn
 
 from ..config import AlignmentConfig
 from ..errors import CaptureError
-from ..types import WordBatch, WordRows
-from .aligner import HiddenStates, keeps_heads
+from ..types import WordBatch
+from .aligner import HiddenStates
 from .boxes import grid_of, rasterize
+from .channels import Channels
+from .reading import Reading
 from .registry import Request
 from .resamplers import Resamplers
 
@@ -28,11 +30,12 @@ class Forward:
 
     Attributes:
         words: the batch's words and image tokens.
+        reading: the rows that speak for these; None where lambda has ended: nothing is recorded.
         inputs: the model's inputs, without these.
         config: what is captured.
         layers: the captured attention modules -> their numbers.
         crosses: whether these attend to the picture's keys instead of the text.
-        aligns: whether the maps go to the aligner, or to the caller as they are.
+        channels: what the aligner takes of each layer; None where the maps go to the caller as they are.
         length: T, the length of the text.
         resamplers: what made the image tokens of many patches, if the model has it and the batch has boxes.
         before: the number of virtual tokens before the text, by which its positions are shifted.
@@ -44,11 +47,12 @@ class Forward:
     """
 
     words: WordBatch
+    reading: Reading | None
     inputs: dict[str, Any]
     config: AlignmentConfig
     layers: dict[nn.Module, int]
     crosses: bool
-    aligns: bool
+    channels: Channels | None
     length: int
     resamplers: Resamplers | None
     before: int = 0
@@ -59,24 +63,23 @@ class Forward:
     shares: dict[int, torch.Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        words, config = self.words, self.config
-        # The row before a token predicts it; the token's own row reads it.
-        rows = words.tokens if config.rows == "reads" else (words.tokens - 1).clamp_min(-1)
-        rows = (rows + self.before).where(rows >= 0, -1)
+        if self.reading is None:
+            return
+        words, rows, channels = self.words, self.reading.rows, self.channels
         # The keys of a cross-attention are the picture's own.
         shift = 0 if self.crosses else self.before
         self.image_positions = (words.image_positions + shift).where(words.image_positions >= 0, -1)
-        self.rows = WordRows(rows, words.token_words, words.token_weights, words.present.shape[1])
-        if not (self.aligns and config.aggregation == "parallel"):
+        self.rows = replace(rows, rows=(rows.rows + self.before).where(rows.rows >= 0, -1))
+        if channels is None or self.config.aggregation != "parallel":
             self.request = Request(
                 self.rows,
                 self.image_positions,
                 self.layers,
                 cross=self.crosses,
-                renormalize=config.renormalize,
-                # Where the aligner sees the mean over heads alone, no map per head is made.
-                keep_heads=not self.aligns or keeps_heads(config),
+                renormalize=self.config.renormalize,
                 length=self.length,
+                weights=None if channels is None else channels.weights,
+                heads=None if channels is None else channels.heads,
             )
 
     def record_hidden(self, layer: int, hidden: torch.Tensor) -> None:
@@ -87,11 +90,15 @@ class Forward:
         self.hidden.setdefault(layer, (queries, keys))
 
     def attention(self) -> torch.Tensor:
-        """The recorded attention [B, L, H, W, M]."""
+        """The recorded attention [B, L, H, W, M]; L is 1 where `Channels` joins the layers."""
         assert self.request is not None
         recorded = self._in_order(self.request.recorded)
         device = recorded[0].device if self.device is None else self.device
-        return torch.stack([maps.to(device) for maps in recorded], dim=1)
+        maps = [each.to(device) for each in recorded]
+        if self.channels is None or not self.channels.joins:
+            return torch.stack(maps, dim=1)
+        joined = torch.cat(maps, dim=1) if self.channels.weights is None else torch.stack(maps).sum(dim=0)
+        return joined[:, None]
 
     def source(self) -> torch.Tensor | HiddenStates:
         """What the aligner takes: the recorded attention, or hidden states."""
@@ -131,6 +138,6 @@ class Forward:
             maps = self.resamplers.compose(maps, self.shares)
         boxes = boxes.to(maps.device)
         height, width = grid_of(boxes)
-        if self.aligns:
+        if self.channels is not None:
             height, width = min(height, self.config.max_grid), min(width, self.config.max_grid)
         return rasterize(maps, boxes, (height, width))

@@ -28,7 +28,9 @@ def require_whole_sequences(module: nn.Module, inputs: dict[str, Any]) -> None:
         )
 
 
-def tokens_before_text(model: Any, words: WordBatch, inputs: dict[str, Any], length: int, *, crosses: bool, reads: bool) -> int:
+def tokens_before_text(
+    model: Any, words: WordBatch, inputs: dict[str, Any], length: int, *, crosses: bool, reads: torch.Tensor
+) -> int:
     """How many virtual tokens stand before the text of a forward of `length` positions, as PEFT's prompt tuning puts them there.
 
     Checked are the tokens that maps are read at, those of words and of the picture: they must be the batch's. Where the forward
@@ -40,7 +42,7 @@ def tokens_before_text(model: Any, words: WordBatch, inputs: dict[str, Any], len
         inputs: the forward's.
         length: T, with what stands before the text.
         crosses: whether the picture's keys are those of a cross-attention, and no positions of the text.
-        reads: whether a token's own row is read, not the one before it.
+        reads: bool [B, R], the tokens whose own row is read, not the one before it alone.
 
     Raises:
         CaptureError: the forward is of another text, or nothing proves that it is of the same.
@@ -69,7 +71,7 @@ def tokens_before_text(model: Any, words: WordBatch, inputs: dict[str, Any], len
         )
     text, at = text.to(batch.device), words.tokens.to(batch.device)
     # A token that the last row predicts need not be there itself.
-    beyond = at > text.shape[1] - int(reads)
+    beyond = at > text.shape[1] - reads.to(at.device).long()
     images = words.image_positions.to(batch.device)
     if not crosses:
         at, beyond = torch.cat([at, images], dim=1), torch.cat([beyond, images >= text.shape[1]], dim=1)

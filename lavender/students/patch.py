@@ -30,6 +30,7 @@ from ..maps import LayerMaps, Maps
 from ..types import WordBatch
 from .aligner import Alignment
 from .capture import Forward
+from .channels import channels_of, require_chosen, require_places, tapped_layers
 from .discovery import attention_modules, base_model_of, is_cross, layers_around, text_tower
 from .families import known_family
 from .guards import (
@@ -40,8 +41,10 @@ from .guards import (
     tokens_before_text,
     watch_term,
 )
+from .lambda_schedule import has_ended
 from .look import ask
 from .loss import Comparison, add_to_loss, compare
+from .reading import read_words
 from .registry import REQUEST, Tap, require_supported
 from .resamplers import Resamplers
 
@@ -56,7 +59,7 @@ class _Call:
     """What `capture` or `align` wants of the forward that it runs, and what it got: maps, or aligned maps."""
 
     wanted: Literal["maps", "aligned"]
-    rows: Rows | None
+    config: AlignmentConfig
     result: torch.Tensor | None = None
 
 
@@ -72,7 +75,7 @@ class StudentPatch(Handle):
         config: what is captured and, in training, compared.
         processor: the model's processor, if it was given.
         trains: whether the model was prepared for training.
-        num_layers: L, the number of captured layers.
+        num_layers: L, the number of captured layers: those that the words of some role need, the answer's first.
         crosses: whether the text reads the picture by cross-attention.
         family: what places the model's image tokens; None where the family is unknown, and maps have no grid.
         decoder: the text tower.
@@ -101,12 +104,15 @@ class StudentPatch(Handle):
         resamplers = self.family.resamplers if self.family is not None else None
         self._resamplers = Resamplers(resamplers(model)) if resamplers is not None else None
         every = attention_modules(self.decoder)
-        _require_layers(config.layers, every)
-        chosen = [every[i] for i in config.layers] if config.layers else every
+        num_heads = getattr(self.decoder.config, "num_attention_heads", 0)
+        require_chosen(config)
+        require_places(config, len(every), num_heads)
+        chosen = [every[i] for i in tapped_layers(config, len(every))]
         self._layers = {module: place for place, module in enumerate(chosen)}
         names = {module: name for name, module in self.decoder.named_modules()}
         self.crosses = any(is_cross(names[module], module) for module in chosen)
         self.num_layers = len(chosen)
+        self._channels = channels_of(config, self.num_layers, num_heads) if train else None
         if config.aggregation == "parallel" and self.crosses:
             raise ModelError(
                 f"{type(model).__name__} reads the picture by cross-attention, and has no need of aggregation='parallel'; choose "
@@ -229,36 +235,40 @@ class StudentPatch(Handle):
         """One forward over a batch of `lavender.Collator`; gradients flow if autograd is on.
 
         Args:
-            rows: which row of the attention speaks for a token, in place of the config's choice.
+            rows: which rows of the attention speak for a word, in place of the config's choice for each role.
             batch: the batch.
 
         Returns:
             Raw maps [B, L, H, W, y, x]: the attention from each word's rows to the picture, on the grid of the image tokens;
-            without `lavender_boxes` in the batch, [B, L, H, W, M], one value for each of `lavender_columns`.
+            without `lavender_boxes` in the batch, [B, L, H, W, M], one value for each of `lavender_columns`. A word that is read
+            by `both` rows has the mean of its two maps. All heads are there, whichever the config aligns.
 
         Raises:
             CaptureError: the batch carries no lavender keys, or a layer did not record.
         """
-        return self._forward("maps", rows, batch)
+        config = self.config if rows is None else replace(self.config, rows=rows, question_rows=None)
+        return self._forward("maps", config, batch)
 
     def align(self, **batch: Any) -> torch.Tensor:
         """One forward over a batch of `lavender.Collator`: the aligner's maps [B, W, y, x], not normalized.
+
+        A word that is read by `both` rows has the mean of its two maps.
 
         Raises:
             CaptureError: the model was patched without a config, so that it has no aligner; or as `capture`.
         """
         if not self.trains:
             raise CaptureError("the model has no aligner; patch it with a config: lavender.patch(model, AlignmentConfig(...))")
-        return self._forward("aligned", None, batch)
+        return self._forward("aligned", self.config, batch)
 
-    def _forward(self, wanted: Literal["maps", "aligned"], rows: Rows | None, batch: dict[str, Any]) -> torch.Tensor:
+    def _forward(self, wanted: Literal["maps", "aligned"], config: AlignmentConfig, batch: dict[str, Any]) -> torch.Tensor:
         if not self.is_patched:
             raise CaptureError("the patch was undone; call lavender.patch(model) again")
         unused = {WordBatch.KEYS["targets"], WordBatch.KEYS["outcomes"], "labels"}
         inputs, words = WordBatch.split({key: value for key, value in batch.items() if key not in unused})
         if words is None:
             raise CaptureError("the batch carries no lavender keys; make it with lavender.Collator")
-        call = _Call(wanted, rows)
+        call = _Call(wanted, config)
         with self._queue:
             self._calls.put(call)
             try:
@@ -353,19 +363,24 @@ class StudentPatch(Handle):
             if self._steps is not None:
                 self._steps_seen = self._steps.require_steps()
                 self._steps = None
-        resamplers = self._resamplers if words.boxes is not None else None
-        config = self.config if call is None or call.rows is None else replace(self.config, rows=call.rows)
-        reads = config.rows == "reads"
+        config = self.config if call is None else call.config
+        channels = self._channels if call is None or call.wanted != "maps" else None
+        ended = trains and words.targets is not None and has_ended(config, self.progress) and not self._has_weights
+        reading = None if ended else read_words(words, config, apart=channels is not None)
+        resamplers = self._resamplers if words.boxes is not None and reading is not None else None
         forward = Forward(
             words,
+            reading,
             inputs,
             config,
             self._layers,
             crosses=self.crosses,
-            aligns=self.trains and (call is None or call.wanted != "maps"),
+            channels=channels,
             length=length,
             resamplers=resamplers,
-            before=tokens_before_text(self.model, words, inputs, length, crosses=self.crosses, reads=reads),
+            before=0
+            if reading is None
+            else tokens_before_text(self.model, words, inputs, length, crosses=self.crosses, reads=reading.own),
             device=_device_of(self.model.lavender) if self.trains and _is_spread(self.model) else None,
         )
         if resamplers is not None:
@@ -395,6 +410,8 @@ class StudentPatch(Handle):
                     "is added to; call the model itself, not its forward or a part of it, or leave lavender's keys out"
                 )
             return None
+        if forward.reading is None:
+            return None
         if forward.request is None:
             forward.record_hidden(self._outer[module], args[0] if args else kwargs["hidden_states"])
             return None
@@ -417,20 +434,29 @@ class StudentPatch(Handle):
         if call is not None and call.wanted == "maps":
             call.result = forward.place(forward.attention())
             return None
-        source = forward.source()
-        if call is not None:
-            call.result = self.model.lavender(source, forward.place)[1]
+        reading = forward.reading
+        source = None if reading is None else forward.source()
+        if call is not None and reading is not None:
+            aligned = self.model.lavender(source, forward.place, questions=reading.questions)[1]
+            call.result = reading.by_word(aligned)
         if forward.words.targets is None or not self.trains:
             return None
-        require_gradient(self.model, self.decoder, source)
+        if source is not None:
+            require_gradient(self.model, self.decoder, source)
         self.last, term = compare(self.model, forward, source, self.progress, output)
-        if torch.is_grad_enabled() and term.requires_grad:
+        if torch.is_grad_enabled():
             self.term = term
+        if torch.is_grad_enabled() and term.requires_grad:
             # Of a frozen text tower no loss carries a gradient but by what comes after it.
             reached = forward.tower_output if forward.tower_output is not None else getattr(output, "logits", None)
             if reached is not None and reached.requires_grad:
                 watch_term(term, reached, self._after_backward)
         return add_to_loss(output, term, self.last.tokens)
+
+    @property
+    def _has_weights(self) -> bool:
+        """Whether the aligner has any, which engines want to be used in every step."""
+        return any(True for _ in self.model.lavender.parameters())
 
     def _after_backward(self) -> None:
         if not self._steps_seen:
@@ -460,7 +486,9 @@ def _patch_student(model: Any, config: AlignmentConfig | None, processor: Any) -
         present.unpatch()
     if getattr(getattr(base, "config", None), "model_type", None) is None:
         raise ModelError(f"cannot patch a {type(base).__name__}; expected a transformers image-text-to-text model")
-    handle = StudentPatch(base, config or AlignmentConfig(), train=config is not None, processor=processor)
+    # Who looks, looks at all layers, whatever is best to align.
+    everything = AlignmentConfig(layers=(), heads="mean")
+    handle = StudentPatch(base, config or everything, train=config is not None, processor=processor)
     handle.entry = entry
     try:
         if config is not None and any(True for _ in base.lavender.parameters()):
@@ -547,9 +575,3 @@ def _after_eager_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any
     request = kwargs.get(REQUEST)
     if request is not None:
         request.record_weights(module, output[1])
-
-
-def _require_layers(layers: tuple[int, ...], modules: list[nn.Module]) -> None:
-    beyond = [layer for layer in layers if layer >= len(modules)]
-    if beyond:
-        raise ModelError(f"layers {beyond} were asked for; the model has attention layers 0 to {len(modules) - 1}")

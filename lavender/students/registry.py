@@ -47,9 +47,10 @@ class Request:
         layers: the attention modules that take part, numbered.
         cross: whether those attend to keys of their own instead of the text.
         renormalize: whether a row's softmax runs over the columns alone.
-        keep_heads: whether heads are kept apart.
         length: T, the length of the text.
-        recorded: layer number -> [B, H or 1, W, M], on the layer's device.
+        weights: per layer what each head adds to one map; None keeps heads apart.
+        heads: per layer the heads that are kept; None for all.
+        recorded: layer number -> [B, H' or 1, W, M], on the layer's device.
         wants_gradient: whether the forward was started with autograd on.
         lost_gradient: whether a layer ran with autograd off all the same, as re-entrant gradient checkpointing runs it.
     """
@@ -59,8 +60,9 @@ class Request:
     layers: dict[nn.Module, int]
     cross: bool
     renormalize: bool
-    keep_heads: bool
     length: int
+    weights: tuple[tuple[float, ...], ...] | None = None
+    heads: tuple[tuple[int, ...], ...] | None = None
     recorded: dict[int, torch.Tensor] = field(default_factory=dict)
     wants_gradient: bool = field(default_factory=torch.is_grad_enabled)
     lost_gradient: bool = False
@@ -97,7 +99,7 @@ class Request:
             causal=causal,
             scale=arguments.get("scaling"),
             renormalize=self.renormalize,
-            head_weights=None if self.keep_heads else query.new_full((query.shape[1],), 1 / query.shape[1], dtype=torch.float32),
+            head_weights=self._weights_of(layer, query),
         )
         self._keep(layer, maps)
 
@@ -120,7 +122,17 @@ class Request:
         if self.renormalize:
             kept = kept / kept.sum(dim=3, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
         maps = rows.indicator(dtype)[:, None] @ kept
-        self._keep(layer, maps if self.keep_heads else maps.mean(dim=1, keepdim=True))
+        shares = self._weights_of(layer, maps)
+        self._keep(layer, maps if shares is None else (maps * shares.to(dtype)[:, None, None]).sum(dim=1, keepdim=True))
+
+    def _weights_of(self, layer: int, by_head: torch.Tensor) -> torch.Tensor | None:
+        """What each head of a layer's [B, H, ...] adds to one map; None where heads are kept apart."""
+        if self.weights is None:
+            return None
+        own, dtype = self.weights[layer], torch.float64 if by_head.dtype == torch.float64 else torch.float32
+        if len(set(own)) == 1:  # of a mean: made on the device
+            return by_head.new_full((len(own),), own[0], dtype=dtype)
+        return by_head.new_tensor(own, dtype=dtype)
 
     def _on(self, device: torch.device) -> tuple[WordRows, torch.Tensor]:
         """Rows and columns on a layer's device: a model may be spread over several."""
@@ -156,6 +168,8 @@ class Request:
     def _keep(self, layer: int, maps: torch.Tensor) -> None:
         # Gradient checkpointing runs the layer again in the backward pass: the same operations, whose result is not needed.
         if layer not in self.recorded:
+            if self.heads is not None:
+                maps = torch.stack([maps[:, head] for head in self.heads[layer]], dim=1)
             self.recorded[layer] = maps
             self.lost_gradient |= self.wants_gradient and not torch.is_grad_enabled()
 

@@ -291,7 +291,7 @@ def test_a_request_follows_each_layers_device():
     """As `device_map` spreads them; beside the CPU a machine without a GPU has the empty device alone, which mixes with none."""
     rows = WordRows(torch.tensor([[2, 4]]), torch.tensor([[0, 1]]), torch.ones(1, 2), 2)
     layers = {Attention(): 0, Attention(): 1}
-    request = Request(rows, torch.tensor([[0, 1]]), layers, cross=False, renormalize=False, keep_heads=True, length=T)
+    request = Request(rows, torch.tensor([[0, 1]]), layers, cross=False, renormalize=False, length=T)
     for layer, device in zip(layers, ("cpu", "meta"), strict=True):
         request.record_weights(layer, torch.rand(1, 2, T, T, device=device))
     assert [request.recorded[n].device.type for n in range(2)] == ["cpu", "meta"]
