@@ -192,6 +192,7 @@ def _work(connection: Connection, out: Path, arm: str, config: DemoConfig) -> No
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # it warns of a picture's questions in one text, of which a batch has a few
     try:
         run_arm(out, arm, config, lambda what, value: connection.send((what, value)))
     except LavenderError as error:
