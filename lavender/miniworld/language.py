@@ -36,6 +36,8 @@ STATE = "state.pt"
 BEFORE_FALL = "before_fall.pt"
 """The state of the step from which the rate falls."""
 HISTORY = "history.json"
+CAPTION = "caption"
+"""The kind of a turn that describes the picture, in place of a question's type."""
 SAVE_EVERY = 200
 """Steps between two states."""
 COVERED = 0.2
@@ -253,14 +255,20 @@ def _save(state: dict[str, Any], path: Path) -> None:
 
 
 def _drawn(data: QuestionSet, stage: LanguageStage, step: int) -> tuple[list[int], list[list[int]]]:
-    """The pictures of a step, and the turns of each: every picture once before one comes again."""
+    """The pictures of a step, and the turns of each: every picture once before one comes again. Captions are always there."""
     count = len(data.packed)
     pictures = []
     for place in range(step * stage.pictures, (step + 1) * stage.pictures):
         order = np.random.default_rng([stage.seed, 1, place // count]).permutation(count)
         pictures.append(int(order[place % count]))
     rng = np.random.default_rng([stage.seed, 2, step])
-    return pictures, [rng.permutation(len(data.kinds[picture]))[: stage.questions].tolist() for picture in pictures]
+    turns = []
+    for picture in pictures:
+        kinds = data.kinds[picture]
+        questions = [n for n, kind in enumerate(kinds) if kind != CAPTION]
+        drawn = rng.permutation(len(questions))[: stage.questions].tolist()
+        turns.append([*(questions[n] for n in drawn), *(n for n, kind in enumerate(kinds) if kind == CAPTION)])
+    return pictures, turns
 
 
 @torch.no_grad()

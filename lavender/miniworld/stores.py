@@ -63,6 +63,16 @@ def shuffled_targets(folder: Path, teacher: TargetStore, seed: int) -> TargetSto
     return _store_with(folder, teacher, "shuffled", maps_of)
 
 
+def agnostic_targets(folder: Path, teacher: TargetStore) -> TargetStore:
+    """A store that differs from the teacher's in its maps alone: every word has the mean of its caption's content words."""
+    means = [np.mean(list(maps.values()), axis=0) for maps in target_maps(teacher)]
+
+    def maps_of(number: int, target: Target) -> np.ndarray:
+        return np.broadcast_to(means[number], target.word_maps.maps.shape).astype(np.float32)
+
+    return _store_with(folder, teacher, "agnostic", maps_of)
+
+
 def _store_with(folder: Path, teacher: TargetStore, name: str, maps_of: Callable[[int, Target], np.ndarray]) -> TargetStore:
     """The teacher's store with other maps: `maps_of` its number-th sample."""
     writer = TargetWriter(folder, {"model": name, "weights": f"{name} of {teacher.fingerprint}"}, teacher.config)
