@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import copy
-import logging
 
-import numpy as np
 import pytest
-import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from lavender.batches.collator import Collator
 from lavender.config import WordsConfig
-from lavender.data.samples import Conversation, Message, Sample
-from lavender.errors import ConfigError, DataError, TargetError
-from lavender.images import image_sha256
-from lavender.targets.manifest import StoreConfig
-from lavender.targets.store import Target, TargetStore, TargetWriter
-from lavender.types import ROLES, WordMaps
+from lavender.data.samples import Conversation, Sample
+from lavender.types import ROLES
 from lavender.words import FUNCTION_WORDS, words_of
 
-from .test_chat_template import NO_PICTURES, PARTS, TEMPLATES, talk, with_template
-from .test_conversations import ANSWER, BLUE, GREEN, QUESTION, RED, spoken, store_of
+from .test_chat_template import NO_PICTURES, TEMPLATES, talk, with_template
+from .test_conversations import ANSWER, BLUE, QUESTION, RED, spoken
 
 BOTH = WordsConfig(roles=("question", "answer"))
 ASKED = talk(

@@ -1,4 +1,4 @@
-"""The demo from end to end, with few pictures and steps; its figures beside what transformers says of its students, word by word."""
+"""The demo from end to end, with few pictures and steps; its figures beside what transformers says of its students."""
 
 from __future__ import annotations
 
@@ -137,7 +137,11 @@ def test_pointing_is_that_of_eager_attention(finished):
                     attention = torch.stack(model(**inputs, output_attentions=True).attentions).mean(dim=(0, 2))[0]
                 places = [n for n, token in enumerate(ids) if token == model.config.image_token_index]
                 rows = [
-                    ("question", ids.index(processor.tokenizer.encode(question.text[r.start : r.end], add_special_tokens=False)[0]), r)
+                    (
+                        "question",
+                        ids.index(processor.tokenizer.encode(question.text[r.start : r.end], add_special_tokens=False)[0]),
+                        r,
+                    )
                     for r in question.referents
                 ]
                 if question.object_index is not None:
