@@ -113,7 +113,7 @@ PLACES: dict[str, Recipe] = {
     **{f"best {count} heads": _with(BASE, heads=f"best:{count}") for count in (2, 4)},
 }
 """The layers and heads that the grid tries first."""
-PLACED = PLACES["base"]
+PLACED = PLACES["layer 2"]
 """What it chose of them."""
 GRID: dict[str, Recipe] = {
     **{f"weight {weight:g}": _with(PLACED, weight=weight) for weight in (0.1, 0.3, 3.0, 10.0)},
