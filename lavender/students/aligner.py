@@ -150,9 +150,6 @@ class Alignment(nn.Module):
         # Attention sums to at most one over the grid: times its size, values are of order one and no epsilon dominates them.
         scaled = maps.permute(0, 3, 1, 2, 4, 5).flatten(0, 1) * (height * width)
         apart = self.question != self.answer
-        if present is None and not apart:
-            aligned = self._project([self._aggregate(self.answer.of(scaled), getattr(self, "mixture", None))])
-            return aligned.unflatten(0, (batch, words))
         chosen = torch.ones(batch * words, dtype=torch.bool, device=maps.device) if present is None else present.flatten()
         asked = torch.zeros_like(chosen) if questions is None or not apart else questions.flatten() & chosen
         kept = (chosen & ~asked).nonzero().flatten()

@@ -12,7 +12,7 @@ import lavender
 from lavender.batches.collator import Collator
 from lavender.config import AlignmentConfig, TrainingConfig, from_dict, to_dict
 from lavender.data.samples import Sample
-from lavender.errors import ConfigError, DataError, TargetError
+from lavender.errors import ConfigError, DataError, ModelError, TargetError
 from lavender.miniworld.scenes import DESCRIBE
 from lavender.training import train
 from lavender.training.train import fine_tune, load_aligner, load_student
@@ -63,7 +63,11 @@ def test_a_run_chooses_once_and_says_what(student_folder, processor, samples, ta
     trained.get_base_model()._lavender_patch.unpatch()
     # The aligner belongs to the settings of run.json.
     alignment = from_dict(AlignmentConfig, json.loads((out / "run.json").read_text())["alignment"])
-    load_aligner(lavender.patch(student, alignment), out)
+    handle = lavender.patch(student, alignment)
+    load_aligner(handle, out)
+    handle.unpatch()
+    with pytest.raises(ModelError, match=rf"has the heads {alignment.heads} for channels.*heads='{alignment.heads}'"):
+        load_aligner(lavender.patch(student, replace(alignment, heads="3.0,3.1,3.2", layers=())), out)
     # A finished run is loaded, a killed one goes on, by the choice that it was begun with.
     fine_tune(student_folder, samples, out, training, targets=targets, alignment=BEST, progress=False)
     before = json.loads((out / "history.json").read_text())
@@ -108,7 +112,7 @@ def test_a_run_that_an_older_version_began_goes_on(student_folder, samples, targ
         fine_tune(student_folder, samples, out, TRAINING, targets=targets, alignment=other, progress=False)
 
 
-@pytest.mark.parametrize("aligner", ["identity", "light"])
+@pytest.mark.parametrize("aligner", ["identity", pytest.param("light", marks=pytest.mark.full)])
 def test_an_alignment_that_ended_continues_as_ended(student_folder, samples, targets, tmp_path, aligner):
     """Killed after its end, and before it."""
     alignment = AlignmentConfig(aligner=aligner, until=0.5)
