@@ -54,6 +54,7 @@ __all__ = [
     "Maps",
     "Message",
     "ProcessedImages",
+    "Region",
     "TargetStore",
     "TeacherConfig",
     "TrainingConfig",
@@ -73,7 +74,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .batches.collator import Collator
     from .config import AlignmentConfig, ExtractionConfig, TeacherConfig, TrainingConfig, WordsConfig
-    from .data.samples import Conversation, Message
+    from .data.samples import Conversation, Message, Region
     from .data.sources import open_pairs
     from .errors import LavenderError
     from .extraction.extract import extract

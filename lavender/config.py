@@ -489,7 +489,7 @@ class AlignmentConfig:
 
 @dataclass(frozen=True)
 class WordsConfig:
-    """Which words of an answer are aligned, and with which words of the targets' caption.
+    """Which words of a conversation are aligned, and with which words of the targets' caption.
 
     Raises `ConfigError` when a value is out of range.
     """
@@ -507,6 +507,9 @@ class WordsConfig:
     min_coverage: float = 0.0
     """Least share of the map's places, in [0, 1), at which a word's target reaches half of its range.
     Sparser words are left out: a lone hot place is noise more often than an object."""
+    roles: tuple[Literal["question", "answer"], ...] = ("answer",)
+    """Whose words: those of every answer that is learned, those of every message of the user's, or
+    both. A word is compared only behind the picture in the text. Empty leaves samples' regions alone."""
 
     def __post_init__(self) -> None:
         check_fields(self)

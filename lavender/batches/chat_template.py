@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
-from ..data.conversations import PLACEHOLDER, Conversation, Message, parts_of
+from ..data.conversations import PLACEHOLDER, Conversation, Message, parts_of, without_thinking
 from ..errors import DataError
 
-_THINKING_ENDS = ("</think>", "<channel|>")
-"""What closes the thinking in a message of Qwen, DeepSeek, GLM and Nemotron, and of Gemma. Their templates look for it too."""
 _PLACE = re.compile(f"({re.escape(PLACEHOLDER)})")
 _KEYS_OF_PARTS = ("'type': 'text'", '"type": "text"')
 """What stands in a text for a part that was not shown, but written as it is."""
@@ -25,6 +23,7 @@ class Turn:
     """One message of the assistant in the text of a conversation.
 
     Attributes:
+        message: its number in the conversation, from 0.
         answer: what it says: the message without the thinking before it.
         num_images: the number of pictures before it.
         start, end: its characters `[start, end)` in the text: all that follows the generation prompt, with what the template closes
@@ -32,6 +31,7 @@ class Turn:
         answer_end: where the answer ends in the text, white space behind it not counted.
     """
 
+    message: int
     answer: str
     num_images: int
     start: int
@@ -40,20 +40,31 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Passage:
+    """Characters `[start, end)` of a message's content that stand in the text of a conversation, to the letter, from `at` on."""
+
+    start: int
+    end: int
+    at: int
+
+
+@dataclass(frozen=True)
 class ChatText:
-    """A conversation as one text, in which each picture is a placeholder of the processor's, and the assistant's turns in it."""
+    """A conversation as one text, in which each picture is a placeholder of the processor's.
+
+    Attributes:
+        text: the text.
+        turns: what the assistant says in it and the student learns.
+        passages: by message where its texts stand: without white space around them, and without an answer's thinking. Pictures
+            stand between two passages. A message that the template does not show once and to the letter is missing.
+    """
 
     text: str
     turns: tuple[Turn, ...]
+    passages: Mapping[int, tuple[Passage, ...]] = field(default_factory=dict)
 
 
-def without_thinking(message: str) -> str:
-    """What a message says after its thinking (`<think>...</think>`); a message without thinking is the same."""
-    ends = [message.rfind(mark) + len(mark) for mark in _THINKING_ENDS if mark in message]
-    return message[max(ends) :].strip() if ends else message
-
-
-def apply_chat_template(processor: Any, conversation: Conversation) -> ChatText:
+def apply_chat_template(processor: Any, conversation: Conversation, sought: Collection[int] = ()) -> ChatText:
     """The text of a conversation of `lavender.data.as_conversation` by the processor's chat template.
 
     The text is what the template makes of the whole conversation. It is made again with a mark behind each message, which shows
@@ -62,6 +73,11 @@ def apply_chat_template(processor: Any, conversation: Conversation) -> ChatText:
     ones, and close the last one otherwise than those before.
 
     A template that takes no parts (`{"type": "text", "text": ...}`) gets texts, with the processor's `image_token` for a picture.
+
+    Args:
+        processor: the student's.
+        conversation: see `lavender.data.as_conversation`.
+        sought: the messages whose `passages` are looked for beside those of the answers that are learned.
 
     Raises:
         DataError: a text holds the processor's own placeholder, the template refuses the conversation, or an answer cannot be found
@@ -76,13 +92,13 @@ def apply_chat_template(processor: Any, conversation: Conversation) -> ChatText:
                 f"adds it, write {PLACEHOLDER!r} where a picture stands in a conversation"
             )
     try:
-        return _Template(processor, conversation, parts_of, _as_parts).chat_text()
+        return _Template(processor, conversation, parts_of, _as_parts).chat_text(sought)
     except _FormError as error:
         refusal = error
     if any(message.role == "system" and PLACEHOLDER not in message.content for message in conversation.messages):
         # Llama 3.2's takes parts of the user's, and writes the system's content as it is.
         with suppress(_FormError):
-            return _Template(processor, conversation, parts_of, _as_parts_but_of_system).chat_text()
+            return _Template(processor, conversation, parts_of, _as_parts_but_of_system).chat_text(sought)
     if _takes_parts(processor):
         raise refusal
     if placeholder is None and any(PLACEHOLDER in message.content for message in conversation.messages):
@@ -91,7 +107,7 @@ def apply_chat_template(processor: Any, conversation: Conversation) -> ChatText:
     def as_text(role: str, parts: Sequence[str]) -> str:
         return "".join(str(placeholder) if part == PLACEHOLDER else part for part in parts)
 
-    return _Template(processor, conversation, lambda message: _PLACE.split(message.content), as_text).chat_text()
+    return _Template(processor, conversation, lambda message: _PLACE.split(message.content), as_text).chat_text(sought)
 
 
 def _takes_parts(processor: Any) -> bool:
@@ -151,7 +167,7 @@ class _Template:
             if self.messages[n].role == "assistant":
                 self.frame[n] = self.write(n, [mark + _spaces_behind(self.messages[n].content)])
 
-    def chat_text(self) -> ChatText:
+    def chat_text(self, sought: Collection[int]) -> ChatText:
         text, marked = self.render([self.write(n, parts) for n, parts in enumerate(self.parts)]), self.render(self.marked)
         if any(text.count(key) > sum(message.content.count(key) for message in self.messages) for key in _KEYS_OF_PARTS):
             raise _FormError(f"{self.name}: the chat template writes the parts of a message as a list; set one that shows them")
@@ -163,7 +179,53 @@ class _Template:
             # What the user says may be left out, or shown twice, or looked at: the answers tell enough.
             self._mark({n: mark for n, mark in self.marks.items() if self.messages[n].role == "assistant"})
             turns = self._find_turns(text, self.render(self.marked))
-        return ChatText(text, tuple(turns))
+        passages = self._find_passages(text, [*sought]) if sought else {}
+        for turn in turns:
+            said = turn.answer.strip()
+            if said and text.endswith(said, turn.start, turn.answer_end):
+                start = self.messages[turn.message].content.rindex(said)
+                passages[turn.message] = (Passage(start, start + len(said), turn.answer_end - len(said)),)
+        return ChatText(text, tuple(turns), passages)
+
+    def _find_passages(self, text: str, numbers: Sequence[int]) -> dict[int, tuple[Passage, ...]]:
+        """The passages of messages, by marks behind each of their texts. A template may look at what some of them say: then each
+        message has a mark alone, and those that it looks at are not found."""
+        try:
+            return self._passages_of(text, numbers)
+        except DataError:
+            found: dict[int, tuple[Passage, ...]] = {}
+            for n in numbers if len(numbers) > 1 else ():
+                with suppress(DataError):
+                    found |= self._passages_of(text, [n])
+            return found
+
+    def _passages_of(self, text: str, numbers: Sequence[int]) -> dict[int, tuple[Passage, ...]]:
+        salt = _salt(self.messages)
+        contents = [self.write(n, parts) for n, parts in enumerate(self.parts)]
+        marks: list[tuple[int, int, str, str]] = []  # message, where a text begins in its content, the text, its mark
+        for n in numbers:
+            content, at, marked = self.messages[n].content, 0, [*self.parts[n]]
+            for k, part in enumerate(self.parts[n]):
+                at = content.index(part, at)  # line breaks beside pictures are in no part
+                if part != PLACEHOLDER and part.strip():
+                    said = (without_thinking(part) if self.messages[n].role == "assistant" else part).strip()
+                    marks.append((n, at + part.rindex(said), said, f'\ue000"{salt}:{n}.{k}\ue001'))
+                    marked[k] = part.rstrip() + marks[-1][-1] + _spaces_behind(part)
+                at += len(part)
+            contents[n] = self.write(n, marked)
+        passages: dict[int, tuple[Passage, ...]] = {}
+        rendered, end = self.render(contents), 0
+        pieces = []
+        for n, start, said, mark in marks:
+            piece, found, rendered = rendered.partition(mark)
+            if not found or not piece.endswith(said):
+                raise self._lost(f"does not show message {n + 1} to the letter")
+            pieces.append(piece)
+            end += len(piece)
+            passages[n] = (*passages.get(n, ()), Passage(start, start + len(said), end - len(said)))
+        if "".join([*pieces, rendered]) != text:  # marks that are shown twice are left in it
+            raise self._lost("renders messages otherwise if they are longer")
+        return passages
 
     def _find_turns(self, text: str, marked: str) -> list[Turn]:
         pieces = self._split(marked)
@@ -179,7 +241,7 @@ class _Template:
             if message.role == "assistant" and message.is_learned:
                 prompt = self._prompt_length(n, before, pieces[n], frame[n])
                 closing = self._closing_length(n, before, text[end:])
-                turns.append(Turn(without_thinking(message.content), num_images, start + prompt, end + closing, end))
+                turns.append(Turn(n, without_thinking(message.content), num_images, start + prompt, end + closing, end))
             start, before = end, self.marks[n]
         return turns
 
@@ -249,13 +311,18 @@ def _marks(messages: Sequence[Message]) -> Mapping[int, str]:
     A mark is of characters that no text has by chance, and of a quote, which is escaped where a template writes a list or a JSON
     object in place of a text. Its first character is not its last: it overlaps with no other mark, nor with itself.
     """
-    texts = "".join(message.content for message in messages)
-    salt = next(n for n in range(len(texts) + 2) if f'\ue000"{n}:' not in texts)
+    salt = _salt(messages)
     return {
         n: f'\ue000"{salt}:{n}\ue001'
         for n, message in enumerate(messages)
         if message.role == "assistant" or (message.role == "user" and message.content.replace(PLACEHOLDER, "").strip())
     }
+
+
+def _salt(messages: Sequence[Message]) -> int:
+    """A number by which no message holds the beginning of a mark."""
+    texts = "".join(message.content for message in messages)
+    return next(n for n in range(len(texts) + 2) if f'\ue000"{n}:' not in texts)
 
 
 def _insert(parts: Sequence[str], mark: str) -> list[str]:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 
 from ..config import WordsConfig
+from ..data.conversations import without_thinking
 from ..data.samples import Conversation, Message, Sample, as_conversation
 from ..errors import ConfigError, DataError, LavenderError, TargetError
 from ..images import image_sha256, load_image
 from ..students.boxes import boxes_within
 from ..students.families import ProcessedImages, student_family
 from ..students.image_tokens import image_token_of, model_type_of, place_image_tokens, require_pair
-from ..types import OUTCOMES, WHOLE_PICTURE, Span, Word, WordBatch
-from ..words import FUNCTION_WORDS, Caption, collate_rows, locate_tokens, tokens_of, words_of
-from .chat_template import ChatText, Turn, apply_chat_template, without_thinking
+from ..types import ROLES, WHOLE_PICTURE, Span, Word, WordBatch
+from ..words import collate_rows, locate_tokens
+from .aligned_words import AlignedWord, TurnWord, aligned_turns, content_words, target_maps, turn_words
+from .chat_template import Turn, apply_chat_template
+from .outcomes import Item, Outcomes
 from .word_selection import WordSelector
 
 if TYPE_CHECKING:
@@ -40,40 +43,8 @@ logger = logging.getLogger("lavender")
 
 
 @dataclass(frozen=True, eq=False)
-class _Item:
-    """One sample of a batch: its text, its pictures, and what is compared.
-
-    Attributes:
-        id: the sample's.
-        images: its pictures, in the order of their places in the text.
-        chat: its text.
-        target: the teacher's maps; None where there are none.
-        caption: the text that the target's words are of.
-        turn: the answer whose words are compared.
-        image: index of the picture that they are looked for in; None without one.
-        words: the answer's words.
-        skipped: whether it stands for a sample that was skipped.
-    """
-
-    id: str
-    images: list[Image.Image]
-    chat: ChatText
-    target: Target | None
-    caption: Caption | None
-    turn: Turn
-    image: int | None
-    words: tuple[Word, ...]
-    skipped: bool = False
-
-    @property
-    def sees_image(self) -> bool:
-        """Whether the picture stands before the answer."""
-        return self.image is not None and self.image < self.turn.num_images
-
-
-@dataclass(frozen=True, eq=False)
-class _Answer:
-    """The words of a sample's answer in the batch.
+class _Tokens:
+    """The words of a sample in the batch.
 
     Attributes:
         tokens: per word the positions of its tokens; none if one was cut off.
@@ -92,14 +63,21 @@ class Collator:
     batch has `labels` (int64 [B, T]: what the assistant says, and what the template closes it with; -100 elsewhere), and the keys
     of `lavender.types.WordBatch`; `lavender_targets` only with `targets`.
 
-    W counts the words (`Collator.words`, without function words) of one answer: the first one that is the caption of the sample's
-    target, else the last one. M counts the image tokens of one picture: the one that the target was made from, else the last one
-    before that answer. `lavender_outcomes` are
+    W counts the words (without function words) of the messages of `WordsConfig.roles`, in the order of the text: by default those
+    of every answer that is learned, which in a sample of one answer are `Collator.words`. `aligned_words` lists them, and
+    `lavender_roles` says whose each is. M counts the image tokens of one picture: the one that the targets were made from, else
+    the last one before the last answer. Words that do not stand behind it are never compared.
+
+    A sample's target is that of its id; without one, those that were made from its picture, whatever their ids: ten questions
+    about one picture share its maps. An answer that is the caption of a target takes each word's own map. Every other word has
+    the mean map of the caption's words that are the same, averaged over the captions that have it if the picture has several.
+
+    `lavender_outcomes` are
 
         0, matched           a word at least is compared
         1, no target         the targets have none for this sample, which trains the language model alone
-        2, no word matched   the target has none of the answer's words, they were all left out, or there is no picture
-        3, cut off           `max_length` cut the answer before its words
+        2, no word matched   the targets have none of the words, they were all left out, or no picture stands before them
+        3, cut off           `max_length` cut the text before them
         4, skipped           it raised a `LavenderError`, and a stand-in takes its place: a gray picture and a word, no labels, no
                              words. So every process of a training has as many samples as before, and the same keys in its batch
 
@@ -120,6 +98,7 @@ class Collator:
         *,
         model_config: Any = None,
         max_length: int | None = None,
+        map_size: int | None = None,
         on_error: Literal["skip", "raise"] | None = None,
     ) -> None:
         """
@@ -129,21 +108,28 @@ class Collator:
             words: which words are aligned.
             model_config: the student's `model.config`; families whose processor does not know the patch size (mllama) need it.
             max_length: samples of more tokens, those of pictures included, are cut at their end; None cuts nothing.
-            on_error: whether a sample that cannot be used is skipped, or its error raised; by default it is skipped with `targets`,
-                where a training must go on, and raised without, where a stand-in's maps would be taken for the sample's.
+            map_size: side of the maps that samples' regions are drawn on where there are no `targets`, which have a size of their
+                own: samples are then aligned by their regions alone.
+            on_error: whether a sample that cannot be used is skipped, or its error raised; by default it is skipped with `targets`
+                or `map_size`, where a training must go on, and raised without, where a stand-in's maps would be taken for the
+                sample's.
 
         Raises:
             ConfigError: an argument is of another type; the processor has no chat template or no fast tokenizer, or is another
                 model's than `model_config`; or `max_length` is below 1.
             ModelError: the family, and so the places of its image tokens, is unknown.
         """
-        _require_types(processor, targets, words, model_config, max_length, on_error)
+        _require_types(processor, targets, words, model_config, max_length, map_size, on_error)
         if not getattr(processor, "chat_template", None):
             raise ConfigError("the processor has no chat template; set processor.chat_template to the model's")
         if not processor.tokenizer.is_fast:
             raise ConfigError("the processor's tokenizer gives no character offsets; load the fast one")
         if max_length is not None and max_length < 1:
             raise ConfigError(f"max_length is {max_length}; it must be at least 1, or None to cut nothing")
+        if map_size is not None and (map_size < 2 or (targets is not None and map_size != targets.config.map_size)):
+            raise ConfigError(
+                f"map_size is {map_size}; it must be at least 2, and with targets theirs, which it need not be given with"
+            )
         if model_config is not None:
             require_pair(processor, model_config)
         self.processor = processor
@@ -151,11 +137,12 @@ class Collator:
         self.words_config = words or WordsConfig()
         self.model_config = model_config
         self.max_length = max_length
-        self.on_error = on_error or ("raise" if targets is None else "skip")
+        self.on_error = on_error or ("raise" if targets is None and map_size is None else "skip")
         self.skipped: dict[str, str] = {}
         self._skipped_in_a_row = 0
         self._selector = WordSelector(self.words_config)
-        self._warned: set[int] = set()
+        self._map_size: int = map_size or 0 if targets is None else targets.config.map_size
+        self._outcomes = Outcomes(self.words_config, targets, max_length, trains=bool(self._map_size))
         self._family = student_family(model_type_of(processor, model_config))
         if not self._family.collates:
             raise ConfigError(
@@ -165,15 +152,32 @@ class Collator:
 
     @staticmethod
     def words(answer: str) -> tuple[Word, ...]:
-        """The words of an answer that can be aligned, in order: index w of a batch's word axis is the w-th of them.
+        """The words of an answer that can be aligned, in order: of a sample of one answer, index w of a batch's word axis is the
+        w-th of them, if only answers are aligned.
 
         Those of thinking are none; the others' places are in the answer without it.
         """
-        return tuple(word for word in words_of(without_thinking(answer)) if word.text.casefold() not in FUNCTION_WORDS)
+        return content_words(without_thinking(answer))
+
+    def aligned_words(self, sample: Sample | Conversation | Mapping[str, Any]) -> tuple[AlignedWord, ...]:
+        """A sample's words in the order of a batch's word axis. Raises `LavenderError` if the sample cannot be used."""
+        item = self._item(as_conversation(sample))
+        text = item.chat.text
+        encoded = self.processor.tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)
+        offsets: list[Span] = encoded.offset_mapping[0]
+        return tuple(
+            AlignedWord(
+                word.turn,
+                word.role,
+                word.word,
+                tuple(text[slice(*offsets[t - (word.role == "prompt end")])] for t in word.tokens(offsets, text)),
+            )
+            for word in item.words
+        )
 
     def __call__(self, samples: Sequence[Sample | Conversation | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Raises `DataError` or `TargetError` naming the sample at fault, unless it is skipped; then the last of 16 in a row."""
-        items: list[_Item] = []
+        items: list[Item] = []
         errors: dict[int, LavenderError] = {}
         for b, sample in enumerate(samples):
             sample_id = _id_of(sample)
@@ -213,7 +217,7 @@ class Collator:
         if error is not None:
             raise error
 
-    def _collate(self, items: Sequence[_Item]) -> dict[str, torch.Tensor]:
+    def _collate(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
         texts = [item.chat.text for item in items]
         batch = self._process(items, texts)
         encoded = self.processor.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
@@ -226,16 +230,22 @@ class Collator:
         ]
         self._cut(batch, items, places)
         self._add_labels(batch, items, offsets, places)
-        answers = [self._find_words(*each, batch, b) for b, each in enumerate(zip(items, offsets, places, strict=True))]
-        rows = collate_rows([answer.tokens for answer in answers])
         image_positions, boxes = self._place_images(batch, items)
-        present, outcomes, targets = self._compare(items, answers, rows.num_words)
+        found = [
+            self._find_words(item, spans, at, positions, batch, b)
+            for b, (item, spans, at, positions) in enumerate(zip(items, offsets, places, image_positions, strict=True))
+        ]
+        rows = collate_rows([words.tokens for words in found])
+        present, outcomes, targets = self._compare(items, found, rows.num_words)
+        roles = torch.full_like(present, ROLES.index("answer"), dtype=torch.long)
+        for b, item in enumerate(items):
+            roles[b, : len(item.words)] = torch.tensor([ROLES.index(word.role) for word in item.words])
         words = WordBatch(
-            rows.rows, rows.words, rows.weights, image_positions, present, boxes, outcomes, targets, batch["input_ids"]
+            rows.rows, rows.words, rows.weights, image_positions, present, boxes, outcomes, targets, batch["input_ids"], roles
         )
         return batch | words.to_batch()
 
-    def _find_faults(self, items: Sequence[_Item], error: LavenderError) -> dict[int, LavenderError]:
+    def _find_faults(self, items: Sequence[Item], error: LavenderError) -> dict[int, LavenderError]:
         """The items that a batch failed for with `error`, each with its own: those that fail beside the stand-in.
 
         None may, where they do not go together. Then the last one is it, until the others do.
@@ -253,7 +263,7 @@ class Collator:
             raise next(iter(faults.values())) if 0 < len(faults) < len(items) else error
         return faults or {sound[-1]: error}
 
-    def _try(self, item: _Item) -> None:
+    def _try(self, item: Item) -> None:
         """Raises the error of a batch of an item and the stand-in, which has a picture; of the item alone where there is none."""
         try:
             items = [item, self._stand_in]
@@ -261,7 +271,7 @@ class Collator:
             items = [item]
         self._collate(items)
 
-    def _stand_in_for(self, sample_id: str, error: LavenderError) -> _Item:
+    def _stand_in_for(self, sample_id: str, error: LavenderError) -> Item:
         """What takes the place of a sample that has an error, which is raised if nothing can."""
         try:
             return replace(self._stand_in, id=sample_id)
@@ -269,14 +279,14 @@ class Collator:
             raise error from None
 
     @cached_property
-    def _stand_in(self) -> _Item:
+    def _stand_in(self) -> Item:
         """An item that fits into every batch, and teaches nothing. Raises `LavenderError` if there is none."""
         item = self._item(_STAND_IN)
-        item = replace(item, chat=replace(item.chat, turns=()), target=None, caption=None, words=(), skipped=True)
+        item = replace(item, chat=replace(item.chat, turns=()), targets=(), words=(), skipped=True)
         self._collate([item])
         return item
 
-    def _note_skipped(self, items: Sequence[_Item], errors: Mapping[int, LavenderError]) -> None:
+    def _note_skipped(self, items: Sequence[Item], errors: Mapping[int, LavenderError]) -> None:
         """Logs each skipped sample once. Raises the error of the last of `MOST_SKIPPED` in a row."""
         for b, item in enumerate(items):
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if item.skipped else 0
@@ -289,7 +299,7 @@ class Collator:
             if self._skipped_in_a_row >= MOST_SKIPPED:
                 raise type(error)(f"{error}. It is the last of {MOST_SKIPPED} samples in a row that had to be skipped") from error
 
-    def _item(self, conversation: Conversation) -> _Item:
+    def _item(self, conversation: Conversation) -> Item:
         name = f"sample {conversation.id!r}"
         try:
             images = [load_image(image) for image in conversation.images]
@@ -301,45 +311,60 @@ class Collator:
             raise DataError(
                 f"{name} has {len(images)} pictures; {type(self.processor).__name__}'s family takes {expected} in a sample"
             )
-        chat = apply_chat_template(self.processor, conversation)
-        target, image = self._target(conversation, images)
-        caption = None if target is None else Caption.of(target.word_maps.caption)
-        turn = next((turn for turn in chat.turns if caption is not None and turn.answer == caption.text), chat.turns[-1])
-        if target is None and turn.num_images:
-            image = turn.num_images - 1
-        return _Item(conversation.id, images, chat, target, caption, turn, image, self.words(turn.answer))
+        roles = self.words_config.roles
+        chat = apply_chat_template(self.processor, conversation, aligned_turns(conversation, {*roles} - {"answer"}))
+        named = {region.image or 0 for region in conversation.regions if region.is_place}
+        if len(named) > 1:
+            raise DataError(
+                f"{name} has regions in {len(named)} of its pictures; a sample compares words with one picture, make one of each"
+            )
+        targets, image = self._targets(conversation, images, next(iter(named), None))
+        if image is None and chat.turns[-1].num_images:
+            image = chat.turns[-1].num_images - 1
+        item = Item(conversation.id, images, chat, targets, image, turn_words(conversation, chat, roles))
+        item.require_shown()
+        return item
 
-    def _target(self, conversation: Conversation, images: Sequence[Image.Image]) -> tuple[Target | None, int | None]:
-        """The sample's target, and the index of the picture that it was made from."""
+    def _targets(
+        self, conversation: Conversation, images: Sequence[Image.Image], named: int | None
+    ) -> tuple[tuple[Target, ...], int | None]:
+        """The sample's targets, and the index of the picture that they were made from: the one that regions name, if they do."""
         if self.targets is None:
-            return None, None
+            return (), named
         digests = [image_sha256(image) for image in images]
+        known = digests if named is None else [digests[named]]
         if conversation.id in self.targets:
-            target = self.targets[conversation.id]
+            targets = [self.targets[conversation.id]]
         else:
             answers = [message.content for message in conversation.messages if message.role == "assistant"]
-            found = None if conversation.has_id else self.targets.of_pictures(digests, answers)
+            found = self.targets.of_pictures(known, answers)
             if found is None:
-                return None, None
-            target = found
+                return (), named
+            targets = self.targets.made_from(found.image_sha256)
         from ..targets.soundness import store_problems  # here, since pyarrow comes with it, which a batch without targets can lack
 
         config, is_attention = self.targets.config, "weights" in self.targets.source
-        if problem := next(store_problems(target.word_maps, config.map_size, config.normalization, is_attention), ""):
-            raise TargetError(
-                f"the targets of sample {conversation.id!r} in {self.targets.folder} cannot be trained on: {problem}. Extract them "
-                "anew, or write their store with the StoreConfig that they have"
+        for target in targets:
+            if problem := next(store_problems(target.word_maps, config.map_size, config.normalization, is_attention), ""):
+                raise TargetError(
+                    f"the targets of sample {conversation.id!r} in {self.targets.folder} cannot be trained on: {problem}. Extract "
+                    "them anew, or write their store with the StoreConfig that they have"
+                )
+        if targets[0].image_sha256 in known:
+            return tuple(targets), digests.index(targets[0].image_sha256) if named is None else named
+        if targets[0].image_sha256 in digests:
+            raise DataError(
+                f"sample {conversation.id!r} has regions in its picture {named}, and targets of picture "
+                f"{digests.index(targets[0].image_sha256)}; a sample compares its words with one picture, make a sample of each"
             )
-        if target.image_sha256 in digests:
-            return target, digests.index(target.image_sha256)
         raise TargetError(
             f"the targets of sample {conversation.id!r} in {self.targets.folder} were made from another picture than "
             f"{'its own' if len(images) == 1 else f'its {len(images)}'}; extract them into a new folder"
         )
 
-    def _process(self, items: Sequence[_Item], texts: list[str]) -> dict[str, torch.Tensor]:
+    def _process(self, items: Sequence[Item], texts: list[str]) -> dict[str, torch.Tensor]:
         images = [item.images for item in items]
-        if self.targets is not None and self._family.cross and not any(images):
+        if self._map_size and self._family.cross and not any(images):
             raise DataError(
                 f"{_named(items)}: none of them has a picture, and a model that reads pictures by cross-attention then leaves that "
                 "out; put a sample with a picture into every batch, or train without targets"
@@ -353,7 +378,7 @@ class Collator:
         return dict(batch)
 
     def _locate(
-        self, tokens: Sequence[int], ids: torch.Tensor, attention_mask: torch.Tensor, item: _Item, offsets: Sequence[Span]
+        self, tokens: Sequence[int], ids: torch.Tensor, attention_mask: torch.Tensor, item: Item, offsets: Sequence[Span]
     ) -> list[int]:
         """Position in the padded and expanded row of every token of the unexpanded text; -1 for those that are not there."""
         plain = torch.nonzero(attention_mask.bool() & (ids != self._image_token)).flatten().tolist()
@@ -366,7 +391,7 @@ class Collator:
     def _image_token(self) -> int:
         return image_token_of(self.processor, self.model_config)
 
-    def _cut(self, batch: dict[str, torch.Tensor], items: Sequence[_Item], places: list[list[int]]) -> None:
+    def _cut(self, batch: dict[str, torch.Tensor], items: Sequence[Item], places: list[list[int]]) -> None:
         """Cuts every row to its first `max_length` tokens, padding where it was; `places` follow, -1 for what was cut off."""
         ids = batch["input_ids"]
         if self.max_length is None or ids.shape[1] <= self.max_length:
@@ -392,7 +417,7 @@ class Collator:
     def _add_labels(
         self,
         batch: dict[str, torch.Tensor],
-        items: Sequence[_Item],
+        items: Sequence[Item],
         offsets: Sequence[Sequence[Span]],
         places: Sequence[Sequence[int]],
     ) -> None:
@@ -408,41 +433,52 @@ class Collator:
                 later[later == batch["token_type_ids"][b, at[0] - 1]] = self._family.answer_type
 
     def _find_words(
-        self, item: _Item, offsets: Sequence[Span], places: Sequence[int], batch: Mapping[str, torch.Tensor], b: int
-    ) -> _Answer:
-        """The words of the answer of sample `b`: their tokens, and whether they are selected and see the picture."""
-        text, turn = item.chat.text, item.turn
-        if not (item.words and item.sees_image):
-            return _Answer([[] for _ in item.words], [False for _ in item.words])
-        begin = turn.answer_end - len(turn.answer.rstrip())
-        if not text.endswith(turn.answer.strip(), turn.start, turn.answer_end):
-            raise DataError(
-                f"sample {item.id!r}: the chat template changes the answer {turn.answer!r} to "
-                f"{text[turn.start : turn.answer_end]!r}, in which its words cannot be found; give it as the template writes it"
-            )
-        near = [i for i, (left, right) in enumerate(offsets) if right > turn.start and left < turn.end]
-        near_offsets = [offsets[i] for i in near]
-        spans = [(begin + word.start, begin + word.end) for word in item.words]
-        tokens = [[places[near[t]] for t in tokens_of(span, near_offsets, text)] for span in spans]
-        selected = [
-            wanted and bool(at) for wanted, at in zip(self._selector.selected(turn.answer, item.words), tokens, strict=True)
-        ]
-        tokens = [at if min(at, default=-1) >= 0 else [] for at in tokens]
-        # Text that reads by cross-attention may see the latest picture alone: [B, T, pictures, tiles] of mllama.
+        self,
+        item: Item,
+        offsets: Sequence[Span],
+        places: Sequence[int],
+        image_positions: torch.Tensor,
+        batch: Mapping[str, torch.Tensor],
+        b: int,
+    ) -> _Tokens:
+        """The words of sample `b`: their tokens, and whether they are selected and see the picture."""
+        if item.image is None:
+            return _Tokens([[] for _ in item.words], [False for _ in item.words])
+        self._outcomes.note_hidden(item)
         mask = batch.get("cross_attention_mask")
-        if mask is not None:
-            selected = [
-                wanted and (not at or bool(mask[b, at, item.image].any())) for wanted, at in zip(selected, tokens, strict=True)
-            ]
-        return _Answer(tokens, selected)
+        last = -1 if self._family.cross else int(image_positions.max())
+        answers = {turn.message for turn in item.answers}
+        tokens, selected = [], []
+        for word, is_wanted in zip(item.words, self._selected(item.words), strict=True):
+            at = [places[t] for t in word.tokens(offsets, item.chat.text)]
+            sees = bool(at) and (word.role == "question" or word.turn in answers)
+            is_there = min(at, default=-1) >= 0
+            if word.role == "prompt end" and is_there:
+                at = [at[0] - 1]
+            if is_there:  # what was cut off stands behind all pictures
+                # Text that reads by cross-attention may see the latest picture alone: [B, T, pictures, tiles] of mllama.
+                sees = sees and (min(at) >= last if mask is None else bool(mask[b, at, item.image].any()))
+            tokens.append(at if is_there else [])
+            selected.append(is_wanted and sees)
+            if not (is_there and sees):
+                self._outcomes.note_region(item, word, sees=False)
+        return _Tokens(tokens, selected)
 
-    def _place_images(self, batch: dict[str, torch.Tensor], items: Sequence[_Item]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _selected(self, words: Sequence[TurnWord]) -> list[bool]:
+        """Per word whether the config keeps it, as it keeps every region's."""
+        return [
+            wanted or word.region is not None
+            for said, group in groupby(words, key=lambda word: word.said)
+            for word, wanted in _zipped(said, [*group], self._selector)
+        ]
+
+    def _place_images(self, batch: dict[str, torch.Tensor], items: Sequence[Item]) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions [B, M] and boxes [B, M, 4] of the image tokens of each sample's picture."""
         sizes = [(image.height, image.width) for item in items for image in item.images]
         boxes = list(self._family.boxes(ProcessedImages(self.processor, batch, sizes, self.model_config))) if sizes else []
         first = 0
         for item in items:
-            crop = WHOLE_PICTURE if item.target is None else item.target.word_maps.crop
+            crop = item.targets[0].word_maps.crop if item.targets else WHOLE_PICTURE
             if item.image is not None and crop != WHOLE_PICTURE:
                 # The student's maps show what the teacher's do.
                 boxes[first + item.image] = boxes_within(boxes[first + item.image], crop)
@@ -454,62 +490,33 @@ class Collator:
             raise DataError(f"{_named(items)}: {error}") from None
 
     def _compare(
-        self, items: Sequence[_Item], answers: Sequence[_Answer], num_words: int
+        self, items: Sequence[Item], found: Sequence[_Tokens], num_words: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The words that are compared, bool [B, W], the samples' outcomes [B], and with targets the teacher's maps [B, W, y, x]."""
         present = torch.zeros(len(items), num_words, dtype=torch.bool)
         outcomes = torch.zeros(len(items), dtype=torch.long)
-        size = 0 if self.targets is None else self.targets.config.map_size
+        size = self._map_size
         targets = torch.zeros(*present.shape, size, size)
-        for b, (item, answer) in enumerate(zip(items, answers, strict=True)):
-            selected = answer.selected
-            if self.targets is not None:
-                maps = _target_maps(item, self._selector)
-                selected = [wanted and w in maps for w, wanted in enumerate(selected)]
+        for b, (item, words) in enumerate(zip(items, found, strict=True)):
+            selected = words.selected
+            if size:
+                maps = target_maps(item.words, item.targets, size, self._selector)
                 for w, word_map in maps.items():
-                    targets[b, w] = word_map
+                    targets[b, w] = torch.from_numpy(word_map)
+                for w, (word, wanted) in enumerate(zip(item.words, selected, strict=True)):
+                    if wanted and w not in maps:
+                        self._outcomes.note_region(item, word, sees=True)
+                selected = [wanted and w in maps for w, wanted in enumerate(selected)]
             present[b, : len(selected)] = torch.tensor(
-                [wanted and bool(at) for wanted, at in zip(selected, answer.tokens, strict=True)]
+                [wanted and bool(at) for wanted, at in zip(selected, words.tokens, strict=True)]
             )
-            outcomes[b] = self._outcome(item, compared=bool(present[b].any()), cut=any(selected))
-        return present, outcomes, None if self.targets is None else targets * present[..., None, None]
-
-    def _outcome(self, item: _Item, compared: bool, cut: bool) -> int:
-        """The sample's outcome; the first of each kind that is no match is logged with its remedy."""
-        if item.skipped:
-            return OUTCOMES.index("skipped")
-        if compared:
-            return OUTCOMES.index("matched")
-        name = f"sample {item.id!r}"
-        if self.targets is not None and item.target is None:
-            outcome = OUTCOMES.index("no target")
-            message = f"{name} has no target in {self.targets.folder}, and trains the language model alone; extract targets for it"
-        elif cut:
-            outcome = OUTCOMES.index("cut off")
-            message = f"max_length={self.max_length} cuts the answer of {name} off before its words; raise it"
-        else:
-            outcome = OUTCOMES.index("no word matched")
-            message = f"no word of {name} is compared: {self._lack(item)}"
-        if outcome not in self._warned:
-            self._warned.add(outcome)
-            logger.warning("%s. (Logged once; %s counts the others.)", message, WordBatch.KEYS["outcomes"])
-        return outcome
-
-    def _lack(self, item: _Item) -> str:
-        if not item.sees_image:
-            return "no picture stands before its answer; put one into a message of the user's before it"
-        answer = item.turn.answer
-        if item.caption is None:
-            return f"its answer {answer!r} has no words that name something, or {self.words_config} leaves them out"
-        if answer == item.caption.text:
-            return f"its words have no maps, do not see the target's picture, or are left out by {self.words_config}; loosen that"
-        return (
-            f"its answer is {answer!r}, and its target was made from {item.caption.text!r}; extract targets "
-            f"from captions that share words with the answers, or loosen {self.words_config}"
-        )
+            outcomes[b] = self._outcomes.of(item, compared=bool(present[b].any()), cut=any(selected))
+        return present, outcomes, targets * present[..., None, None] if size else None
 
 
-def _require_types(processor: Any, targets: Any, words: Any, model_config: Any, max_length: Any, on_error: Any) -> None:
+def _require_types(
+    processor: Any, targets: Any, words: Any, model_config: Any, max_length: Any, map_size: Any, on_error: Any
+) -> None:
     """Raises `ConfigError` naming the first argument of a collator that is of another type than it takes."""
     if not hasattr(processor, "tokenizer"):
         raise ConfigError(
@@ -523,8 +530,15 @@ def _require_types(processor: Any, targets: Any, words: Any, model_config: Any, 
         raise ConfigError(f"model_config is a {type(model_config).__name__}; expected the student's model.config")
     if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int)):
         raise ConfigError(f"max_length is {max_length!r}; expected a whole number of tokens, or None to cut nothing")
+    if map_size is not None and (isinstance(map_size, bool) or not isinstance(map_size, int)):
+        raise ConfigError(f"map_size is {map_size!r}; expected a whole number, or None without targets for regions")
     if on_error not in (None, "skip", "raise"):
         raise ConfigError(f"on_error is {on_error!r}; expected 'skip', 'raise' or None")
+
+
+def _zipped(said: str, words: Sequence[TurnWord], selector: WordSelector) -> Iterator[tuple[TurnWord, bool]]:
+    """Words of a message, each with whether a selector keeps it."""
+    return zip(words, selector.selected(said, [word.in_said for word in words]), strict=True)
 
 
 def _id_of(sample: Any) -> str:
@@ -533,7 +547,7 @@ def _id_of(sample: Any) -> str:
     return f"a {type(sample).__name__} without an id" if sample_id is None else str(sample_id)
 
 
-def _named(items: Sequence[_Item]) -> str:
+def _named(items: Sequence[Item]) -> str:
     ids = [repr(item.id) for item in items if not item.skipped] or [repr(item.id) for item in items]
     return f"sample{'s' * (len(ids) > 1)} {', '.join(ids)}"
 
@@ -541,29 +555,3 @@ def _named(items: Sequence[_Item]) -> str:
 def _tokens_in(turn: Turn, offsets: Sequence[Span]) -> list[int]:
     """The tokens that lie within a turn: one that holds characters of what stands before or behind it belongs to that."""
     return [i for i, (left, right) in enumerate(offsets) if turn.start <= left < right <= turn.end]
-
-
-def _target_maps(item: _Item, selector: WordSelector) -> dict[int, torch.Tensor]:
-    """The teacher's map of every word of the answer that has one which is not too sparse.
-
-    Where the answer is the caption, a word's own map; else the mean over the caption's occurrences of the same word, which may be
-    part of a run that has no spaces.
-    """
-    if item.target is None or item.caption is None:
-        return {}
-    known, answer = item.target.word_maps, item.turn.answer
-    if len(known.maps) != len(known.words):
-        raise TargetError(f"the targets of sample {item.id!r} are damaged: {len(known.maps)} maps for {len(known.words)} words")
-    same = known.caption == answer
-    places = [[word] for word in item.words] if same else selector.occurrences(item.caption, answer, item.words)
-    dense = [
-        (word, values)
-        for word, values, is_dense in zip(known.words, known.maps, selector.dense(known.maps), strict=True)
-        if is_dense
-    ]
-    result = {}
-    for w, occurrences in enumerate(places):
-        maps = [values for word, values in dense if any(word.start <= o.start and o.end <= word.end for o in occurrences)]
-        if maps:
-            result[w] = torch.from_numpy(np.mean(maps, axis=0))
-    return result

@@ -518,6 +518,14 @@ class TargetStore:
         chosen = next((sample_id for sample_id, caption in made if caption in captions), made[0][0] if made else None)
         return None if chosen is None else self[chosen]
 
+    def made_from(self, image: str) -> list[Target]:
+        """All targets that were made from a picture, by `image_sha256`, in the order of the store: one for each of its captions.
+
+        Targets that show another part of the picture than the first one are left out: no place in them is one in its maps.
+        """
+        targets = [self[sample_id] for sample_id, _ in self._samples_of.get(image, ())]
+        return [target for target in targets if target.word_maps.crop == targets[0].word_maps.crop]
+
     @cached_property
     def _samples_of(self) -> dict[str, list[tuple[str, str]]]:
         """Of every picture the ids and captions of its samples, in the order of the store."""

@@ -362,9 +362,10 @@ class _Run:
 def _texts(sample: Sample | Conversation) -> list[Any]:
     """What a run's record knows of a sample; of pictures their paths and sizes."""
     pictures = [[str(path), path.stat().st_size] for path in _paths(sample)]
+    regions = [region.record() for region in sample.regions]
     if isinstance(sample, Sample):
-        return [sample.id, pictures, sample.question, sample.answer]
-    return [sample.id, pictures, *([message.role, message.content] for message in sample.messages)]
+        return [sample.id, pictures, sample.question, sample.answer, *regions]
+    return [sample.id, pictures, *([message.role, message.content] for message in sample.messages), *regions]
 
 
 def _paths(sample: Sample | Conversation) -> list[Path]:
@@ -467,11 +468,9 @@ def _require_targets(samples: Sequence[Sample | Conversation], targets: TargetSt
     if not missing:
         return
     message = f"{targets.folder} has no targets for {len(missing)} of {len(samples)} samples (first: {missing[0].id!r})"
-    nameless = [sample for sample in missing if not sample.has_id]
-    if len(missing) == len(samples) and not any(_has_known_picture(sample, targets) for sample in nameless):
+    if len(missing) == len(samples) and not any(_has_known_picture(sample, targets) for sample in missing):
         raise TargetError(f"{message}; extract them, or give the samples the ids that they were extracted by")
-    exceptions = ", but for those without an id whose picture it has" if nameless else ""
-    logger.warning("%s; these train the language loss alone%s", message, exceptions)
+    logger.warning("%s; these train the language loss alone, but for those whose picture it has", message)
 
 
 def _has_known_picture(sample: Sample | Conversation, targets: TargetStore) -> bool:

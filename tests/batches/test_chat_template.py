@@ -192,11 +192,11 @@ def test_whatever_is_said_turns_are_what_the_template_marks(own_processor, name,
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_labels_and_words_are_the_answers(own_processor, name):
-    """By the collator, with a picture: labels are the turns, and the words are those of the last answer, not of its thinking."""
+    """By the collator, with a picture: labels are the turns, and the words are those of the answers, not of their thinking."""
     processor = with_template(own_processor, name)
     collator = Collator(processor)
     takes_thinking = talk("<image>\nWhat?", f"{THOUGHT}A red zebra.", "And a hat?", f"{THOUGHT}Blue zebra, blue hat. \n")
-    two = (takes_thinking, "Blue zebra blue hat"), (talk("<image>What?", " A blue hat."), "blue hat")
+    two = (takes_thinking, "red zebra Blue zebra blue hat"), (talk("<image>What?", " A blue hat."), "blue hat")
     if name in NO_PICTURES:
         with pytest.raises(DataError, match="LlavaProcessor does not take them"):
             collator([Conversation("x", (RED,), takes_thinking)])
@@ -217,7 +217,8 @@ def test_labels_and_words_are_the_answers(own_processor, name):
         assert labelled(processor, batch["labels"][b]) == [processor.tokenizer.decode(tokens) for tokens in within]
         found = spoken(processor, batch, b)
         assert [found[w].strip(" .,<\n") for w in sorted(found)] == words.split()
-        assert [word.text for word in Collator.words(messages[-1].content)] == words.split()
+        answers = [message.content for message in messages if message.role == "assistant"]
+        assert [word.text for answer in answers for word in Collator.words(answer)] == words.split()
         assert batch["lavender_present"][b, : len(found)].all()
 
 
@@ -319,9 +320,11 @@ def test_a_caption_is_the_answer_without_its_thinking(own_processor, tmp_path):
     store = store_of(tmp_path / "t", {"x": (RED, "A zebra beside a zebra.")})
     messages = talk("What?", f"{THOUGHT}A zebra beside a zebra.", "Thanks!", "Yes, a zebra.")
     batch = Collator(with_template(own_processor, "qwen3_5_think_training"), store)([Conversation("x", (RED,), messages)])
-    assert spoken(own_processor, batch, 0) == {0: "zebra", 1: "beside", 2: "zebra"}
+    assert spoken(own_processor, batch, 0) == {0: "zebra", 1: "beside", 2: "zebra", 3: "Yes", 4: "zebra"}
     maps = store["x"].word_maps.maps
-    assert torch.equal(batch["lavender_targets"][0], torch.from_numpy(maps[[1, 2, 4]]))
+    assert torch.equal(batch["lavender_targets"][0, :3], torch.from_numpy(maps[[1, 2, 4]]))
+    assert torch.equal(batch["lavender_targets"][0, 4], torch.from_numpy(maps[[1, 4]].mean(axis=0)))
+    assert batch["lavender_present"].tolist() == [[True, True, True, False, True]]
 
 
 def test_a_template_that_takes_parts_gets_no_texts(own_processor):

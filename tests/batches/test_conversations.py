@@ -1,4 +1,4 @@
-"""Conversations become batches: every form of them, every answer labelled, the words of one answer compared, cut where too long."""
+"""Conversations become batches: every form of them, every answer labelled, the words of answers compared, cut where too long."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lavender.errors import ConfigError, DataError, TargetError
 from lavender.images import image_sha256
 from lavender.targets.manifest import StoreConfig
 from lavender.targets.store import Target, TargetStore, TargetWriter
-from lavender.types import OUTCOMES, WordMaps
+from lavender.types import OUTCOMES, ROLES, WordMaps
 from lavender.words import words_of
 
 RED, BLUE, GREEN = (Image.new("RGB", (64, 64), color) for color in ("red", "blue", "green"))
@@ -250,23 +250,29 @@ def test_a_wrong_length_is_refused(processor, max_length):
         Collator(processor, max_length=max_length)
 
 
-def test_the_words_compared_are_those_of_one_answer(processor, tmp_path):
-    """The one that is the caption of the target; else the last one. A word of another turn is not merged with it."""
+def test_the_words_compared_are_those_of_every_answer(processor, tmp_path):
+    """In the answer that is the caption of the target each has its own map; in the others the map of the same word."""
     caption = TURNS[1].content
     store = store_of(tmp_path / "t", {"known": (RED, caption), "other": (BLUE, "A violin and a zebra.")})
-    batch = Collator(processor, store)([Conversation(name, (RED, BLUE), TURNS) for name in ("known", "other", "none")])
-    assert spoken(processor, batch, 0) == {0: "red", 1: "zebra"}
-    last = {0: "blue", 1: "zebra", 2: "quite", 3: "blue"}
-    assert spoken(processor, batch, 1) == spoken(processor, batch, 2) == last
+    samples = [Conversation(name, (RED, BLUE), TURNS) for name in ("known", "other")]
+    batch = Collator(processor, store)([*samples, Conversation("none", (GREEN, GREEN), TURNS)])
+    words = {0: "red", 1: "zebra", 2: "blue", 3: "zebra", 4: "quite", 5: "blue"}
+    assert [spoken(processor, batch, b) for b in range(3)] == [words] * 3
     answers = [processor.tokenizer("<|assistant|>", add_special_tokens=False).input_ids[0]] * 2
     starts = torch.nonzero(batch["input_ids"] == answers[0])[:, 1].view(3, 2)
-    tokens = batch["lavender_tokens"]
-    assert (tokens[0][tokens[0] >= 0] < starts[0, 1]).all()
-    assert (tokens[1:][tokens[1:] >= 0] > starts[1, 1]).all()
-    assert batch["lavender_present"].tolist() == [[True, True, False, False], [False, True, False, False], [False] * 4]
-    expected = [dict(zip((w.text for w in words_of(c)), store[s].word_maps.maps, strict=True)) for s, c in (("known", caption),)]
-    assert np.array_equal(batch["lavender_targets"][0, 1].numpy(), expected[0]["zebra"])
-    assert np.array_equal(batch["lavender_targets"][1, 1].numpy(), store["other"].word_maps["zebra"])
+    tokens, of_first = batch["lavender_tokens"], batch["lavender_token_words"] < 2
+    for b in range(3):
+        assert (tokens[b][of_first[b]] < starts[b, 1]).all()
+        assert (tokens[b][~of_first[b]] > starts[b, 1]).all()
+    # The second picture stands behind the first answer.
+    present = [[True, True, False, True, False, False], [False, False, False, True, False, False], [False] * 6]
+    assert batch["lavender_present"].tolist() == present
+    assert batch["lavender_roles"].tolist() == [[ROLES.index("answer")] * 6] * 3
+    expected = dict(zip((w.text for w in words_of(caption)), store["known"].word_maps.maps, strict=True))
+    assert np.array_equal(batch["lavender_targets"][0, 0].numpy(), expected["red"])
+    for w in (1, 3):
+        assert np.array_equal(batch["lavender_targets"][0, w].numpy(), expected["zebra"])
+    assert np.array_equal(batch["lavender_targets"][1, 3].numpy(), store["other"].word_maps["zebra"])
     assert (batch["lavender_targets"][~batch["lavender_present"]] == 0).all()
     assert [OUTCOMES[n] for n in batch["lavender_outcomes"]] == ["matched", "matched", "no target"]
 
@@ -293,11 +299,12 @@ def test_the_picture_is_the_targets_or_the_last_before_the_answer(processor, tmp
 
 
 def test_an_answer_before_the_targets_picture_compares_nothing(processor, tmp_path, caplog):
-    store = store_of(tmp_path / "t", {"x": (BLUE, TURNS[1].content)})
-    batch = Collator(processor, store)([Conversation("x", (RED, BLUE), TURNS)])
-    assert not batch["lavender_present"].any()
-    assert batch["lavender_outcomes"].tolist() == [2]
+    store = store_of(tmp_path / "t", dict.fromkeys("xy", (BLUE, TURNS[1].content)))
+    batch = Collator(processor, store)([Conversation("x", (RED, BLUE), TURNS[:3]), Conversation("y", (RED, BLUE), TURNS)])
+    assert not batch["lavender_present"][0].any()
+    assert batch["lavender_outcomes"].tolist() == [2, 0]
     assert "no picture stands before its answer" in caplog.text
+    assert batch["lavender_present"][1].tolist() == [False, False, False, True, False, False], "the zebra behind it"
 
 
 def test_words_are_chosen_by_their_config(processor, tmp_path):
@@ -328,10 +335,10 @@ def test_every_outcome_is_counted_and_told_once(processor, tmp_path, caplog):
     collator = Collator(processor, store, max_length=max_length)
     samples = [
         Sample("good", RED, QUESTION, "The zebra."),
-        Sample("none", RED, QUESTION, "The zebra."),
+        Sample("none", GREEN, QUESTION, "The zebra."),
         Sample("empty", RED, QUESTION, "A dog."),
         long,
-        Sample("none2", RED, QUESTION, "The zebra."),
+        Sample("none2", GREEN, QUESTION, "The zebra."),
         Sample("empty2", RED, QUESTION, "A dog."),
     ]
     with caplog.at_level(logging.WARNING, "lavender"):
@@ -386,7 +393,7 @@ def test_whatever_is_cut_words_are_their_tokens_and_labels_are_answers(processor
             assert torch.equal(batch[key][b][real], whole[key][b][before][:kept])
         assert (batch["labels"][b][~real] == -100).all()
         answer = as_conversation(samples[b]).messages
-        expected = [w.text for w in Collator.words([m for m in answer if m.role == "assistant"][-1].content)]
+        expected = [w.text for m in answer if m.role == "assistant" for w in Collator.words(m.content)]
         found = spoken(padded, batch, b)
         present = batch["lavender_present"][b]
         assert {w: expected[w] for w in found} == found
@@ -416,7 +423,7 @@ def test_a_trainer_takes_conversations_through_workers(student, processor, tmp_p
     from lavender.config import AlignmentConfig
 
     store = store_of(tmp_path / "t", {str(n): (BLUE, TURNS[3].content) for n in range(3)})
-    samples = [Conversation(str(n), (RED, BLUE), TURNS) for n in range(4)]
+    samples = [Conversation(str(n), (RED, BLUE if n < 3 else GREEN), TURNS) for n in range(4)]
     arguments = TrainingArguments(
         tmp_path / "o", max_steps=1, per_device_train_batch_size=4, remove_unused_columns=False, report_to=[], disable_tqdm=True,
         save_strategy="no", dataloader_num_workers=1, max_grad_norm=1.0,

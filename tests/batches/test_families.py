@@ -273,14 +273,15 @@ def test_a_batch_without_pictures_is_refused_where_cross_attention_would_be_left
 
 
 def test_where_text_sees_the_latest_picture_alone_the_words_of_another_are_absent(targets):
-    """Mllama's text sees the pictures up to the next ones: "a red cat" sees the third of `three_pictures` only."""
+    """Mllama's text sees the latest picture up to the next: "a dog" the second of `three_pictures`, "a red cat" the third."""
     batch = collator_of("mllama", "right", targets=targets)([three_pictures(str(n)) for n in range(3)])
     assert batch["lavender_present"].any(dim=1).tolist() == [False, False, True]
     assert batch["lavender_outcomes"].tolist() == [2, 2, 0]
     model = copy.deepcopy(built("mllama").model)
     with torch.no_grad(), lavender.patch(model) as patch:
         maps = patch.capture("reads", **batch)
-    assert (maps.flatten(1).sum(dim=1) > 0).tolist() == [False, False, True]
+    sees = maps.sum(dim=(1, 2, 4, 5)) > 0
+    assert sees.tolist() == [[False, False, False], [True, False, False], [False, True, True]]  # dog, red, cat
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -307,8 +308,11 @@ def test_a_cut_batch_is_the_beginning_of_the_whole_one(name, side):
             positions = [getattr(words_of_batch(batch), field)[b] for batch in (whole, cut)]
             ids = [batch["input_ids"][b][at[at >= 0]] for batch, at in zip((whole, cut), positions, strict=True)]
             assert torch.equal(ids[0][: len(ids[1])], ids[1])
-    # "blue </s>", the last answer of the longest sample, is cut off with "?" and "!".
-    assert cut["lavender_outcomes"][lengths.index(max(lengths))] == 3
+    # "blue </s>", the last answer of the longest sample, is cut off with "?" and "!"; "red cat" and "dog and cat" are left.
+    longest = lengths.index(max(lengths))
+    assert whole["lavender_present"][longest].tolist() == [True] * 5
+    assert cut["lavender_present"][longest].tolist() == [True] * 4 + [False]
+    assert cut["lavender_outcomes"][longest] == 0
     inputs = without_lavender(cut)
     with torch.no_grad():
         assert built(name).model(**inputs, use_cache=False).loss.isfinite()

@@ -26,18 +26,20 @@ RED, BLUE = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
 ASKED = {"question": "Who?", "answer": "A zebra."}
 
 
-def test_targets_of_samples_without_ids_are_looked_for_by_picture(tmp_path, caplog):
+def test_targets_of_samples_that_the_store_does_not_name_are_looked_for_by_picture(tmp_path, caplog):
     words = words_of("A zebra.")
     with TargetWriter(tmp_path, {"model": "m"}, StoreConfig(map_size=8)) as writer:
         writer.add(Target("train#0", image_sha256(RED), WordMaps("A zebra.", words, torch.rand(len(words), 8, 8).numpy())))
         writer.close()
     store = TargetStore(tmp_path)
     red, blue = (as_conversation({"image": image, **ASKED}) for image in (RED, BLUE))
-    with caplog.at_level(logging.WARNING, "lavender"):
-        _require_targets([red, blue], store)
-    assert "has no targets for 2 of 2 samples" in caplog.text
-    assert "but for those without an id whose picture it has" in caplog.text
-    for samples in ([blue], [Sample("x", RED, "Who?", "A zebra.")], [as_conversation({"image": "nowhere.png", **ASKED})]):
+    for known in (red, Sample("x", RED, "Who?", "A zebra.")):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "lavender"):
+            _require_targets([known, blue], store)
+        assert "has no targets for 2 of 2 samples" in caplog.text
+        assert "but for those whose picture it has" in caplog.text
+    for samples in ([blue], [Sample("x", BLUE, "Who?", "A zebra.")], [as_conversation({"image": "nowhere.png", **ASKED})]):
         with pytest.raises(TargetError, match="has no targets for 1 of 1 samples"):
             _require_targets(samples, store)
 

@@ -1,0 +1,281 @@
+"""What the alignment study found: figures, tables and the plot, made of its runs.
+
+    python bench/alignment_results.py
+
+writes, from `bench/results/alignment_study.json`, the tables of `docs/alignment-study.md`, the plot beside the JSON, and what the
+demo's report cites (`lavender/miniworld/study.json`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lavender.miniworld.language import CAPTION
+from lavender.miniworld.scenes import STUDY_TYPES
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results" / "alignment_study.json"
+PAGE = ROOT / "docs" / "alignment-study.md"
+HEADLINE = ROOT / "lavender" / "miniworld" / "study.json"
+
+CURVES = ("in distribution", "clutter")
+"""Test sets that are asked every 100 steps."""
+UNASKED = {"clutter": ("count",)}
+"""Types that are not counted in a world: no picture of the training has as many objects."""
+CELLS = ("main", "300", "3000", "early", "shipped", "cue")
+"""What is summarized; the other runs choose."""
+LEVELS = (0.7, 0.8, 0.9)
+EARLIER = 800
+"""The step of the screen's end, which the headline has beside the last one."""
+COLORS_OF = {
+    "plain": "#777777",
+    "teacher": "#6f51a8",
+    "exact": "#2a8c82",
+    "shuffled": "#c8553d",
+    "agnostic": "#d9a441",
+    "captions": "#4a7fb5",
+    "teacher lavender": "#b58fd8",
+}
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""Two-sided 95 % quantiles of Student's t by degrees of freedom."""
+
+Counts = Mapping[str, Sequence[int]]
+"""Right answers and questions by type."""
+
+
+def by_type(right: dict[str, list[bool]]) -> dict[str, list[int]]:
+    """Right answers and questions by type."""
+    return {kind: [sum(hits), len(hits)] for kind, hits in right.items() if kind != CAPTION}
+
+
+def share(counts: Counts, world: str, kinds: Iterable[str] = STUDY_TYPES) -> float:
+    """Right answers in a test set: the mean over the types of question, but for those that no training could teach."""
+    return statistics.mean(counts[kind][0] / counts[kind][1] for kind in kinds if kind not in UNASKED.get(world, ()))
+
+
+def area(history: list[dict[str, Any]]) -> float:
+    """What the grid chooses by: the mean share over the second half of a learning curve, in distribution and in clutter."""
+    half = history[len(history) // 2 :]
+    return statistics.mean(share(entry[name], name) for entry in half for name in CURVES)
+
+
+def interval(values: Sequence[float]) -> dict[str, float]:
+    """Mean with its 95 % interval by Student's t over seeds."""
+    mean = statistics.mean(values)
+    half = T_95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return {"mean": round(mean, 4), "low": round(mean - half, 4), "high": round(mean + half, 4)}
+
+
+def steps_to(history: list[dict[str, Any]], level: float) -> int | None:
+    """The first measured step at which the share in distribution reaches a level and keeps it at the next; None if none does."""
+    shares = [share(entry["in distribution"], "in distribution") for entry in history]
+    reached = (n for n, value in enumerate(shares) if value >= level and (n + 1 == len(shares) or shares[n + 1] >= level))
+    return next((history[n]["step"] for n in reached), None)
+
+
+def title_of(run: Mapping[str, Any]) -> str:
+    """A run's arm, with what tells it from others of its cell."""
+    more = "" if run["recipe"] == "chosen" else f" {run['recipe']}"
+    return run["arm"] + more + (f", {run['steps']} steps" if run["begins"] else "")
+
+
+def summary_line(result: dict[str, Any]) -> str:
+    """A finished run in one line."""
+    shares = ", ".join(f"{name} {share(counts, name):.3f}" for name, counts in result["answers"].items())
+    return f"{shares}; {result['history'][-1]['cpu_s'] / result['steps'] * 1e3:.1f} ms a step"
+
+
+def summarize(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Per cell and arm: shares by test set and type, differences paired by seed, pointing, steps to a level."""
+    by_cell: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    for result in results:
+        by_cell.setdefault(result["cell"], {}).setdefault(title_of(result), {})[result["seed"]] = result
+    return {cell: _summarize_cell(arms) for cell, arms in by_cell.items()}
+
+
+def _summarize_cell(arms: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
+    summary: dict[str, Any] = {}
+    for title, runs in arms.items():
+        entry: dict[str, Any] = {"seeds": sorted(runs), "answers": {}}
+        for name in next(iter(runs.values()))["answers"]:
+            shares = {seed: share(run["answers"][name], name) for seed, run in runs.items()}
+            entry["answers"][name] = {"share": interval(list(shares.values()))}
+            for other in ("plain", "shuffled"):
+                both = sorted(shares.keys() & arms.get(other, {}).keys())
+                if title != other and len(both) > 1:
+                    differences = [shares[seed] - share(arms[other][seed]["answers"][name], name) for seed in both]
+                    entry["answers"][name][f"minus {other}"] = interval(differences)
+            kinds = next(iter(runs.values()))["answers"][name]
+            entry["answers"][name]["types"] = {
+                kind: interval([run["answers"][name][kind][0] / run["answers"][name][kind][1] for run in runs.values()])
+                for kind in kinds
+            }
+        first = next(iter(runs.values()))
+        entry["pointing"] = {
+            name: {role: interval([run["pointing"][name][role] for run in runs.values()]) for role in first["pointing"][name]}
+            for name in first["pointing"]
+        }
+        entry["curve"] = [
+            {"step": point["step"], "cpu_s": round(statistics.mean(run["history"][n]["cpu_s"] for run in runs.values()), 1)}
+            | {name: interval([share(run["history"][n][name], name) for run in runs.values()]) for name in CURVES}
+            for n, point in enumerate(first["history"])
+        ]
+        entry["steps_to"] = {str(level): [steps_to(run["history"], level) for run in runs.values()] for level in LEVELS}
+        summary[title] = entry
+    return summary
+
+
+def plot(summary: dict[str, Any], path: Path) -> None:
+    """Learning curves of the main cell: right answers by step, in distribution and in clutter, with intervals over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
+    for axis, name in zip(axes, CURVES, strict=True):
+        for title, color in COLORS_OF.items():
+            curve = summary.get("main", {}).get(title, {}).get("curve", [])
+            steps = [point["step"] for point in curve]
+            axis.plot(steps, [point[name]["mean"] for point in curve], color=color, label=title)
+            axis.fill_between(
+                steps, [p[name]["low"] for p in curve], [p[name]["high"] for p in curve], color=color, alpha=0.15, linewidth=0
+            )
+        axis.set(title=name.capitalize(), xlabel="step", ylim=(0, 1))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("right answers")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def headline(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What the demo's report cites: plain and aligned answers in distribution, their difference, seeds, steps and pictures."""
+    arms = summary["main"]
+    name = "in distribution"
+    aligned = arms["teacher"]["answers"][name]
+    return {
+        "plain": arms["plain"]["answers"][name]["share"]["mean"],
+        "teacher": aligned["share"]["mean"],
+        "difference": aligned["minus plain"],
+        "minus_shuffled": aligned["minus shuffled"],
+        "seeds": len(arms["teacher"]["seeds"]),
+        "steps": arms["teacher"]["curve"][-1]["step"],
+        "pictures": 1000,
+    }
+
+
+def _cells(value: Mapping[str, float] | None, signed: bool = False) -> str:
+    """`mean (low to high)`."""
+    if value is None or math.isnan(value["low"]):
+        return "" if value is None else f"{value['mean']:.3f}"
+    form = "+.3f" if signed else ".3f"
+    return f"{value['mean']:{form}} ({value['low']:{form}} to {value['high']:{form}})"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def tables(document: Mapping[str, Any]) -> dict[str, str]:
+    """The page's tables by name, in Markdown."""
+    summary = document["summary"]
+    main = summary.get("main", {})
+    found = {}
+    sets = list(next(iter(main.values()))["answers"]) if main else []
+    found["main"] = _table(
+        ["arm", "right answers", "minus plain", "minus shuffled", *(f"at step {EARLIER}",)],
+        [
+            [
+                title,
+                _cells(arm["answers"]["in distribution"]["share"]),
+                _cells(arm["answers"]["in distribution"].get("minus plain"), signed=True),
+                _cells(arm["answers"]["in distribution"].get("minus shuffled"), signed=True),
+                next((f"{p['in distribution']['mean']:.3f}" for p in arm["curve"] if p["step"] == EARLIER), ""),
+            ]
+            for title, arm in main.items()
+        ],
+    )
+    found["sets"] = _table(
+        ["test pictures", *(title for title in main if title in COLORS_OF), "teacher minus plain", "teacher minus shuffled"],
+        [
+            [
+                name,
+                *(f"{arm['answers'][name]['share']['mean']:.3f}" for title, arm in main.items() if title in COLORS_OF),
+                _cells(main["teacher"]["answers"][name].get("minus plain"), signed=True),
+                _cells(main["teacher"]["answers"][name].get("minus shuffled"), signed=True),
+            ]
+            for name in sets
+        ],
+    )
+    found["types"] = _table(
+        ["question", *(title for title in main if title in COLORS_OF)],
+        [
+            [kind, *(_cells(arm["answers"]["in distribution"]["types"][kind]) for title, arm in main.items() if title in COLORS_OF)]
+            for kind in STUDY_TYPES
+        ],
+    )
+    found["steps"] = _table(
+        ["arm", *(f"steps to {level}" for level in LEVELS), "question words point", "answers point"],
+        [
+            [
+                title,
+                *(", ".join("-" if step is None else str(step) for step in arm["steps_to"][str(level)]) for level in LEVELS),
+                *(_cells(arm["pointing"]["in distribution"].get(role)) for role in ("question", "answer")),
+            ]
+            for title, arm in main.items()
+        ],
+    )
+    found["cells"] = _table(
+        ["cell", "test pictures", "plain", "teacher", "shuffled", "teacher minus plain", "teacher minus shuffled"],
+        [
+            [
+                cell,
+                name,
+                *(_cells(arms[title]["answers"][name]["share"]) for title in ("plain", "teacher", "shuffled")),
+                _cells(arms["teacher"]["answers"][name].get("minus plain"), signed=True),
+                _cells(arms["teacher"]["answers"][name].get("minus shuffled"), signed=True),
+            ]
+            for cell, arms in summary.items()
+            if cell != "main" and {"plain", "teacher", "shuffled"} <= arms.keys()
+            for name in arms["plain"]["answers"]
+            if name in (*CURVES, "rare pairs", "cue", "broken cue")
+        ],
+    )
+    found["grid"] = _table(
+        ["change", "figure by seed", "mean"],
+        [
+            [name, " ".join(f"{value:.3f}" for value in values), f"{statistics.mean(values):.3f}"]
+            for name, values in document["grid"].items()
+        ],
+    )
+    return found
+
+
+def with_tables(page: str, found: Mapping[str, str]) -> str:
+    """A page whose `<!-- table: NAME -->` ... `<!-- end -->` hold the tables."""
+    for name, table in found.items():
+        page = re.sub(
+            rf"(<!-- table: {name} -->\n).*?(<!-- end -->)",
+            lambda match, t=table: f"{match[1]}{t}\n{match[2]}",
+            page,
+            flags=re.DOTALL,
+        )
+    return page
+
+
+def main() -> None:
+    document = json.loads(RESULTS.read_text())
+    PAGE.write_text(with_tables(PAGE.read_text(), tables(document)))
+    HEADLINE.write_text(json.dumps(headline(document["summary"]), indent=2) + "\n")
+    plot(document["summary"], RESULTS.with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    main()
