@@ -10,7 +10,7 @@ import torch
 
 import lavender
 from lavender.batches.collator import Collator
-from lavender.config import AlignmentConfig, TrainingConfig, from_dict, to_dict
+from lavender.config import AlignmentConfig, TrainingConfig, WordsConfig, from_dict, to_dict
 from lavender.data.samples import Sample
 from lavender.errors import ConfigError, DataError, ModelError, TargetError
 from lavender.miniworld.scenes import DESCRIBE
@@ -151,3 +151,18 @@ def test_adapters_are_scored_with_what_they_changed(student_folder, samples, tar
         )
         found.append(torch.tensor(json.loads((tmp_path / name / "heads.json").read_text())["scores"]["answer"]["heads"]))
     assert not torch.allclose(*found)
+
+
+def test_words_of_questions_have_heads_of_their_own(student_folder, scenes, targets, tmp_path):
+    asked = [Sample(str(i), s.image, f"is this right ? {s.caption}", s.caption) for i, s in enumerate(scenes[:6])]
+    alignment = AlignmentConfig(aligner="light", heads="best:2", question_rows="reads")
+    words = WordsConfig(roles=("question", "answer"))
+    fine_tune(student_folder, asked, tmp_path / "run", TRAINING, targets=targets, alignment=alignment, words=words, progress=False)
+    written = json.loads((tmp_path / "run/heads.json").read_text())
+    assert written["scores"]["question"]["num_words"] == written["scores"]["answer"]["num_words"] > 10
+    for role, name in (("answer", "heads"), ("question", "question_heads")):
+        scores = torch.tensor(written["scores"][role]["heads"]).flatten()
+        best = sorted(scores.argsort(descending=True)[:2].tolist())
+        assert written["config"][name] == ",".join(f"{n // 4}.{n % 4}" for n in best)
+    history = json.loads((tmp_path / "run/history.json").read_text())
+    assert all(entry["matched_words"] > 0 for entry in history)
