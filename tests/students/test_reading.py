@@ -217,6 +217,22 @@ def test_without_roles_all_words_are_answers(student, role_batch):
         assert not torch.equal(patch.last.loss, alone)
 
 
+@pytest.mark.parametrize(("aligner", "aggregation"), [("light", "project_mean"), ("identity", "learned"), ("light", "learned")])
+def test_roles_that_a_batch_lacks_use_their_weights_all_the_same(student, role_batch, aligner, aggregation):
+    """Processes of a distributed run must not differ in which weights they use; and without any word nothing is added."""
+    of_role = {"rows": "both", "question_rows": "last", "heads": "3.1,0.2", "question_heads": "1.0,3.1"}
+    nothing = changed(role_batch, present=torch.zeros(4, 5, dtype=torch.bool))
+    student.train()
+    with lavender.patch(student, AlignmentConfig(aligner=aligner, aggregation=aggregation, **of_role)):
+        loss = student(**nothing).loss
+        assert torch.equal(loss, student(**without_lavender(nothing)).loss)
+        loss.backward()
+        assert all(p.grad is not None and not p.grad.any() for p in student.lavender.parameters())
+        student.zero_grad()
+        student(**changed(role_batch, roles=None)).loss.backward()
+        assert all(p.grad is not None for p in student.lavender.parameters())
+
+
 def test_parallel_attention_has_layers_by_role(student, role_batch):
     """A question's words read the projections of their layers alone: the others get no gradient of theirs."""
     settings = {"aggregation": "parallel", "aligner": "identity", "parallel_heads": 2, "parallel_width": 4}
