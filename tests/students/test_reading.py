@@ -88,9 +88,13 @@ def require_equal(student, batch, config, settings, project=None):
         loss = student(**given).loss
         named = {n: p for n, p in student.named_parameters() if not n.startswith("lavender")}
         found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-        expected, aligned = by_definition(
-            eager_attention(eager, batch), words, settings, project or (lambda own, maps: pick(own, maps).mean((0, 1)))
-        ) if project is None else by_definition(eager_attention(eager, batch), words, settings, project(alignment))
+        expected, aligned = (
+            by_definition(
+                eager_attention(eager, batch), words, settings, project or (lambda own, maps: pick(own, maps).mean((0, 1)))
+            )
+            if project is None
+            else by_definition(eager_attention(eager, batch), words, settings, project(alignment))
+        )
         others = dict(eager.named_parameters())
         wanted = torch.autograd.grad(expected, [others[n] for n in named], allow_unused=True)
         with torch.no_grad():
