@@ -16,8 +16,7 @@ from peft import PeftModel
 
 import lavender
 from lavender.miniworld import STUDENT
-from lavender.miniworld.experiment import held_out_scenes
-from lavender.miniworld.measures import evaluate_answers, evaluate_attention
+from lavender.miniworld.measures import evaluate_answers, evaluate_attention, held_out_scenes
 from lavender.miniworld.report import environment
 from lavender.students.loading import load_student
 

@@ -22,29 +22,34 @@ import os
 import shutil
 import statistics
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from lavender.config import to_dict
-from lavender.miniworld import STUDENT
-from lavender.miniworld.experiment import (
-    ARMS,
-    ExperimentConfig,
-    demo_config,
-    extract_targets,
-    held_out_scenes,
-    measure,
-    oracle_targets,
-    shuffled_targets,
-    target_maps,
-    train_arm,
-    training_scenes,
-)
-from lavender.miniworld.report import TITLES, environment
-from lavender.targets.store import TargetStore
+import numpy as np
 
+from lavender.config import AlignmentConfig, TeacherConfig, TrainingConfig, to_dict
+from lavender.data.samples import read_samples
+from lavender.evaluation.alignment_error import alignment_error, best_constant_error
+from lavender.miniworld import STUDENT, TRAINING_SEED
+from lavender.miniworld.measures import held_out_scenes, measure, student_maps
+from lavender.miniworld.report import environment
+from lavender.miniworld.scenes import Scene, make_scenes
+from lavender.miniworld.stores import exact_targets, shuffled_targets, target_maps, teacher_targets
+from lavender.patching import patch
+from lavender.students.loading import load_student
+from lavender.students.patch import StudentPatch
+from lavender.targets.store import TargetStore
+from lavender.training.train import fine_tune
+
+ARMS = ("none", "teacher", "oracle", "shuffled")
+TITLES = {
+    "none": "Plain fine-tuning",
+    "teacher": "Lavender",
+    "oracle": "Lavender, exact masks",
+    "shuffled": "Lavender, shuffled maps",
+}
 LAMBDAS = (0.03, 0.1, 0.3, 1.0)
 TOLERATED_LOSS = 0.02
 """Answer accuracy that the chosen lambda may cost on the validation split."""
@@ -55,12 +60,50 @@ T_95 = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9:
 """Two-sided 95 % quantiles of Student's t by degrees of freedom."""
 
 
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """Which pictures, which teacher settings, which fine-tuning.
+
+    Captions list objects in random order, so the row that predicts a color cannot know which object is meant; the row that reads
+    it can. The identity aligner makes the term act on the raw attention, which is what is measured.
+    """
+
+    num_train: int = 320
+    num_held_out: int = 150
+    seed: int = 0
+    """Chooses a fresh set of training pictures, their order and the new weights; held-out pictures stay the same."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    alignment: AlignmentConfig = field(default_factory=lambda: AlignmentConfig(weight=1.0, rows="reads", aligner="identity"))
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(learning_rate=1e-3))
+
+
+def training_scenes(config: ExperimentConfig) -> list[Scene]:
+    """The pictures of this seed: no two seeds share one."""
+    return list(make_scenes(TRAINING_SEED, config.num_train, start=config.seed * config.num_train))
+
+
+def train_arm(name: str, folder: Path, config: ExperimentConfig, targets: TargetStore | None) -> StudentPatch:
+    """Fine-tunes the embedded student on `folder/captions.jsonl` and returns it, patched; `folder/<name>` is the run folder."""
+    samples = read_samples(folder / "captions.jsonl")
+    alignment = config.alignment
+    return patch(fine_tune(STUDENT, samples, folder / name, config.training, targets=targets, alignment=alignment, progress=False))
+
+
+def aligner_error(handle: StudentPatch, processor: Any, held_out: list[Scene], store: TargetStore, rows: str) -> dict[str, float]:
+    """The alignment loss on held-out pictures, beside that of the best constant map."""
+    targets = target_maps(store)
+    _, aligned = student_maps(handle, processor, held_out, rows)
+    everything = np.stack([m for maps in targets for m in maps.values()])
+    return {
+        "error": alignment_error(aligned, targets, handle.config),
+        "best_constant_error": best_constant_error(everything, handle.config.normalization),
+    }
+
+
 def run_arm(folder: Path, arm: str, config: ExperimentConfig, measured_seed: int | None) -> dict[str, Any]:
     """Trains and measures one arm, or reads what an earlier run found."""
     import torch
     from transformers.utils import logging
-
-    from lavender.students.loading import load_student
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()
@@ -72,17 +115,17 @@ def run_arm(folder: Path, arm: str, config: ExperimentConfig, measured_seed: int
     if arm != "none":
         targets = TargetStore(folder / "targets")
         if arm == "oracle":
-            targets = oracle_targets(folder / "oracle_targets", scenes, targets)
+            targets = exact_targets(folder / "exact_targets", scenes, targets.config.map_size)
         elif arm == "shuffled":
             targets = shuffled_targets(folder / "shuffled_targets", targets, config.seed)
-    handle = train_arm(arm, folder, config, targets, progress=False)
+    handle = train_arm(arm, folder, config, targets)
     _, processor = load_student(STUDENT)
     held_out = held_out_scenes(config.num_held_out, **({} if measured_seed is None else {"seed": measured_seed}))
-    teacher = None
-    if measured_seed is None:
+    rows = config.alignment.rows
+    result = {"arm": arm, "seed": config.seed, **measure(handle, processor, held_out, rows)}
+    if measured_seed is None and hasattr(handle.model, "lavender"):
         store = TargetStore(folder.parent / "held_out" / "targets")
-        teacher = target_maps(store)
-    result = {"arm": arm, "seed": config.seed, **measure(handle, processor, held_out, config.alignment.rows, teacher)}
+        result["aligner"] = aligner_error(handle, processor, held_out, store, rows)
     handle.unpatch()
     partial = result_path.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=2))
@@ -97,12 +140,12 @@ def prepare(folder: Path, config: ExperimentConfig) -> None:
     import torch
 
     torch.set_num_threads(1)
-    extract_targets(folder, training_scenes(config), config.teacher, progress=False)
+    teacher_targets(folder, training_scenes(config), config.teacher, progress=False)
 
 
 def prepare_held_out(folder: Path, config: ExperimentConfig) -> None:
     """The teacher's maps of the held-out pictures, which aligners are compared on."""
-    extract_targets(folder, held_out_scenes(config.num_held_out), config.teacher, progress=False)
+    teacher_targets(folder, held_out_scenes(config.num_held_out), config.teacher, progress=False)
 
 
 def run_seed(folder: Path, config: ExperimentConfig) -> dict[str, dict[str, Any]]:
@@ -200,7 +243,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes; each uses one core")
     arguments = parser.parse_args()
     out: Path = arguments.out
-    config = demo_config()
+    config = ExperimentConfig()
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         held_out = pool.submit(prepare_held_out, out / "held_out", config)
         weight, candidates = choose_lambda(out, config, pool)

@@ -23,8 +23,7 @@ from tqdm import tqdm
 from lavender.config import TeacherConfig, to_dict
 from lavender.evaluation.localization import compare
 from lavender.miniworld import TEACHER
-from lavender.miniworld.experiment import held_out_scenes
-from lavender.miniworld.measures import scene_words, teacher_maps
+from lavender.miniworld.measures import held_out_scenes, scene_words, teacher_maps
 from lavender.miniworld.report import environment
 from lavender.teachers.model import Teacher, load_pipeline
 

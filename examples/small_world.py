@@ -3,13 +3,15 @@
 from pathlib import Path
 
 import lavender
-from lavender.miniworld.experiment import ExperimentConfig, extract_targets, training_scenes
+from lavender.miniworld import TRAINING_SEED
+from lavender.miniworld.scenes import make_scenes
+from lavender.miniworld.stores import teacher_targets
 
 
 def make_data(folder="runs/small_world"):
     """Writes captions.jsonl and targets/ (what is there already stays), and returns where they are."""
-    scenes = training_scenes(ExperimentConfig(num_train=16))
-    store = extract_targets(Path(folder), scenes, lavender.TeacherConfig(inversion="noise", timesteps=(151,)))
+    scenes = list(make_scenes(TRAINING_SEED, 16))
+    store = teacher_targets(Path(folder), scenes, lavender.TeacherConfig(inversion="noise", timesteps=(151,)))
     return Path(folder) / "captions.jsonl", store.folder
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -184,28 +184,25 @@ class TeacherConfig:
       about the picture's geometry.
     """
     inversion_steps: int = 5
-    """Steps of the inversion by `ddim` and `flow` (5 as published). `null_text` takes
-    `diffusion_steps` in both directions."""
+    """Steps of the inversion by `ddim` and `flow` (5 as published). `null_text` takes `diffusion_steps` in both directions."""
     diffusion_steps: int = 10
     """Steps of the denoising that maps are averaged over (10 as published). `noise` has none."""
     inner_steps: int = 10
     """At most this many Adam steps per timestep, for `null_text`."""
     timesteps: tuple[int, ...] = (51, 151, 301)
-    """Training timesteps, from 0 to 999, for `noise`. Of a flow-matching model, thousandths of sigma;
-    of an EDM one, its scheduler's noise levels in the order of sigma."""
+    """Training timesteps, from 0 to 999, for `noise`. Of a flow-matching model, thousandths of sigma; of an EDM one, its
+    scheduler's noise levels in the order of sigma."""
     first_timestep: int = 0
     """Maps are read at this timestep and above; `noise` has `timesteps` instead."""
     last_timestep: int = 1000
-    """Maps are read up to this timestep; `noise` has `timesteps` instead. The noisiest steps see
-    little of the picture."""
+    """Maps are read up to this timestep; `noise` has `timesteps` instead. The noisiest steps see little of the picture."""
     timestep_weights: tuple[float, ...] = ()
-    """Weights of the forwards that are read, in their order (a denoising goes from noise to
-    picture); empty for their mean."""
+    """Weights of the forwards that are read, in their order (a denoising goes from noise to picture); empty for their mean."""
     layers: tuple[str, ...] = ()
     """Attention modules to read, by parts of their names, such as `up_blocks.1`; empty for all."""
     layer_weights: tuple[float, ...] = ()
-    """One weight per entry of `layers`, for the modules that it names (the first entry that fits a
-    module counts); empty for their mean."""
+    """One weight per entry of `layers`, for the modules that it names (the first entry that fits a module counts); empty for
+    their mean."""
     resolutions: tuple[int, ...] = ()
     """Layers to read, by the longer side of their grid, such as 16 or 32; empty for all."""
     heads: tuple[int, ...] = ()
@@ -213,27 +210,24 @@ class TeacherConfig:
     head_reduction: HeadReduction = "mean"
     """How the heads of a layer become one map: by their `mean`, or their `max` at every place."""
     renormalize: bool = False
-    """Whether a word's attention is divided by that of the whole text. It matters where one softmax
-    runs over text and picture (Stable Diffusion 3, Flux)."""
+    """Whether a word's attention is divided by that of the whole text. It matters where one softmax runs over text and picture
+    (Stable Diffusion 3, Flux)."""
     normalization: Normalization = "none"
-    """How every finished map is normalized, by the formulas of `lavender.kernels.map_loss`. `none`
-    stores raw attention, which training normalizes as it needs."""
+    """How every finished map is normalized, by the formulas of `lavender.kernels.map_loss`. `none` stores raw attention, which
+    training normalizes as it needs."""
     storage: Storage = "float16"
-    """How maps are stored: as `float16`, or as `uint8` between each map's minimum and maximum, in
-    half the space."""
+    """How maps are stored: as `float16`, or as `uint8` between each map's minimum and maximum, in half the space."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance while denoising; 1 is none. Maps come from the conditional half
-    only. Models with guidance as an input (Flux) are given this number and computed once. `noise`
-    has no guidance."""
+    """Classifier-free guidance while denoising; 1 is none. Maps come from the conditional half only. Models with guidance as an
+    input (Flux) are given this number and computed once. `noise` has no guidance."""
     long_captions: LongCaptions = "chunks"
-    """What happens to captions beyond the text encoder's window: they are read in `chunks`,
-    truncated, or refused by an `error`. A chunk is a caption of its own, cut between sentences if
-    possible; words beyond a truncation have no maps."""
+    """What happens to captions beyond the text encoder's window: they are read in `chunks`, truncated, or refused by an
+    `error`. A chunk is a caption of its own, cut between sentences if possible; words beyond a truncation have no maps."""
     image_size: int | None = None
     """Side, in pixels, of the square that pictures are brought to; None takes the model's own."""
     fit: Fit = "pad"
-    """How pictures become square: padded, cropped to their middle, or stretched. `pad` adds gray,
-    which is cut from the maps; `crop` stores its place with the maps."""
+    """How pictures become square: padded, cropped to their middle, or stretched. `pad` adds gray, which is cut from the maps;
+    `crop` stores its place with the maps."""
     vae_tiling: bool = False
     """Whether the autoencoder works in tiles: less memory, at slightly different latents."""
     dtype: Dtype = "float32"
@@ -294,17 +288,17 @@ class ExtractionConfig:
     batch_size: int = 8
     """Pictures per batch."""
     devices: tuple[str, ...] = ("cpu",)
-    """Devices of the teachers, one process per entry, such as `cpu`, `mps`, `cuda`, or `cuda:0` and
-    `cuda:1`. An entry may be repeated."""
+    """Devices of the teachers, one process per entry, such as `cpu`, `mps`, `cuda`, or `cuda:0` and `cuda:1`. An entry may be
+    repeated."""
     engine: Engine = "local"
-    """What starts the processes: `local` does on this machine, `ray` (Ray Data) on a cluster's, one
-    actor per device. Of `devices`, `ray` takes the kind and the count, not the numbers."""
+    """What starts the processes: `local` does on this machine, `ray` (Ray Data) on a cluster's, one actor per device. Of
+    `devices`, `ray` takes the kind and the count, not the numbers."""
     offload: Offload = "none"
-    """What leaves the GPU while it is not used: whole models (`model`) or single layers
-    (`sequential`). By diffusers' `enable_model_cpu_offload` and `enable_sequential_cpu_offload`."""
+    """What leaves the GPU while it is not used: whole models (`model`) or single layers (`sequential`). By diffusers'
+    `enable_model_cpu_offload` and `enable_sequential_cpu_offload`."""
     threads: int = 1
-    """Threads per teacher on a CPU. Several `devices` use many cores better; another number of
-    threads changes the last bits of the maps."""
+    """Threads per teacher on a CPU. Several `devices` use many cores better; another number of threads changes the last bits of
+    the maps."""
     vae_slicing: bool = False
     """Whether the autoencoder takes the pictures of a batch one by one, which needs less memory."""
     shard_size: int = 256
@@ -323,7 +317,7 @@ _BY_ROLE = ("rows", "layers", "heads")
 """Settings of `AlignmentConfig` that words of questions may have of their own."""
 
 
-def _num_best(value: Any) -> int | None:
+def num_best(value: Any) -> int | None:
     """K of `best:K`; None for anything else."""
     found = re.fullmatch(r"best:0*([1-9]\d{0,5})", value) if isinstance(value, str) else None
     return None if found is None else int(found[1])
@@ -341,11 +335,6 @@ def parse_heads(name: str, heads: str) -> tuple[tuple[int, int], ...]:
     return places
 
 
-def format_heads(places: Iterable[tuple[int, int]]) -> str:
-    """Layers and heads as the setting `heads` writes them."""
-    return ",".join(f"{layer}.{head}" for layer, head in places)
-
-
 @dataclass(frozen=True)
 class AlignmentConfig:
     """What is compared with what, and how strongly.
@@ -361,33 +350,15 @@ class AlignmentConfig:
     """How lambda falls during training. The formulas are in `lavender.students.lambda_schedule`."""
     decay: float = 5.0
     """How fast `exponential` and `inverse` fall."""
-    until: float = 1.0
-    """Share of the training, in (0, 1], after which lambda is zero; the schedule runs from the start to there."""
     rows: Rows = "predicts"
-    """Which rows of the student's attention speak for a word: those that `predicts` its tokens (each the
-    row before) or `reads` them; `both`, compared apart; or the one that reads its `last` token.
+    """Which rows speak for a word: those before its tokens, which `predicts` them; those that `reads` them; `both`; or `last`.
 
-    A word of `both` is two comparisons, each with the word's target. Of a word of several tokens the row
-    of the last one alone has read all of it. The end of a prompt (`lavender.types.ROLES`) is always read
-    at its own row."""
+    A word of `both` is two comparisons, each with the word's target. `last` is the row that reads the word's last token, which
+    alone has read all of it. The end of a prompt (`lavender.types.ROLES`) is always read at its own row."""
     layers: tuple[int, ...] | str = ()
-    """Decoder layers to align, counted from 0 among the attention layers; empty for all, or `best:K` for
-    the K that localize best before the training, by `lavender.choose_heads`."""
-    heads: str = "mean"
-    """Heads to align: the `mean` over all; a list of `layer.head`, as in `3.1,5.0`, layers numbered as
-    in `layers`; or `best:K` for the K that localize best before the training, by `lavender.choose_heads`.
+    """Decoder layers to align, counted from 0 among the attention layers; empty for all, `best:K` for those that localize best.
 
-    `mean` says that no head is chosen: an aggregation may keep all of them apart. K chosen ones, of
-    whatever layers, are the K channels of one map: `project_mean`, `project_max`, `mean_project` and
-    `max_project` are then G of these channels, `mean`, `max` and `learned` go over them. `flow` and
-    `parallel` take no chosen heads."""
-    question_rows: Rows | None = None
-    """`rows` of the words that the user says (`WordsConfig.roles`); None takes the answer's."""
-    question_layers: tuple[int, ...] | str | None = None
-    """`layers` of the words that the user says; None takes the answer's."""
-    question_heads: str | None = None
-    """`heads` of the words that the user says; None takes the answer's. Of another number than the
-    answer's, where heads are the aligner's channels, they need `aligner="identity"`."""
+    That is known before the training, by the scores of `lavender.choose_heads`."""
     renormalize: bool = False
     """Whether the softmax runs over the image tokens alone, not over all keys that the row sees."""
     aggregation: Aggregation = "project_mean"
@@ -406,18 +377,17 @@ class AlignmentConfig:
       the picture by self-attention.
     """
     aligner: AlignerKind = "sim"
-    """The aligner: `light`, `sim` and `deep` are the published three, by size; `identity` has no
-    weights. The three have two, three and five convolutions (18,465, 27,681 and 46,113 weights for 32
-    heads); `identity` is the mean over channels, so that the loss acts on the attention itself."""
+    """The aligner: `light`, `sim` and `deep` are the published three, by size; `identity` has no weights. The three have two,
+    three and five convolutions (18,465, 27,681 and 46,113 weights for 32 heads); `identity` is the mean over channels, so that
+    the loss acts on the attention itself."""
     hidden_channels: int = 32
     """Channels of the aligner's hidden layers (32 as published)."""
     max_grid: int = 32
-    """Largest grid height and width that the aligner sees; larger attention is resized to it, by
-    shared area. The teacher's maps have 32; four tiles of Llama 3.2 Vision have 80, at six times
-    the aligner's memory."""
+    """Largest grid height and width that the aligner sees; larger attention is resized to it, by shared area. The teacher's
+    maps have 32; four tiles of Llama 3.2 Vision have 80, at six times the aligner's memory."""
     norm: Norm = "instance"
-    """The norm after each of the aligner's 3x3 convolutions, without weights (`instance` as
-    published). `group` has 8 groups. The statistics of `batch` are each process's own."""
+    """The norm after each of the aligner's 3x3 convolutions, without weights (`instance` as published). `group` has 8 groups.
+    The statistics of `batch` are each process's own."""
     activation: Activation = "relu6"
     """The activation after the norm: `relu6` (as published), or `leaky_relu` of slope 0.1."""
     parallel_heads: int = 8
@@ -425,14 +395,27 @@ class AlignmentConfig:
     parallel_width: int = 64
     """Width of each of `parallel`'s heads."""
     normalization: Normalization = "zscore"
-    """How both sides are normalized per map before they are compared, by the formulas of
-    `lavender.kernels.map_loss`. `minmax` is the published choice; in small runs a bounded aligner
-    collapsed to a constant with it. `sum` and `max` expect maps that are not negative: with them
-    the output of the convolutions goes through softplus. `sum` is meant for `kl`: the squared error
+    """How both sides are normalized per map before they are compared, by the formulas of `lavender.kernels.map_loss`. `minmax`
+    is the published choice; in small runs a bounded aligner collapsed to a constant with it. `sum` and `max` expect maps that
+    are not negative: with them the output of the convolutions goes through softplus. `sum` is meant for `kl`: the squared error
     of distributions over many places is close to zero."""
     distance: Distance = "mse"
-    """`mse`, or `kl`: the Kullback-Leibler divergence of the target from the student, for
-    `normalization="sum"`."""
+    """`mse`, or `kl`: the Kullback-Leibler divergence of the target from the student, for `normalization="sum"`."""
+    heads: str = "mean"
+    """Heads to align: `mean` for all; chosen ones by layer and head, as in `3.1,5.0`; `best:K` for those that localize best.
+
+    `mean` says that no head is chosen: an aggregation may keep them apart. K chosen ones, of whatever layers (numbered as in
+    `layers`), are the K channels of one map: `project_mean`, `project_max`, `mean_project` and `max_project` are then G of
+    these channels; `mean`, `max` and `learned` go over them; `flow` and `parallel` take none."""
+    question_rows: Rows | None = None
+    """`rows` of the words that the user says (`WordsConfig.roles`); None takes the answer's."""
+    question_layers: tuple[int, ...] | str | None = None
+    """`layers` of the words that the user says; None takes the answer's."""
+    question_heads: str | None = None
+    """`heads` of the words that the user says; None takes the answer's. Of another number than these, where heads are the
+    aligner's channels, they need `aligner="identity"`."""
+    until: float = 1.0
+    """Share of the training, in (0, 1], after which lambda is zero; the schedule runs from the start to there."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -463,7 +446,7 @@ class AlignmentConfig:
         layers, heads = getattr(self, layers_name), getattr(self, heads_name)
         if isinstance(layers, str):
             _require(
-                _num_best(layers) is not None,
+                num_best(layers) is not None,
                 f"{layers_name} is {layers!r}; give integers, an empty list for all layers, or best:K with K of at least 1",
             )
         elif layers is not None:
@@ -476,15 +459,15 @@ class AlignmentConfig:
             f"{heads_name} is {heads!r} and aggregation {self.aggregation!r}, which takes no chosen heads; leave heads='mean', or "
             "choose another aggregation",
         )
-        if _num_best(heads) is not None:
+        if num_best(heads) is not None:
             return
         places = parse_heads(heads_name, heads)
-        object.__setattr__(self, heads_name, format_heads(places))
+        object.__setattr__(self, heads_name, ",".join(f"{layer}.{head}" for layer, head in places))
         _require(
             not isinstance(layers, str),
             f"{heads_name} is {heads!r} and {layers_name} {layers!r}: the heads name their layers; leave {layers_name} out",
         )
-        beyond = sorted({layer for layer, _ in places} - set(layers or ())) if layers else []
+        beyond = sorted({layer for layer, _ in places} - set(layers)) if layers else []
         _require(not beyond, f"{heads_name} is {heads!r}, and {layers_name} {layers} lacks {beyond}; leave {layers_name} out")
 
     @property
@@ -494,22 +477,14 @@ class AlignmentConfig:
         Raises `ConfigError` where they do not go together.
         """
         own: dict[str, Any] = {name: getattr(self, f"question_{name}") for name in _BY_ROLE}
+        if own["layers"] is None and own["heads"] not in (None, "mean") and num_best(own["heads"]) is None:
+            own["layers"] = ()  # heads name theirs
         return replace(self.of_answer, **{name: value for name, value in own.items() if value is not None})
 
     @property
     def of_answer(self) -> AlignmentConfig:
         """The same of answers' words."""
         return replace(self, question_rows=None, question_layers=None, question_heads=None)
-
-    @property
-    def num_best(self) -> tuple[int | None, int | None]:
-        """How many layers and how many heads are still to be chosen, of the answer's words; None where none are."""
-        return _num_best(self.layers), _num_best(self.heads)
-
-    @property
-    def is_chosen(self) -> bool:
-        """Whether it says which layers and heads are aligned: none is `best:K`."""
-        return not any(any(reading.num_best) for reading in (self.of_answer, self.of_question))
 
 
 @dataclass(frozen=True)
@@ -574,11 +549,11 @@ class TrainingConfig:
     lora_dropout: float = 0.05
     """Dropout before LoRA's first matrix."""
     lora_targets: tuple[str, ...] | str = ("q_proj", "v_proj")
-    """Modules that receive LoRA, as PEFT takes them. Ends of names, in the text and the vision tower
-    (as published), or a regular expression for whole names: `.*language_model.*\\.(q|v)_proj`."""
+    """Modules that receive LoRA, as PEFT takes them. Ends of names, in the text and the vision tower (as published), or a
+    regular expression for whole names: `.*language_model.*\\.(q|v)_proj`."""
     dtype: Dtype = "float32"
-    """Dtype in which the student's weights are loaded. Half precision is for LoRA, whose weights
-    stay in float32; a full fine-tuning by mixed precision keeps its weights in float32."""
+    """Dtype in which the student's weights are loaded. Half precision is for LoRA, whose weights stay in float32; a full
+    fine-tuning by mixed precision keeps its weights in float32."""
     max_length: int | None = None
     """Tokens after which a sample is cut off, image tokens included; None cuts nothing."""
     gradient_checkpointing: bool = False
@@ -588,9 +563,9 @@ class TrainingConfig:
     seed: int = 0
     """Seed of the batch order, the dropout and the new weights."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of `transformers.TrainingArguments`, such as `{"bf16": True}`. They set
-    precision, engine (`{"deepspeed": "zero3.json"}`), gradient accumulation, trackers
-    (`{"report_to": "tensorboard"}`) and the number of checkpoints kept."""
+    """Further arguments of `transformers.TrainingArguments`, such as `{"bf16": True}`. They set precision, engine
+    (`{"deepspeed": "zero3.json"}`), gradient accumulation, trackers (`{"report_to": "tensorboard"}`) and the number of
+    checkpoints kept."""
 
     def __post_init__(self) -> None:
         check_fields(self)

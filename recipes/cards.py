@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from lavender.config import TeacherConfig
-from lavender.miniworld.experiment import held_out_scenes
-from lavender.miniworld.measures import compare_targets, evaluate_answers, evaluate_attention, teacher_maps
+from lavender.miniworld.measures import compare_targets, evaluate_answers, evaluate_attention, held_out_scenes, teacher_maps
 from lavender.miniworld.scenes import Scene
 from lavender.patching import patch
 from lavender.students.loading import load_student

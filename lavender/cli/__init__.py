@@ -30,12 +30,12 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, runs and report; an interrupted demo in it is continued.")] = Path(
         "runs/demo"
     ),
-    seed: Annotated[int, typer.Option(help="Chooses the training pictures, their order and the new weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Chooses the training pictures, their order and the first weights.")] = 0,
 ) -> None:
     """Run the main job on the embedded small world and write a report.
 
-    The teacher's word maps of generated pictures, plain fine-tuning and fine-tuning with the maps, measurements on held-out
-    pictures, and runs/demo/report.html. Some minutes on two CPU cores.
+    The teacher's word maps of generated pictures; a small student that learns to answer questions about them from random weights,
+    once plainly and once with the maps; measurements on fresh pictures, and runs/demo/report.html. Some minutes on two CPU cores.
     """
     from ..miniworld.demo import run_demo
     from ..miniworld.experiment import demo_config

@@ -44,7 +44,7 @@ def evaluate(
         return
 
     from ..miniworld import STUDENT
-    from ..miniworld.experiment import evaluate_student_folder, evaluate_teacher_folder
+    from ..miniworld.measures import evaluate_student_folder, evaluate_teacher_folder
 
     if teacher is not None and (student is not None or adapter is not None):
         raise ConfigError("--teacher measures a teacher; leave out --student and --adapter")

@@ -78,14 +78,15 @@ def with_options(**groups: tuple[type, tuple[str, ...]]) -> Callable[[Callable[.
 def make_option(cls: type, name: str) -> inspect.Parameter:
     """The option for a field of a dataclass. Its own default is None, which no user can give."""
     hint, default = get_type_hints(cls)[name], getattr(cls, name)
-    is_list = get_origin(hint) is tuple
+    item = _item_of(hint)
+    is_list = item is not None and isinstance(default, tuple)
     text = ",".join(map(str, default)) if is_list else "" if default is None else str(default).lower()
     option = typer.Option(
         *([_FLAGS[name]] if name in _FLAGS else ()),
-        metavar=f"<{get_args(hint)[0].__name__},...>" if is_list else None,
+        metavar=f"<{item.__name__},...>" if item is not None else None,
         help=help_of(cls)[name] + (f"  [default: {text}]" if text else ""),
     )
-    kind = str if is_list else hint
+    kind = hint if item is None else str
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
 
 
@@ -110,12 +111,21 @@ def flag_of(name: str) -> str:
 def _parse(cls: type, name: str, value: Any) -> Any:
     """An option's value as the field's type: texts with commas become tuples."""
     hint = get_type_hints(cls)[name]
-    if get_origin(hint) is not tuple:
+    item = _item_of(hint)
+    if item is None:
         return value
     parts = [part.strip() for part in value.split(",") if part.strip()]
-    if get_args(hint)[0] is str:
+    if item is str:
         return tuple(parts)
     try:
         return tuple(int(part) for part in parts)
     except ValueError:
+        if str in get_args(hint):  # a text in place of the list: the config knows which
+            return value
         raise ConfigError(f"{flag_of(name)} is {value!r}; give integers separated by commas, as in 51,151,301") from None
+
+
+def _item_of(hint: Any) -> type | None:
+    """What a field's list is of; None for a field that takes no list."""
+    tuples = [option for option in (hint, *get_args(hint)) if get_origin(option) is tuple]
+    return get_args(tuples[0])[0] if tuples else None

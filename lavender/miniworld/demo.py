@@ -3,102 +3,206 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Sequence
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..batches.collator import Collator
-from ..config import Rows, to_dict
-from ..evaluation.localization import SpanMaps
+from ..config import to_dict
+from ..errors import LavenderError, TargetError
 from ..files import read_file, write_within
-from ..patching import patch
-from ..students.loading import load_student
-from ..students.patch import StudentPatch
-from . import STUDENT
-from .experiment import ExperimentConfig, extract_targets, held_out_scenes, measure, target_maps, train_arm, training_scenes
-from .measures import compare_targets, student_maps
-from .report import RESULTS, environment, save_examples, table_rows, write_report
-from .scenes import Scene
+from .experiment import (
+    ARMS,
+    MAIN_WORLD,
+    MEASURED,
+    DemoConfig,
+    compare_arms,
+    fresh_scenes,
+    run_arm,
+    training_scenes,
+    write_questions,
+)
+from .measures import compare_targets
+from .report import RESULTS, TITLES, environment, headline, write_report
+from .stores import target_maps, teacher_targets
 
-NUM_EXAMPLES = 6
-WORDS_SHOWN = 7
+SETTINGS = "demo.json"
+LAYOUT = 2
+"""Of the folder. The first one had no `demo.json`."""
+_FIRST_LAYOUT = ("captions.jsonl", "held_out", "none")
+_STUDENT = "{task.fields[answers]}"
+
+Tell = Callable[[str, float], None]
 
 
-def run_demo(out: Path, config: ExperimentConfig) -> Path:
-    """Pictures, targets, two fine-tunings (plain and with the teacher's maps), measurements, report; returns the report's path.
+def run_demo(out: Path, config: DemoConfig) -> Path:
+    """Pictures, targets, two trainings (plain and with the teacher's maps), measurements, report; returns the report's path.
 
-    Every stage continues where a killed run stopped. Raises `TargetError` when `out` holds a demo with other settings.
+    The trainings are two processes side by side, or one after another where there is one core. Every stage continues where a killed
+    run stopped. Raises `TargetError` when `out` holds a demo of other settings or of another version, or another process runs one
+    there.
     """
-    console, rows = Console(), config.alignment.rows
-    started = time.monotonic()
+    console = Console()
     out.mkdir(parents=True, exist_ok=True)
-    training, held_out = training_scenes(config), held_out_scenes(config.num_held_out)
-
-    console.rule("1/4  Teacher: where does each word lie?")
-    targets = extract_targets(out, training, config.teacher)
-    held_out_store = extract_targets(out / "held_out", held_out, config.teacher)
-    teacher_maps = target_maps(held_out_store)
-
-    console.rule("2/4  Student before")
-    student, processor = load_student(STUDENT)
-    handles: dict[str, StudentPatch] = {"before": patch(student)}
-    arms = [{"name": "before", **measure(handles["before"], processor, held_out, rows)}]
-    for number, (name, store) in enumerate([("none", None), ("teacher", targets)], start=3):
-        console.rule(f"{number}/4  Fine-tuning {'with the teacher maps' if store else 'without maps'}")
-        handles[name] = train_arm(name, out, config, store)
-        history = json.loads(read_file(out / name / "history.json"))
-        arms.append({"name": name, **measure(handles[name], processor, held_out, rows, teacher_maps), "history": history})
-
-    results = {
-        "arms": arms,
-        "teacher": compare_targets(held_out, teacher_maps),
-        "config": to_dict(config),
-        "environment": environment(),
-        "duration_s": round(time.monotonic() - started, 1),
-    }
-    write_within(out, RESULTS, json.dumps(results, indent=2) + "\n")
-    _save_examples(out, held_out, handles, processor, rows, teacher_maps)
-    for handle in handles.values():
-        handle.unpatch()
-    report = write_report(out)
-    _print_table(console, results)
+    with _alone(out):
+        _require_same(out, config)
+        console.rule("1/3  Teacher: where does each word lie?")
+        training = training_scenes(config)
+        teacher_targets(out / "data", training, config.teacher)
+        write_questions(out / "data", training)
+        fresh = fresh_scenes(MAIN_WORLD, config.num_fresh)
+        teacher = target_maps(teacher_targets(out / "fresh", fresh, config.teacher))
+        console.rule("2/3  Two students: plain, and with the teacher's maps")
+        _run_arms(out, config, console)
+        console.rule("3/3  Report")
+        results = {
+            **compare_arms(out, config),
+            "teacher": compare_targets(fresh, teacher),
+            "config": to_dict(config),
+            "environment": environment(),
+        }
+        write_within(out, RESULTS, json.dumps(results, indent=1) + "\n")
+        report = write_report(out)
+    console.print(headline(results), highlight=False)
     console.print(f"Report: {report}")
     return report
 
 
-def _save_examples(
-    out: Path,
-    held_out: Sequence[Scene],
-    handles: dict[str, StudentPatch],
-    processor: Any,
-    rows: Rows,
-    teacher_maps: Sequence[SpanMaps],
-) -> None:
-    chosen = [i for i, scene in enumerate(held_out) if len(scene.objects) > 1][:NUM_EXAMPLES]
-    scenes = [held_out[i] for i in chosen]
-    spans = [[(w.start, w.end) for w in Collator.words(s.caption)][:WORDS_SHOWN] for s in scenes]
-    maps: dict[str, list[list[np.ndarray]]] = {
-        "diffusion": [[teacher_maps[i][span] for span in caption_spans] for i, caption_spans in zip(chosen, spans, strict=True)]
-    }
-    for name, handle in handles.items():
-        raw, _ = student_maps(handle, processor, scenes, rows)
-        maps[name] = [[by_span[span] for span in caption_spans] for by_span, caption_spans in zip(raw, spans, strict=True)]
-    words = [[s.caption[a:b] for a, b in caption_spans] for s, caption_spans in zip(scenes, spans, strict=True)]
-    save_examples(out, [s.image for s in scenes], [s.caption for s in scenes], words, maps)
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    try:
+        with FileLock(out / ".lock", blocking=False):
+            yield
+    except Timeout:
+        raise TargetError(f"another process runs a demo in {out}; wait until it has finished, or give another folder") from None
 
 
-def _print_table(console: Console, results: dict[str, Any]) -> None:
-    table = Table(title="Does attention find the object? (held-out pictures)")
-    table.add_column("")
-    for name in ("pointing", "own object", "IoU", "AUC"):
-        table.add_column(name, justify="right")
-    for title, row in table_rows(results):
-        table.add_row(title, *(f"{row[key]:.3f}" for key in ("pointing", "own_object", "iou", "auc")))
-    console.print(table)
-    answers = ", ".join(f"{arm['name']} {arm['answers']['all']['accuracy']:.3f}" for arm in results["arms"])
-    console.print(f"Right answers: {answers}")
+def _require_same(out: Path, config: DemoConfig) -> None:
+    """Notes what the folder holds. Raises `TargetError` if it is something else."""
+    try:
+        lavender = version("lavender-attention")
+    except PackageNotFoundError:
+        lavender = "not installed"
+    settings = {"layout": LAYOUT, "version": lavender, "torch": torch.__version__, **to_dict(config)}
+    if (out / SETTINGS).exists():
+        try:
+            known = json.loads(read_file(out / SETTINGS))
+            others = [name for name in settings | known if settings.get(name) != known.get(name)]
+        except (ValueError, TypeError):
+            raise TargetError(f"{out / SETTINGS} is damaged; choose another folder with --out") from None
+        if others:
+            differing = ", ".join(f"{name}={known.get(name)!r}, now {settings.get(name)!r}" for name in others)
+            raise TargetError(f"{out} holds a demo of other settings ({differing}); choose another folder with --out")
+    elif old := [name for name in _FIRST_LAYOUT if (out / name).exists()]:
+        raise TargetError(
+            f"{out} holds a demo of an earlier version of lavender, or something else ({', '.join(old)}); its report.html stays as "
+            "it is: choose another folder with --out"
+        )
+    write_within(out, SETTINGS, json.dumps(settings, indent=1) + "\n")
+
+
+def _run_arms(out: Path, config: DemoConfig, console: Console) -> None:
+    progress = Progress(
+        TextColumn("{task.description:30}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(_STUDENT),
+        TimeElapsedColumn(),
+        console=console,
+    )
+    with progress:
+        tells: dict[str, Tell] = {}
+        for arm in ARMS:
+            task = progress.add_task(TITLES[arm], total=config.stage(arm).steps, answers="reads its questions")
+
+            def tell(what: str, value: float, task: Any = task) -> None:
+                if what == "step":
+                    progress.update(task, completed=value)
+                else:
+                    progress.update(task, answers=f"{value:.0%} right")
+
+            tells[arm] = tell
+        if _cores() == 1:
+            threads = torch.get_num_threads()
+            try:
+                torch.set_num_threads(1)
+                for arm in ARMS:
+                    run_arm(out, arm, config, tells[arm])
+            finally:
+                torch.set_num_threads(threads)
+        else:
+            _run_side_by_side(out, config, tells)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run_side_by_side(out: Path, config: DemoConfig, tells: dict[str, Tell]) -> None:
+    """A process per arm that is not finished. Raises an arm's `LavenderError`, or one if its process died."""
+    context = get_context("spawn")
+    with ExitStack() as stack:
+        running: dict[Connection, tuple[str, Any]] = {}
+        for arm, tell in tells.items():
+            if (out / arm / MEASURED).exists():
+                tell("step", config.stage(arm).steps)
+                continue
+            receiving, sending = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(sending, out, arm, config), daemon=True)
+            process.start()
+            stack.callback(process.join)
+            stack.callback(process.terminate)
+            sending.close()  # so that its end is noticed
+            running[receiving] = (arm, process)
+        while running:
+            for connection in wait(list(running)):
+                assert isinstance(connection, Connection)
+                arm, process = running[connection]
+                try:
+                    message = connection.recv()
+                except EOFError:
+                    process.join()
+                    raise TargetError(
+                        f"the training in {out / arm} ended with exit code {process.exitcode}; the same command continues it"
+                    ) from None
+                if isinstance(message, LavenderError):
+                    raise message
+                if message is None:
+                    del running[connection]
+                else:
+                    tells[arm](*message)
+
+
+def _work(connection: Connection, out: Path, arm: str, config: DemoConfig) -> None:
+    """An arm in a process of its own, which ends with the one that began it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt of the terminal reaches both; the other one ends this
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # it warns of a picture's questions in one text, of which a batch has a few
+    try:
+        run_arm(out, arm, config, lambda what, value: connection.send((what, value)))
+    except LavenderError as error:
+        connection.send(error)
+    else:
+        connection.send(None)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,184 +1,340 @@
-"""Does alignment teach a student where to look? The small world's experiment: the demo runs two arms of it, the study all four.
+"""The demo's experiment: a small student whose language stage starts from random weights learns to answer questions about pictures,
+once plainly and once with the teacher's maps.
 
-Arms, all with the same samples, steps and seeds: `none` (plain fine-tuning), `teacher` (the teacher's maps), `oracle` (exact
-masks) and `shuffled` (every word gets the teacher's map of a random word of another picture).
+Both students start from the same weights and see the same questions in the same order. They are measured on pictures that nothing
+has seen: of the training's world, and in clutter, with more objects than the training has.
 """
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ..batches.collator import Collator
-from ..config import AlignmentConfig, Rows, TeacherConfig, TrainingConfig
-from ..data.samples import read_pairs, read_samples
-from ..evaluation.alignment_error import alignment_error, best_constant_error
-from ..evaluation.localization import SpanMaps, maps_by_span
-from ..extraction.extract import extract
+from ..config import AlignmentConfig, TeacherConfig, WordsConfig
+from ..evaluation.answers import generate
+from ..evaluation.localization import compare, localization, measured_words
+from ..files import read_file, write_within
 from ..patching import patch
-from ..students.loading import load_adapter, load_student
 from ..students.patch import StudentPatch
-from ..targets.store import Target, TargetStore, TargetWriter
-from ..teachers.model import Teacher
-from ..training.train import fine_tune
-from . import HELD_OUT_SEED, STUDENT, TEACHER, TRAINING_SEED, write_dataset
-from .measures import compare_targets, evaluate_answers, evaluate_attention, student_maps, teacher_maps
-from .scenes import Scene, make_scenes
+from ..targets.store import TargetStore
+from . import HELD_OUT_SEED, TRAINING_SEED
+from .language import (
+    HISTORY,
+    LanguageStage,
+    QuestionSet,
+    conversation_of,
+    features_of,
+    right_answers,
+    small_student,
+    train_language,
+)
+from .measures import compare_answers
+from .packing import PackedPictures
+from .scenes import STUDY_TYPES, Question, Scene, World, ask_all, make_scenes
 
-ARMS = ("none", "teacher", "oracle", "shuffled")
+ARMS = ("plain", "aligned")
+WORLDS: dict[str, World] = {
+    "in distribution": World(pairs="common"),
+    "clutter": World(counts=(4, 5), shares=(0.5, 0.5), radii=(("small", (6.5, 8.5)),), pairs="common"),
+}
+"""The fresh pictures' worlds; the first is also the training's."""
+MAIN_WORLD = "in distribution"
+UNASKED = {"clutter": ("count",)}
+"""Types of questions that are not counted in a world: no picture of the training has as many objects."""
+OUTSIDE = ("left", "right", "above", "below", "top", "bottom", "small", "large")
+"""Words of captions and questions that name no object: their maps are of something else."""
+TARGETS = "data/targets"
+MEASURED = "measured.json"
+NUM_EXAMPLES = 3
+"""Pictures that are drawn: the first of the fresh ones with three objects."""
+_LOOKED_AT = 25
+"""Pictures per forward whose maps are read."""
+
+Asked = Sequence[Sequence[Question]]
+"""Questions, per picture."""
 
 
 @dataclass(frozen=True)
-class ExperimentConfig:
-    """One experiment: which pictures, which teacher settings, which fine-tuning."""
+class DemoConfig:
+    """What `lavender demo` does."""
 
-    num_train: int = 320
-    """Pictures to fine-tune on."""
-    num_held_out: int = 150
-    """Pictures to measure on."""
+    num_train: int = 1000
+    """Pictures to learn from."""
+    num_fresh: int = 200
+    """Fresh pictures of each world to measure on."""
+    num_curve: int = 40
+    """Of these, pictures that the learning curve is measured on."""
+    measure_every: int = 100
+    """Steps between two measurements of the learning curve."""
     seed: int = 0
-    """Chooses a fresh set of training pictures, their order and the new weights; held-out pictures stay the same."""
+    """Chooses the training pictures, their order and the first weights; fresh pictures stay the same."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    words: WordsConfig = field(default_factory=WordsConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
+    plain: LanguageStage = field(default_factory=LanguageStage)
+    """How the plain student is trained; the order of its questions follows `seed`."""
+    aligned: LanguageStage = field(default_factory=LanguageStage)
+    """How the aligned student is trained."""
+
+    def stage(self, arm: str) -> LanguageStage:
+        """How an arm is trained."""
+        return replace(self.plain if arm == "plain" else self.aligned, seed=self.seed)
 
 
-def training_scenes(config: ExperimentConfig) -> list[Scene]:
-    """The pictures of this seed: no two seeds share one."""
-    return list(make_scenes(TRAINING_SEED, config.num_train, start=config.seed * config.num_train))
-
-
-def held_out_scenes(count: int, seed: int = HELD_OUT_SEED) -> list[Scene]:
-    """Pictures that neither the embedded models nor any fine-tuning has seen."""
-    return list(make_scenes(seed, count))
-
-
-def extract_targets(folder: Path, scenes: Sequence[Scene], config: TeacherConfig, progress: bool = True) -> TargetStore:
-    """Writes the scenes as a data set and the teacher's targets for it, below `folder`."""
-    captions = write_dataset(scenes, folder)
-    extract(TEACHER, read_pairs(captions), folder / "targets", config, progress=progress)
-    return TargetStore(folder / "targets")
-
-
-def oracle_targets(folder: Path, scenes: Sequence[Scene], teacher: TargetStore) -> TargetStore:
-    """A store that differs from the teacher's in its maps alone: exact masks for words that name objects, none for others."""
-    size = teacher.config.map_size
-
-    def maps_of(number: int, target: Target) -> np.ndarray:
-        scene = scenes[number]
-        by_span = {(r.start, r.end): scene.word_mask(r) for r in scene.referents}
-        maps = np.full_like(target.word_maps.maps, np.nan)
-        for w, word in enumerate(target.word_maps.words):
-            mask = by_span.get((word.start, word.end))
-            if mask is not None:
-                small = Image.fromarray(mask.astype(np.float32)).resize((size, size), Image.Resampling.BOX)
-                maps[w] = np.asarray(small)
-        return maps
-
-    return _store_with(folder, teacher, "oracle", maps_of)
-
-
-def shuffled_targets(folder: Path, teacher: TargetStore, seed: int) -> TargetStore:
-    """A store in which every word has the map of a random content word of another picture."""
-    rng = np.random.default_rng([seed, 1])
-    pool = [(number, values) for number, maps in enumerate(target_maps(teacher)) for values in maps.values()]
-
-    def maps_of(number: int, target: Target) -> np.ndarray:
-        maps = np.empty_like(target.word_maps.maps)
-        for w in range(len(maps)):
-            owner = number
-            while owner == number:
-                owner, maps[w] = pool[int(rng.integers(len(pool)))]
-        return maps
-
-    return _store_with(folder, teacher, "shuffled", maps_of)
-
-
-def _store_with(folder: Path, teacher: TargetStore, name: str, maps_of: Callable[[int, Target], np.ndarray]) -> TargetStore:
-    """The teacher's store with other maps: `maps_of` its number-th sample."""
-    writer = TargetWriter(folder, {"model": name, "weights": f"{name} of {teacher.fingerprint}"}, teacher.config)
-    for number, sample_id in enumerate(teacher):
-        target = teacher[sample_id]
-        maps = maps_of(number, target)  # drawn for finished samples too, so that a restart draws the same
-        if sample_id not in writer.done:
-            writer.add(Target(sample_id, target.image_sha256, replace(target.word_maps, maps=maps)))
-    writer.close()
-    return TargetStore(folder)
-
-
-def train_arm(
-    name: str, folder: Path, config: ExperimentConfig, targets: TargetStore | None, *, progress: bool = True
-) -> StudentPatch:
-    """Fine-tunes the embedded student on `folder/captions.jsonl` and returns it, patched; `folder/<name>` is the run folder."""
-    trained = fine_tune(
-        STUDENT,
-        read_samples(folder / "captions.jsonl"),
-        folder / name,
-        config.training,
-        targets=targets,
-        alignment=config.alignment,
-        progress=progress,
+def demo_config(seed: int = 0) -> DemoConfig:
+    """The settings of `lavender demo`, those of the study's main cell: the row that reads a word of the question, and the row that
+    predicts the answer."""
+    return DemoConfig(
+        seed=seed,
+        teacher=TeacherConfig(inversion="noise", timesteps=(151,), map_size=8),
+        words=WordsConfig(roles=("question", "answer"), exclude=OUTSIDE),
+        alignment=AlignmentConfig(weight=1.0, rows="predicts", question_rows="reads", aligner="identity"),
+        plain=LanguageStage(steps=2400, learning_rate=3e-3),
+        aligned=LanguageStage(steps=2400, learning_rate=3e-3),
     )
-    return patch(trained)
 
 
-def measure(
-    handle: StudentPatch, processor: Any, held_out: Sequence[Scene], rows: Rows, held_out_targets: Sequence[SpanMaps] | None = None
-) -> dict[str, Any]:
-    """Attention (of the chosen rows) and answers of a patched student on held-out scenes: `{"attention", "answers"}`.
+def training_scenes(config: DemoConfig) -> list[Scene]:
+    """The pictures of this seed: no two seeds share one."""
+    return list(make_scenes(TRAINING_SEED, config.num_train, config.seed * config.num_train, WORLDS[MAIN_WORLD]))
 
-    With the teacher's maps of the same scenes, an aligned student's aligner is compared with the best constant map: `"aligner"`.
+
+def fresh_scenes(world: str, count: int) -> list[Scene]:
+    """Pictures that no training has seen, whatever its seed."""
+    return list(make_scenes(HELD_OUT_SEED, count, world=WORLDS[world]))
+
+
+def ask(scenes: Sequence[Scene]) -> list[tuple[Question, ...]]:
+    """The questions about each scene."""
+    return [ask_all(scene, 0) for scene in scenes]
+
+
+def example_numbers(scenes: Sequence[Scene]) -> list[int]:
+    """The fresh pictures that are drawn."""
+    return [n for n, scene in enumerate(scenes) if len(scene.objects) == 3][:NUM_EXAMPLES]
+
+
+def example_questions(questions: Sequence[Question]) -> list[int]:
+    """The questions about a drawn picture that are drawn: the first of each type."""
+    kinds = [question.type for question in questions]
+    return [kinds.index(kind) for kind in STUDY_TYPES if kind in kinds]
+
+
+def question_set(
+    model: Any, processor: Any, scenes: Sequence[Scene], asked: Asked, words: WordsConfig, store: TargetStore | None = None
+) -> QuestionSet:
+    """Questions about scenes, with the targets of a store."""
+    collator = Collator(processor, store, words, on_error="raise")
+    conversations = (conversation_of(str(n), *each) for n, each in enumerate(zip(scenes, asked, strict=True)))
+    packed = PackedPictures(collator, conversations)
+    return QuestionSet(packed, features_of(model, processor, scenes), [[q.type for q in questions] for questions in asked])
+
+
+def run_arm(out: Path, arm: str, config: DemoConfig, tell: Callable[[str, float], None]) -> None:
+    """Trains and measures one student in the folder `out/arm`: `model/`, `history.json` and `measured.json`.
+
+    What an earlier call has done stays. `tell` hears of `"step"` with the number of steps that are done, and of `"answers"` with
+    the share of right answers on the learning curve.
     """
-    result: dict[str, Any] = {
-        "attention": evaluate_attention(handle, processor, held_out, rows),
-        "answers": evaluate_answers(handle.model, processor, held_out),
-    }
-    if held_out_targets is not None and hasattr(handle.model, "lavender"):
-        _, aligned = student_maps(handle, processor, held_out, rows)
-        everything = np.stack([m for maps in held_out_targets for m in maps.values()])
-        result["aligner"] = {
-            "error": alignment_error(aligned, held_out_targets, handle.config),
-            "best_constant_error": best_constant_error(everything, handle.config.normalization),
+    folder = out / arm
+    if (folder / MEASURED).exists():
+        return
+    model, processor = small_student(config.seed)
+    scenes = {world: fresh_scenes(world, config.num_fresh) for world in WORLDS}
+    every_word = WordsConfig(roles=("question", "answer"))
+    fresh = {world: question_set(model, processor, some, ask(some), every_word) for world, some in scenes.items()}
+    training = training_scenes(config)
+    store = TargetStore(out / TARGETS) if arm == "aligned" else None
+    data = question_set(model, processor, training, ask(training), config.words, store)
+
+    def measure(student: Any) -> dict[str, Any]:
+        right = {kind: float(np.mean(hits)) for kind, hits in right_answers(student, fresh[MAIN_WORLD], config.num_curve).items()}
+        tell("answers", float(np.mean(list(right.values()))))
+        return {"answers": {kind: round(share, 4) for kind, share in right.items()}}
+
+    train_language(
+        model,
+        data,
+        config.stage(arm),
+        folder,
+        alignment=None if store is None else config.alignment,
+        measure=measure,
+        measure_every=config.measure_every,
+        on_step=partial(tell, "step"),
+    )
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    with patch(model, replace(config.alignment, aligner="identity")) as handle:
+        measured = {
+            "answers": {world: hits_by_picture(model, questions) for world, questions in fresh.items()},
+            "attention": attention(handle, fresh[MAIN_WORLD], scenes[MAIN_WORLD]),
+            "examples": _look_at_examples(handle, processor, fresh[MAIN_WORLD], scenes[MAIN_WORLD]),
         }
+    write_within(folder, MEASURED, json.dumps(measured) + "\n")
+
+
+def hits_by_picture(model: Any, data: QuestionSet) -> list[list[bool]]:
+    """Which answers are right, per picture in the order of its questions."""
+    right = {kind: iter(hits) for kind, hits in right_answers(model, data).items()}
+    return [[next(right[kind]) for kind in kinds] for kinds in data.kinds]
+
+
+def read_maps(handle: StudentPatch, data: QuestionSet, pictures: Sequence[int], asked: Asked) -> list[list[np.ndarray]]:
+    """The maps [W, y, x] of each question about some pictures: those of the question's words, then those of the answer's.
+
+    The words are `Collator.words` of both; `data` compares every word. A map is the mean over layers and heads.
+    """
+    result = []
+    for first in range(0, len(pictures), _LOOKED_AT):
+        some = list(pictures[first : first + _LOOKED_AT])
+        batch = data.batch(handle.model, some, [list(range(len(data.kinds[n]))) for n in some], with_words=True)
+        maps = handle.capture(**batch).detach().mean(dim=(1, 2)).numpy()
+        for b, questions in enumerate(asked[first : first + _LOOKED_AT]):
+            counts = [len(Collator.words(q.text)) + len(Collator.words(q.answer)) for q in questions]
+            result.append(np.split(maps[b, : sum(counts)], np.cumsum(counts)[:-1]))
     return result
 
 
-def target_maps(store: TargetStore) -> list[SpanMaps]:
-    """A store's maps of the content words, per sample."""
-    maps: list[SpanMaps] = []
-    for sample_id in store:
-        word_maps = store[sample_id].word_maps
-        content = {(w.start, w.end) for w in Collator.words(word_maps.caption)}
-        maps.append({span: values for span, values in maps_by_span(word_maps).items() if span in content})
-    return maps
+def named_words(question: Question) -> list[tuple[int, str, int]]:
+    """The words of a question and its answer that stand for an object: the number of the map in `read_maps`, the role, the object.
 
-
-def demo_config(seed: int = 0) -> ExperimentConfig:
-    """The settings of `lavender demo` and of the study, which chose the weight; smaller ones cost fewer answers.
-
-    Captions list objects in random order, so the row that predicts a color cannot know which object is meant; the row that reads
-    it can. The identity aligner makes the term act on the raw attention, which is what is measured.
+    Of an answer it is the first word, which is predicted before anything of it is written.
     """
-    return ExperimentConfig(
-        seed=seed,
-        alignment=AlignmentConfig(weight=1.0, rows="reads", aligner="identity"),
-        training=TrainingConfig(learning_rate=1e-3),
-    )
+    words = Collator.words(question.text)
+    spans = [(word.start, word.end) for word in words]
+    named = [(spans.index((r.start, r.end)), "question", r.object_index) for r in question.referents]
+    return named if question.object_index is None else [*named, (len(words), "answer", question.object_index)]
 
 
-def evaluate_student_folder(student: str, adapter: str | Path | None, count: int, rows: Rows) -> dict[str, Any]:
-    """`measure` of a student, with a LoRA adapter if one is given, on held-out scenes. Raises `ModelError`."""
-    model, processor = load_student(student)
-    with patch(model if adapter is None else load_adapter(model, adapter)) as handle:
-        return measure(handle, processor, held_out_scenes(count), rows)
+def attention(handle: StudentPatch, data: QuestionSet, scenes: Sequence[Scene]) -> dict[str, dict[str, dict[str, float]]]:
+    """Where the rows of words look that stand for an object: per role a `compare` with control and chance."""
+    asked = ask(scenes)
+    maps = read_maps(handle, data, range(len(scenes)), asked)
+    return {
+        role: compare(
+            measured_words(
+                scene.masks,
+                [
+                    (of_question[number], index)
+                    for question, of_question in zip(questions, of_picture, strict=True)
+                    for number, its_role, index in named_words(question)
+                    if its_role == role
+                ],
+            )
+            for scene, questions, of_picture in zip(scenes, asked, maps, strict=True)
+        )
+        for role in ("question", "answer")
+    }
 
 
-def evaluate_teacher_folder(teacher: str, count: int, config: TeacherConfig | None = None) -> dict[str, Any]:
-    """Localization of a teacher's word maps on held-out scenes, beside control and chance. Raises `ModelError`."""
-    scenes = held_out_scenes(count)
-    return compare_targets(scenes, teacher_maps(Teacher(teacher, config or TeacherConfig()), scenes))
+def _look_at_examples(
+    handle: StudentPatch, processor: Any, data: QuestionSet, scenes: Sequence[Scene]
+) -> list[list[dict[str, Any]]]:
+    """What the student says to the drawn questions, and the maps that are drawn: per picture and question `said` and `maps`."""
+    numbers = example_numbers(scenes)
+    asked = ask([scenes[number] for number in numbers])
+    maps = read_maps(handle, data, numbers, asked)
+    examples = []
+    for number, questions, of_picture in zip(numbers, asked, maps, strict=True):
+        drawn = example_questions(questions)
+        images = [scenes[number].image] * len(drawn)
+        said = generate(handle.model, processor, images, [questions[n].text for n in drawn], max_new_tokens=6)
+        examples.append(
+            [{"said": text.strip(), "maps": np.round(of_picture[n], 6).tolist()} for n, text in zip(drawn, said, strict=True)]
+        )
+    return examples
+
+
+def write_questions(folder: Path, scenes: Sequence[Scene]) -> None:
+    """Writes `questions.jsonl` beside the `captions.jsonl` of `write_dataset`: a conversation about each picture."""
+    lines = []
+    for number, (scene, questions) in enumerate(zip(scenes, ask(scenes), strict=True)):
+        name = f"images/{number:05d}.png"
+        messages = [{"role": m.role, "content": m.content} for m in conversation_of(name, scene, questions).messages]
+        lines.append(json.dumps({"id": name, "image": name, "conversations": messages}))
+    write_within(folder, "questions.jsonl", "\n".join(lines) + "\n")
+
+
+def compare_arms(out: Path, config: DemoConfig) -> dict[str, Any]:
+    """What `run_arm` measured of both students, side by side: `{"answers", "attention", "history", "examples"}`."""
+    measured = {arm: json.loads(read_file(out / arm / MEASURED)) for arm in ARMS}
+    usual = _usual_answers(ask(training_scenes(config)))
+    answers = {}
+    for world in WORLDS:
+        asked = ask(fresh_scenes(world, config.num_fresh))
+        kinds = [[question.type for question in questions] for questions in asked]
+        counted = [kind for kind in STUDY_TYPES if kind not in UNASKED.get(world, ())]
+        plain, aligned = (measured[arm]["answers"][world] for arm in ARMS)
+        rows = compare_answers(kinds, plain, aligned, counted)
+        for kind, row in rows.items():
+            if kind != "all":
+                hits = [q.answer == usual[kind] for questions in asked for q in questions if q.type == kind]
+                row["usual"] = round(sum(hits) / len(hits), 4)
+        rows["all"]["usual"] = round(float(np.mean([row["usual"] for kind, row in rows.items() if kind != "all"])), 4)
+        answers[world] = rows
+    return {
+        "answers": answers,
+        "attention": {arm: measured[arm]["attention"] for arm in ARMS},
+        "history": {arm: json.loads(read_file(out / arm / HISTORY)) for arm in ARMS},
+        "examples": _examples(fresh_scenes(MAIN_WORLD, config.num_fresh), [measured[arm]["examples"] for arm in ARMS]),
+    }
+
+
+def _usual_answers(asked: Asked) -> dict[str, str]:
+    """The most frequent answer to each type of question."""
+    counts: dict[str, Counter[str]] = {}
+    for questions in asked:
+        for question in questions:
+            counts.setdefault(question.type, Counter())[question.answer] += 1
+    return {kind: answers.most_common(1)[0][0] for kind, answers in counts.items()}
+
+
+def _examples(scenes: Sequence[Scene], by_arm: Sequence[list[list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+    """The drawn pictures: of each question what both students say, and their maps of the words that stand for an object and of the
+    answer, with whether the hottest place lies in that object."""
+    examples = []
+    for number, *of_arms in zip(example_numbers(scenes), *by_arm, strict=True):
+        questions = ask([scenes[number]])[0]
+        drawn = [questions[n] for n in example_questions(questions)]
+        examples.append(
+            {
+                "picture": number,
+                "questions": [
+                    {
+                        "type": question.type,
+                        "text": question.text,
+                        "answer": question.answer,
+                        "said": {arm: looks["said"] for arm, looks in zip(ARMS, of_question, strict=True)},
+                        "words": _drawn_words(scenes[number], question, [looks["maps"] for looks in of_question]),
+                    }
+                    for question, *of_question in zip(drawn, *of_arms, strict=True)
+                ],
+            }
+        )
+    return examples
+
+
+def _drawn_words(scene: Scene, question: Question, maps: Sequence[list[Any]]) -> list[dict[str, Any]]:
+    words = Collator.words(question.text)
+    named: dict[int, tuple[str, int | None]] = {number: (role, index) for number, role, index in named_words(question)}
+    if Collator.words(question.answer):  # "no" is none
+        named.setdefault(len(words), ("answer", None))
+    drawn = []
+    for number, (role, index) in sorted(named.items()):
+        word: dict[str, Any] = {"word": question.answer if role == "answer" else words[number].text, "role": role, "object": index}
+        word["maps"] = {arm: of_arm[number] for arm, of_arm in zip(ARMS, maps, strict=True)}
+        if index is not None:
+            word["found"] = {
+                arm: localization(measured_words(scene.masks, [(np.array(values), index)])).pointing == 1
+                for arm, values in word["maps"].items()
+            }
+        drawn.append(word)
+    return drawn

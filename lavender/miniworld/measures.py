@@ -5,25 +5,38 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from ..batches.collator import Collator
-from ..config import Rows
+from ..config import Rows, TeacherConfig
 from ..data.samples import Sample
 from ..evaluation.answers import accuracy, generate
 from ..evaluation.localization import MeasuredWord, SpanMaps, compare, maps_by_span, measured_words
 from ..images import Picture
+from ..patching import patch
+from ..students.loading import load_adapter, load_student
 from ..students.patch import StudentPatch
 from ..teachers.model import Teacher
 from ..words import Caption
-from .scenes import DESCRIBE, MEASURED_KINDS, QUESTION_TYPES, Scene
+from . import HELD_OUT_SEED
+from .scenes import DESCRIBE, MEASURED_KINDS, QUESTION_TYPES, STUDY_TYPES, Scene, make_scenes
 
 BATCH_SIZE = 50
 """Scenes or questions per batch of a model under measurement."""
 
+RESAMPLES = 4000
+"""Draws of pictures that an interval is made from."""
+
 Item = TypeVar("Item")
+
+
+def held_out_scenes(count: int, seed: int = HELD_OUT_SEED) -> list[Scene]:
+    """Pictures that neither the embedded models nor any fine-tuning has seen."""
+    return list(make_scenes(seed, count))
 
 
 def scene_words(scene: Scene, maps: SpanMaps) -> list[MeasuredWord]:
@@ -94,6 +107,73 @@ def evaluate_answers(model: Any, processor: Any, scenes: Sequence[Scene]) -> dic
     model.train(was_training)
     hits["all"] = [hit for hits_of_kind in hits.values() for hit in hits_of_kind]
     return {kind: asdict(accuracy(hits_of_kind)) for kind, hits_of_kind in hits.items() if hits_of_kind}
+
+
+def measure(handle: StudentPatch, processor: Any, held_out: Sequence[Scene], rows: Rows) -> dict[str, Any]:
+    """Attention (of the chosen rows) and answers of a patched student on held-out scenes: `{"attention", "answers"}`."""
+    return {
+        "attention": evaluate_attention(handle, processor, held_out, rows),
+        "answers": evaluate_answers(handle.model, processor, held_out),
+    }
+
+
+def evaluate_student_folder(student: str, adapter: str | Path | None, count: int, rows: Rows) -> dict[str, Any]:
+    """`measure` of a student, with a LoRA adapter if one is given, on held-out scenes. Raises `ModelError`."""
+    model, processor = load_student(student)
+    with patch(model if adapter is None else load_adapter(model, adapter)) as handle:
+        return measure(handle, processor, held_out_scenes(count), rows)
+
+
+def evaluate_teacher_folder(teacher: str, count: int, config: TeacherConfig | None = None) -> dict[str, Any]:
+    """Localization of a teacher's word maps on held-out scenes, beside control and chance. Raises `ModelError`."""
+    scenes = held_out_scenes(count)
+    return compare_targets(scenes, teacher_maps(Teacher(teacher, config or TeacherConfig()), scenes))
+
+
+def compare_answers(
+    kinds: Sequence[Sequence[str]],
+    first: Sequence[Sequence[bool]],
+    second: Sequence[Sequence[bool]],
+    counted: Sequence[str] = STUDY_TYPES,
+) -> dict[str, dict[str, Any]]:
+    """The right answers of two students to the same questions.
+
+    Args:
+        kinds: per picture the type of each question.
+        first, second: per picture which answers are right, of each student.
+        counted: the types that count.
+
+    Returns:
+        Per type that is asked, and for `"all"`, the mean over these types: `first`, `second` and `difference` (second minus first),
+        each `{"mean", "low", "high"}` with its 95 % interval over pictures, and the number of `questions`. Intervals are
+        percentiles of a bootstrap that draws pictures, each with all its questions, for both students alike.
+    """
+    asked_kinds = {kind for row in kinds for kind in row}
+    names = [kind for kind in counted if kind in asked_kinds]
+    asked = np.array([[row.count(name) for name in names] for row in map(list, kinds)])
+    right = np.array(
+        [
+            [[sum(hit for hit, kind in zip(hits, row, strict=True) if kind == name) for name in names] for hits, row in pairs]
+            for pairs in (list(zip(student, kinds, strict=True)) for student in (first, second))
+        ]
+    )
+    draws = np.random.default_rng(0).multinomial(len(asked), np.full(len(asked), 1 / len(asked)), RESAMPLES)
+    # The pictures as they are come first.
+    weights = np.concatenate([np.ones((1, len(asked)), dtype=int), draws])
+    with np.errstate(invalid="ignore"):  # a draw may hold no question of a type
+        shares = (weights @ right) / (weights @ asked)
+    shares = np.concatenate([shares, np.nanmean(shares, axis=2, keepdims=True)], axis=2)
+    of_both = np.concatenate([shares, shares[1:] - shares[:1]])
+    low, high = np.nanpercentile(of_both[:, 1:], (2.5, 97.5), axis=1)
+    counts = [*asked.sum(axis=0), asked.sum()]
+    return {
+        name: {
+            part: {"mean": round(of_both[s, 0, k], 4), "low": round(low[s, k], 4), "high": round(high[s, k], 4)}
+            for s, part in enumerate(("first", "second", "difference"))
+        }
+        | {"questions": int(counts[k])}
+        for k, name in enumerate([*names, "all"])
+    }
 
 
 def split_into_batches(items: Iterable[Item]) -> Iterable[list[Item]]:

@@ -1,4 +1,4 @@
-"""`report.html`: one self-contained file that shows where teacher and student look, and what alignment changed."""
+"""`report.html`: one self-contained file that shows what two students answer, and where they look."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from PIL import Image
 from ..errors import DataError
 from ..files import read_file, write_within
 from ..maps import overlay
+from . import HELD_OUT_SEED
+from .experiment import ARMS, MAIN_WORLD, WORLDS
+from .measures import RESAMPLES
+from .scenes import Scene, make_scene
 
 RESULTS = "results.json"
-EXAMPLES = "examples.npz"
+STUDY = Path(__file__).parent / "study.json"
+"""The study's headline: what the demo's difference is over several seeds."""
 
-TITLES = {
-    "before": "Student before",
-    "none": "Plain fine-tuning",
-    "teacher": "Lavender",
-    "oracle": "Lavender, exact masks",
-    "shuffled": "Lavender, shuffled maps",
-}
+TITLES = {"plain": "Plain", "aligned": "With the teacher's maps"}
+TILE = 192
+"""Pixels of a drawn map's side."""
 _PACKAGES = ("lavender-attention", "torch", "transformers", "diffusers", "peft", "accelerate", "datasets", "numpy")
 
 
@@ -44,51 +45,46 @@ def environment() -> dict[str, str]:
     return machine
 
 
-def save_examples(
-    folder: Path,
-    images: Sequence[Image.Image],
-    captions: Sequence[str],
-    words: Sequence[Sequence[str]],
-    maps: Mapping[str, Sequence[Sequence[np.ndarray]]],
-) -> None:
-    """Writes a few pictures and every arm's maps of their words, which `write_report` draws as heat maps.
-
-    `maps[arm][i]` has a map [y, x] for each of `words[i]`, the words of image i.
-    """
-    arrays: dict[str, np.ndarray] = {}
-    for i, image in enumerate(images):
-        arrays[f"{i}/picture"] = np.asarray(image.convert("RGB"))
-        arrays[f"{i}/caption"] = np.array(captions[i])
-        arrays[f"{i}/words"] = np.array(list(words[i]))
-        for arm, maps_per_image in maps.items():
-            arrays[f"{i}/{arm}"] = np.stack(maps_per_image[i]).astype(np.float32)
-    file = io.BytesIO()
-    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    write_within(folder, EXAMPLES, file.getvalue())
+def read_results(run: str | Path) -> dict[str, Any]:
+    """The results of a finished demo. Raises `DataError` when the folder has none that this version can read."""
+    path = Path(run) / RESULTS
+    if not path.exists():
+        raise DataError(f"{run} has no {RESULTS}; expected the folder of a finished `lavender demo`")
+    try:
+        results: dict[str, Any] = json.loads(read_file(path))
+        if "arms" in results:
+            raise DataError(
+                f"{path} is of an earlier version of lavender, and so is the report beside it; run the demo again, elsewhere"
+            )
+    except (json.JSONDecodeError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}); run the demo again") from None
+    return results
 
 
 def write_report(run: str | Path) -> Path:
-    """Renders `results.json` and `examples.npz` of a demo's folder to `report.html` in it; returns its path.
+    """Renders `results.json` of a demo's folder to `report.html` in it; returns its path.
 
     Raises `DataError` when the folder has no results.
     """
     from jinja2 import Environment, PackageLoader, select_autoescape
 
-    run = Path(run)
-    if not (run / RESULTS).exists():
-        raise DataError(f"{run} has no {RESULTS}; expected the folder of a finished `lavender demo`")
-    try:
-        results = json.loads(read_file(run / RESULTS))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{run / RESULTS} is damaged ({error}); run the demo again") from None
+    run, results = Path(run), read_results(run)
     page = Environment(loader=PackageLoader("lavender.miniworld", ""), autoescape=select_autoescape(default=True), trim_blocks=True)
     html = page.get_template("report.html.jinja").render(
         results=results,
-        rows=table_rows(results),
-        answer_rows=answer_rows(results),
+        headline=headline(results),
+        study=study_line(),
+        arms=ARMS,
         titles=TITLES,
-        examples=_draw_examples(run / EXAMPLES),
-        curves=_draw_curves(results),
+        worlds=[world for world in WORLDS if world in results["answers"]],
+        percent=percent,
+        points=points,
+        unclear=unclear,
+        examples=[_draw_example(example) for example in results["examples"]],
+        chart=_chart(results["history"]),
+        costs=_costs(results["history"]),
+        attention=attention_rows(results),
+        resamples=RESAMPLES,
         config=json.dumps(results["config"], indent=2),
     )
     path = run / "report.html"
@@ -96,83 +92,176 @@ def write_report(run: str | Path) -> Path:
     return path
 
 
-def table_rows(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:
+def percent(share: float) -> str:
+    """`0.84` as `84 %`."""
+    return f"{100 * share:.0f} %"
+
+
+def points(value: Mapping[str, float]) -> str:
+    """A difference of shares with its interval, in points: `+24 (+20 to +28)`."""
+    return "{:+.0f} ({:+.0f} to {:+.0f})".format(*(100 * value[name] for name in ("mean", "low", "high")))
+
+
+def headline(results: Mapping[str, Any]) -> str:
+    """The difference in answers, in a sentence."""
+    row = results["answers"][MAIN_WORLD]["all"]
+    first, second, difference = row["first"]["mean"], row["second"]["mean"], row["difference"]
+    return (
+        f"With the teacher's maps {percent(second)} of the answers are right, without them {percent(first)}: "
+        f"{points(difference)} points."
+    )
+
+
+def study_line() -> str | None:
+    """What the study found over several seeds, in a sentence; None in a package without its figures."""
+    if not STUDY.exists():
+        return None
+    study = json.loads(STUDY.read_text())["headline"]
+    return (
+        f"Over the study's {study['seeds']} seeds ({study['steps']:,} steps, {study['pictures']:,} pictures): "
+        f"{percent(study['teacher'])} and {percent(study['plain'])}, {points(study['difference'])} points."
+    )
+
+
+def unclear(rows: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The types of questions by what their figures say: where the aligned student is `"better"` or `"worse"`, where the interval of
+    the difference holds zero (`"even"`), and where it is not above the most frequent answer (`"guessed"`)."""
+    kinds = {kind: row for kind, row in rows.items() if kind != "all"}
+    return {
+        "better": [kind for kind, row in kinds.items() if row["difference"]["low"] > 0],
+        "worse": [kind for kind, row in kinds.items() if row["difference"]["high"] < 0],
+        "even": [kind for kind, row in kinds.items() if row["difference"]["low"] <= 0 <= row["difference"]["high"]],
+        "guessed": [kind for kind, row in kinds.items() if row["second"]["low"] <= row["usual"]],
+    }
+
+
+def attention_rows(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:
     """The localization table: a title and a `Localization` per row, controls beside what they control."""
     rows: list[tuple[str, Mapping[str, float]]] = []
-    teacher = results.get("teacher")
-    if teacher:
-        rows += [("Teacher", teacher["maps"]), ("Teacher, word-agnostic control", teacher["control"])]
-    for arm in results["arms"]:
-        title = TITLES.get(arm["name"], arm["name"])
-        raw, aligned = arm["attention"]["raw"], arm["attention"]["aligned"]
-        rows += [(f"{title}: raw attention", raw["maps"]), (f"{title}: word-agnostic control", raw["control"])]
-        if aligned["maps"] != raw["maps"]:  # the identity aligner changes nothing
-            rows.append((f"{title}: after the aligner", aligned["maps"]))
-    rows.append(("Chance", results["arms"][0]["attention"]["raw"]["chance"]))
-    return rows
-
-
-def answer_rows(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """Answer accuracy: question type, then `share [low, high]` per arm."""
-    kinds = list(results["arms"][0]["answers"])
+    for role, title in (("question", "Words of questions"), ("answer", "Answers")):
+        of_role = {arm: results["attention"][arm][role] for arm in ARMS}
+        for arm in ARMS:
+            rows += [
+                (f"{title}: {TITLES[arm].lower()}", of_role[arm]["maps"]),
+                (f"{title}: {TITLES[arm].lower()}, word-agnostic control", of_role[arm]["control"]),
+            ]
+        rows.append((f"{title}: chance", of_role["plain"]["chance"]))
+    teacher = results["teacher"]
     return [
-        (kind, ["{accuracy:.3f} [{low:.3f}, {high:.3f}]".format(**arm["answers"][kind]) for arm in results["arms"]])
-        for kind in kinds
+        *rows,
+        ("The teacher itself, on captions", teacher["maps"]),
+        ("The teacher: word-agnostic control", teacher["control"]),
+        ("The teacher: chance", teacher["chance"]),
     ]
 
 
-def _draw_examples(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    with np.load(io.BytesIO(read_file(path))) as arrays:
-        stored = dict(arrays)
-    examples = []
-    for i in range(1 + max(int(key.split("/")[0]) for key in stored)):
-        pixels, words = stored[f"{i}/picture"], [str(w) for w in stored[f"{i}/words"]]
-        arms = [key.split("/")[1] for key in stored if key.startswith(f"{i}/")]
-        rows = [
-            (
-                "Teacher" if arm == "diffusion" else TITLES.get(arm, arm),
-                [_to_uri(Image.fromarray(overlay(pixels, values))) for values in stored[f"{i}/{arm}"]],
-            )
-            for arm in arms
-            if arm not in ("picture", "caption", "words")
+def example_scene(example: Mapping[str, Any]) -> Scene:
+    """The scene of an example."""
+    return make_scene(HELD_OUT_SEED, example["picture"], WORLDS[MAIN_WORLD])
+
+
+def draw_map(scene: Scene, values: Sequence[Sequence[float]], object_index: int | None) -> np.ndarray:
+    """A map over a scene's picture, with the outline of an object; uint8 [TILE, TILE, 3]."""
+    picture = np.asarray(scene.image.resize((TILE, TILE), Image.Resampling.BICUBIC))
+    drawn = overlay(picture, np.array(values, np.float32))
+    return drawn if object_index is None else _outline(drawn, scene.masks[object_index])
+
+
+def draw_scene(scene: Scene) -> np.ndarray:
+    """A scene's picture with the outline of every object; uint8 [TILE, TILE, 3]."""
+    picture = np.asarray(scene.image.resize((TILE, TILE), Image.Resampling.BICUBIC))
+    return _outline(picture, scene.masks.any(axis=0))
+
+
+def _outline(picture: np.ndarray, mask: Any) -> np.ndarray:
+    """The border of a mask [64, 64], white in black, on a picture of a multiple of its size."""
+    resized = Image.fromarray(mask.astype(np.float32)).resize(picture.shape[1::-1], Image.Resampling.BICUBIC)
+    large = np.asarray(resized) > 0.5
+    inner, outer = _grown(large, 2), _grown(large, 4)
+    result = picture.copy()
+    result[outer & ~large] = 0
+    result[inner & ~large] = 255
+    return result
+
+
+def _grown(mask: np.ndarray, by: int) -> np.ndarray:
+    """The places at most so many from one that is in a mask."""
+    for _ in range(by):
+        padded = np.pad(mask, 1)
+        mask = mask | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+    return mask
+
+
+def _draw_example(example: Mapping[str, Any]) -> dict[str, Any]:
+    scene = example_scene(example)
+    questions = []
+    for question in example["questions"]:
+        words = [
+            word | {"images": {arm: _to_uri(draw_map(scene, values, word["object"])) for arm, values in word["maps"].items()}}
+            for word in question["words"]
         ]
-        caption, image = str(stored[f"{i}/caption"]), _to_uri(Image.fromarray(pixels))
-        examples.append({"caption": caption, "image": image, "words": words, "rows": rows})
-    return examples
+        questions.append(question | {"words": words})
+    found = {
+        arm: [word["found"][arm] for question in example["questions"] for word in question["words"] if "found" in word]
+        for arm in ARMS
+    }
+    right = {arm: [q["said"][arm] == q["answer"] for q in example["questions"]] for arm in ARMS}
+    return {
+        "image": _to_uri(draw_scene(scene)),
+        "caption": scene.caption,
+        "questions": questions,
+        "found": {arm: f"{sum(hits)} of {len(hits)}" for arm, hits in found.items()},
+        "right": {arm: f"{sum(hits)} of {len(hits)}" for arm, hits in right.items()},
+    }
 
 
-def _draw_curves(results: Mapping[str, Any]) -> str:
-    import matplotlib
+def _shares(history: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """The learning curve: steps, and the mean share of right answers over the types of questions."""
+    return [(entry["step"], float(np.mean(list(entry["answers"].values())))) for entry in history]
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    for arm in results["arms"]:
-        history = arm.get("history") or []
-        if not history:
-            continue
-        title = TITLES.get(arm["name"], arm["name"])
-        weight = results["config"]["alignment"]["weight"]
-        steps = [entry["step"] for entry in history]
-        left.plot(steps, [entry["loss"] for entry in history], label=title)
-        if "alignment_loss" in history[0]:
-            right.plot(steps, [entry["alignment_loss"] for entry in history], label=f"{title} (weight {weight:g})")
-    left.set(title="Training loss (as optimized)", xlabel="step")
-    right.set(title="Alignment loss", xlabel="step")
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-        if axis.lines:
-            axis.legend(frameon=False)
+_CHART = (480, 300)
+_FRAME = (44, 12, 468, 258)
+"""Of the plot in the chart: left, top, right, bottom."""
+
+
+def _chart(histories: Mapping[str, Any]) -> dict[str, Any]:
+    """The learning curves as coordinates of an SVG picture."""
+    left, top, right, bottom = _FRAME
+    last = max(entry["step"] for history in histories.values() for entry in history)
+
+    def x(step: float) -> float:
+        return round(left + (right - left) * step / last, 1)
+
+    def y(share: float) -> float:
+        return round(bottom - (bottom - top) * share, 1)
+
+    return {
+        "size": _CHART,
+        "frame": _FRAME,
+        "curves": {arm: [(x(step), y(share), step, share) for step, share in _shares(histories[arm])] for arm in ARMS},
+        "steps": [(x(last * n / 4), f"{round(last * n / 4):,}") for n in range(5)],
+        "shares": [(y(n / 5), percent(n / 5)) for n in range(6)],
+    }
+
+
+def _costs(histories: Mapping[str, Any]) -> dict[str, Any]:
+    """What a step costs, and when the aligned student has what the plain one ends with."""
+    last = {arm: histories[arm][-1] for arm in ARMS}
+    per_step = {arm: entry["cpu_s"] / entry["step"] for arm, entry in last.items()}
+    end = _shares(histories["plain"])[-1][1]
+    reached = next((n for n, (_, share) in enumerate(_shares(histories["aligned"])) if share >= end), None)
+    return {
+        "ms": {arm: 1000 * seconds for arm, seconds in per_step.items()},
+        "ratio": per_step["aligned"] / per_step["plain"],
+        "cpu_s": {arm: entry["cpu_s"] for arm, entry in last.items()},
+        "steps": {arm: entry["step"] for arm, entry in last.items()},
+        "end": end,
+        "reached": None if reached is None else histories["aligned"][reached],
+    }
+
+
+def _to_uri(pixels: np.ndarray) -> str:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    plt.close(figure)
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _to_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    Image.fromarray(pixels).save(buffer, format="JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

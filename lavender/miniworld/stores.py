@@ -48,7 +48,7 @@ def exact_targets(folder: Path, scenes: Sequence[Scene], size: int) -> TargetSto
 
 
 def shuffled_targets(folder: Path, teacher: TargetStore, seed: int) -> TargetStore:
-    """A store that differs from the teacher's in its maps alone: every word has that of a random content word of another picture."""
+    """A store that differs from the teacher's in its maps alone: every word has that of a random word of another picture."""
     rng = np.random.default_rng([seed, 1])
     pool = [(number, values) for number, maps in enumerate(target_maps(teacher)) for values in maps.values()]
 

@@ -30,7 +30,7 @@ class Forward:
 
     Attributes:
         words: the batch's words and image tokens.
-        reading: the rows that speak for these.
+        reading: the rows that speak for these; None where lambda has ended: nothing is recorded.
         inputs: the model's inputs, without these.
         config: what is captured.
         layers: the captured attention modules -> their numbers.
@@ -47,7 +47,7 @@ class Forward:
     """
 
     words: WordBatch
-    reading: Reading
+    reading: Reading | None
     inputs: dict[str, Any]
     config: AlignmentConfig
     layers: dict[nn.Module, int]
@@ -63,6 +63,8 @@ class Forward:
     shares: dict[int, torch.Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.reading is None:
+            return
         words, rows, channels = self.words, self.reading.rows, self.channels
         # The keys of a cross-attention are the picture's own.
         shift = 0 if self.crosses else self.before

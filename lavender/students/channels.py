@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import AlignmentConfig, parse_heads
+from ..config import AlignmentConfig, num_best, parse_heads
 from ..errors import ConfigError, ModelError
 
 Place = tuple[int, int]
@@ -59,12 +59,18 @@ def tapped_layers(config: AlignmentConfig, num_layers: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys([*_layers_of(config.of_answer, num_layers), *_layers_of(config.of_question, num_layers)]))
 
 
+def is_chosen(config: AlignmentConfig) -> bool:
+    """Whether it says which layers and heads are aligned: none is `best:K`."""
+    settings = (config.layers, config.heads, config.question_layers, config.question_heads)
+    return not any(num_best(value) for value in settings)
+
+
 def require_chosen(config: AlignmentConfig) -> None:
     """Raises `ConfigError` if layers or heads are still to be chosen."""
-    if config.is_chosen:
+    if is_chosen(config):
         return
     names = ("layers", "heads", "question_layers", "question_heads")
-    still = ", ".join(f"{name}={value!r}" for name in names if str(value := getattr(config, name)).startswith("best:"))
+    still = ", ".join(f"{name}={value!r}" for name in names if num_best(value := getattr(config, name)))
     raise ConfigError(
         f"{still}: layers and heads are chosen by their scores before the model is patched for training. Call "
         "lavender.choose_heads(model, config, batches) with some batches of a lavender.Collator that has targets, and patch with "
@@ -120,7 +126,7 @@ def num_channels(config: AlignmentConfig, num_heads: int) -> int:
     if config.aggregation == "parallel":
         return config.parallel_heads
     answer, question = (
-        reading.num_best[1] or len(_chosen(reading)) or num_heads for reading in (config.of_answer, config.of_question)
+        num_best(reading.heads) or len(_chosen(reading)) or num_heads for reading in (config.of_answer, config.of_question)
     )
     if answer != question and config.aligner != "identity":
         raise ConfigError(
@@ -137,7 +143,7 @@ def keeps_heads(config: AlignmentConfig) -> bool:
 
 
 def _chosen(reading: AlignmentConfig) -> tuple[Place, ...]:
-    return () if reading.heads == "mean" or reading.num_best[1] else parse_heads("heads", reading.heads)
+    return () if reading.heads == "mean" or num_best(reading.heads) else parse_heads("heads", reading.heads)
 
 
 def _layers_of(reading: AlignmentConfig, num_layers: int) -> tuple[int, ...]:

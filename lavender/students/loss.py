@@ -14,7 +14,7 @@ from ..errors import CaptureError, ConfigError
 from ..types import OUTCOMES, WordBatch
 from .aligner import HiddenStates
 from .capture import Forward
-from .lambda_schedule import lambda_at
+from .lambda_schedule import lambda_at, needs_progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,12 +23,13 @@ class Comparison:
 
     Attributes:
         loss: the unweighted alignment loss, the mean over what is compared: matched words, those that are read by both rows twice;
-            a scalar, detached.
+            a scalar, detached. Zero where lambda has ended, and nothing was compared.
         weight: lambda.
         share: this micro-batch's share of its optimizer step, as the Trainer scales losses; 1 where it does not.
-        words: the number of matched words, a scalar.
+        words: the number of matched words, a scalar; zero where nothing was compared.
         outcomes: [5], samples by `lavender.types.OUTCOMES`.
         aligned: [B, W, y, x], the aligned maps of this process's batch, detached; of a word that is compared twice their mean.
+            None where nothing was compared.
         batch: this process's batch, with its targets [B, W, y', x'].
         input_ids: int64 [B, T], or None if neither the forward nor the batch has them.
         tokens: the number of label tokens of this process's batch, a scalar; None without labels.
@@ -41,7 +42,7 @@ class Comparison:
     share: torch.Tensor | float
     words: torch.Tensor
     outcomes: torch.Tensor
-    aligned: torch.Tensor
+    aligned: torch.Tensor | None
     batch: WordBatch
     input_ids: torch.Tensor | None
     tokens: torch.Tensor | None
@@ -49,7 +50,7 @@ class Comparison:
 
 
 def compare(
-    model: Any, forward: Forward, source: torch.Tensor | HiddenStates, progress: float | None, output: Any
+    model: Any, forward: Forward, source: torch.Tensor | HiddenStates | None, progress: float | None, output: Any
 ) -> tuple[Comparison, torch.Tensor]:
     """The alignment loss of one forward: a report of it, and the term that is added to the loss in its `output`.
 
@@ -57,20 +58,26 @@ def compare(
     gradients over processes, so each adds the sum over its comparisons times the number of processes. `num_items_in_batch` counts
     an optimizer step's label tokens, over all processes or over one: this micro-batch's share of them is taken from the mean over
     processes, which serves both. A micro-batch without matched words keeps its share, since it does not know how many words the
-    others have. TRL's `SFTTrainer` takes sums and divides them itself:
-    by the step's tokens where the model accepts their number, else by this forward's.
+    others have. TRL's `SFTTrainer` takes sums and divides them itself: by the step's tokens where the model accepts their number,
+    else by this forward's.
+
+    Without a `source` nothing is compared, and the term is zero: lambda has ended, and the report says so.
     """
     trains = model.training and torch.is_grad_enabled()
-    words, inputs, reading = forward.words.to(source.device), forward.inputs, forward.reading
-    assert words.targets is not None
-    present = reading.compared(words.present)
-    per_comparison, aligned = model.lavender(source, forward.place, reading.compared(words.targets), present, reading.questions)
-    total = per_comparison.sum()
+    words, inputs, reading = forward.words, forward.inputs, forward.reading
+    aligned, present, total = None, torch.zeros_like(words.present), torch.zeros((), device=words.present.device)
+    if source is not None and reading is not None:
+        words = words.to(source.device)
+        assert words.targets is not None
+        present, targets = reading.compared(words.present), reading.compared(words.targets)
+        per_comparison, aligned = model.lavender(source, forward.place, targets, present, reading.questions)
+        total, aligned = per_comparison.sum(), reading.by_word(aligned.detach())
     labels, step_tokens = inputs.get("labels"), inputs.get("num_items_in_batch")
     tokens = total.new_zeros(()) if labels is None else (labels[:, 1:] != -100).sum().to(total.device)
     outcomes = words.tokens.new_zeros(len(words.tokens)) if words.outcomes is None else words.outcomes
     counts = torch.bincount(outcomes, minlength=len(OUTCOMES)).to(total.dtype)
-    sums = torch.cat([torch.stack([total.detach(), present.sum(), tokens, words.present.sum()]), counts])
+    matched = present[:, : words.present.shape[1]].sum()
+    sums = torch.cat([torch.stack([total.detach(), present.sum(), tokens, matched]), counts])
     processes = 1
     if trains and dist.is_available() and dist.is_initialized():
         processes = dist.get_world_size()
@@ -87,7 +94,7 @@ def compare(
         share=share,
         words=sums[3],
         outcomes=sums[4:],
-        aligned=reading.by_word(aligned.detach()),
+        aligned=aligned,
         batch=words,
         input_ids=inputs.get("input_ids") if words.input_ids is None else words.input_ids,
         tokens=None if labels is None else tokens,
@@ -106,10 +113,11 @@ def _language_loss(output: Any, tokens: torch.Tensor) -> torch.Tensor | None:
 
 
 def _weight(config: AlignmentConfig, progress: float | None, trains: bool) -> float:
-    if progress is None and trains and config.schedule != "constant":
+    if progress is None and trains and needs_progress(config):
         raise ConfigError(
-            f"lambda falls by schedule={config.schedule!r}, and the patch does not know the training's progress: call "
-            "trainer.add_callback(lavender.LavenderCallback(trainer)), or set the patch's progress (0 to 1) before each step"
+            f"lambda falls by schedule={config.schedule!r} and until={config.until}, and the patch does not know the training's "
+            "progress: call trainer.add_callback(lavender.LavenderCallback(trainer)), or set the patch's progress (0 to 1) before "
+            "each step"
         )
     return lambda_at(config, progress or 0.0)
 

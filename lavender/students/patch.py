@@ -41,6 +41,7 @@ from .guards import (
     tokens_before_text,
     watch_term,
 )
+from .lambda_schedule import has_ended
 from .look import ask
 from .loss import Comparison, add_to_loss, compare
 from .reading import read_words
@@ -362,10 +363,11 @@ class StudentPatch(Handle):
             if self._steps is not None:
                 self._steps_seen = self._steps.require_steps()
                 self._steps = None
-        resamplers = self._resamplers if words.boxes is not None else None
         config = self.config if call is None else call.config
         channels = self._channels if call is None or call.wanted != "maps" else None
-        reading = read_words(words, config, apart=channels is not None)
+        ended = trains and words.targets is not None and has_ended(config, self.progress) and not self._has_weights
+        reading = None if ended else read_words(words, config, apart=channels is not None)
+        resamplers = self._resamplers if words.boxes is not None and reading is not None else None
         forward = Forward(
             words,
             reading,
@@ -376,7 +378,9 @@ class StudentPatch(Handle):
             channels=channels,
             length=length,
             resamplers=resamplers,
-            before=tokens_before_text(self.model, words, inputs, length, crosses=self.crosses, reads=reading.own),
+            before=0
+            if reading is None
+            else tokens_before_text(self.model, words, inputs, length, crosses=self.crosses, reads=reading.own),
             device=_device_of(self.model.lavender) if self.trains and _is_spread(self.model) else None,
         )
         if resamplers is not None:
@@ -406,6 +410,8 @@ class StudentPatch(Handle):
                     "is added to; call the model itself, not its forward or a part of it, or leave lavender's keys out"
                 )
             return None
+        if forward.reading is None:
+            return None
         if forward.request is None:
             forward.record_hidden(self._outer[module], args[0] if args else kwargs["hidden_states"])
             return None
@@ -428,21 +434,29 @@ class StudentPatch(Handle):
         if call is not None and call.wanted == "maps":
             call.result = forward.place(forward.attention())
             return None
-        source, reading = forward.source(), forward.reading
-        if call is not None:
+        reading = forward.reading
+        source = None if reading is None else forward.source()
+        if call is not None and reading is not None:
             aligned = self.model.lavender(source, forward.place, questions=reading.questions)[1]
             call.result = reading.by_word(aligned)
         if forward.words.targets is None or not self.trains:
             return None
-        require_gradient(self.model, self.decoder, source)
+        if source is not None:
+            require_gradient(self.model, self.decoder, source)
         self.last, term = compare(self.model, forward, source, self.progress, output)
-        if torch.is_grad_enabled() and term.requires_grad:
+        if torch.is_grad_enabled():
             self.term = term
+        if torch.is_grad_enabled() and term.requires_grad:
             # Of a frozen text tower no loss carries a gradient but by what comes after it.
             reached = forward.tower_output if forward.tower_output is not None else getattr(output, "logits", None)
             if reached is not None and reached.requires_grad:
                 watch_term(term, reached, self._after_backward)
         return add_to_loss(output, term, self.last.tokens)
+
+    @property
+    def _has_weights(self) -> bool:
+        """Whether the aligner has any, which engines want to be used in every step."""
+        return any(True for _ in self.model.lavender.parameters())
 
     def _after_backward(self) -> None:
         if not self._steps_seen:

@@ -35,8 +35,9 @@ class LavenderCallback(FiniteGuard):
     Whatever the Trainer logs - to the terminal, to `report_to`, to its history - gains `language_loss`, `alignment_loss` (the
     unweighted mean over matched words), `alignment_weight` (lambda), `matched_words` (per batch, over all processes) and, where
     there are any, the samples without a match since the last log, by reason. A lambda that falls follows the training's progress.
-    Maps of the first words of a batch, the target's above the student's aligned ones, are drawn to `maps/` in the Trainer's
-    folder, and to TensorBoard and Weights & Biases.
+    Where it has ended, no word is matched (`alignment_loss` and `matched_words` are zero), unless the aligner has weights. Maps of
+    the first words of a batch, the target's above the student's aligned ones, are drawn to `maps/` in the Trainer's folder, and to
+    TensorBoard and Weights & Biases.
 
     A training whose loss or weights become NaN or infinite ends in a `ModelError`, before a checkpoint of such weights is written.
     """
@@ -95,7 +96,8 @@ class LavenderCallback(FiniteGuard):
         self.sums.end_step()
         if state.global_step >= state.max_steps:
             control.should_log = True  # or what came since the last log would be lost
-        if state.is_world_process_zero and self.picture_steps and state.global_step % self.picture_steps == 0 and self.last:
+        pictured = self.picture_steps and state.global_step % self.picture_steps == 0
+        if state.is_world_process_zero and pictured and self.last is not None and self.last.aligned is not None:
             self._draw(self.last, args, state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -187,6 +189,7 @@ def draw(comparison: Comparison, processor: Any = None) -> Figure:
 
     batch = comparison.batch
     assert batch.targets is not None
+    assert comparison.aligned is not None
     chosen = batch.present.nonzero()[:NUM_PICTURED].tolist()
     figure = Figure(figsize=(1.6 * max(1, len(chosen)), 3.6), layout="constrained")
     axes = figure.subplots(2, max(1, len(chosen)), squeeze=False)

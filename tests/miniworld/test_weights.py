@@ -8,8 +8,8 @@ import torch
 
 from lavender.config import TeacherConfig
 from lavender.miniworld import STUDENT, TEACHER, WEIGHTS
-from lavender.miniworld.experiment import held_out_scenes, training_scenes
-from lavender.miniworld.measures import compare_targets, evaluate_answers, teacher_maps
+from lavender.miniworld.experiment import DemoConfig, fresh_scenes, training_scenes
+from lavender.miniworld.measures import compare_targets, evaluate_answers, held_out_scenes, teacher_maps
 from lavender.teachers.model import Teacher
 from recipes.cards import autoencoder_psnr
 
@@ -100,11 +100,11 @@ def test_cards_are_there_and_name_recipe_and_cost():
 
 
 def test_training_seeds_share_no_picture():
-    from lavender.miniworld.experiment import ExperimentConfig
-
-    captions = [[s.pixels.tobytes() for s in training_scenes(ExperimentConfig(num_train=8, seed=seed))] for seed in (0, 1)]
+    captions = [[s.pixels.tobytes() for s in training_scenes(DemoConfig(num_train=8, seed=seed))] for seed in (0, 1)]
     held = [s.pixels.tobytes() for s in held_out_scenes(8)]
     assert len({*captions[0], *captions[1], *held}) == 24
+    fresh = [s.pixels.tobytes() for world in ("in distribution", "clutter") for s in fresh_scenes(world, 8)]
+    assert len({*captions[0], *captions[1], *fresh}) == 32
 
 
 def test_word_maps_of_the_embedded_teacher_are_finite():

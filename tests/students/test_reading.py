@@ -10,10 +10,9 @@ import torch
 
 import lavender
 from lavender.config import AlignmentConfig
-from lavender.errors import CaptureError, ConfigError, ModelError
 from lavender.types import ROLES, WordBatch
 
-from ..conftest import changed, with_targets, without_lavender, words_of_batch
+from ..conftest import with_targets, without_lavender, words_of_batch
 
 QUESTION, ANSWER, END = (ROLES.index(name) for name in ("question", "answer", "prompt end"))
 
@@ -76,25 +75,24 @@ def eager_attention(model, batch):
     return torch.stack(model(**inputs, output_attentions=True).attentions, dim=1)
 
 
-def require_equal(student, batch, config, settings, project=None):
-    """The patched student's step against the definition's; returns what it compared. `project` may use the patch's aligner."""
+def plain_mean(alignment):
+    """Without an aligner: the mean over what is picked."""
+    return lambda own, maps: pick(own, maps).mean((0, 1))
+
+
+def require_equal(student, batch, config, settings, project=plain_mean):
+    """The patched student's step against the definition's; returns what it compared. `project` takes the patch's aligner."""
     student = student.double()
     eager = copy.deepcopy(student)
     eager.set_attn_implementation("eager")
     words = words_of_batch(batch)
     given = {k: v.double() if v.is_floating_point() else v for k, v in batch.items() if k != "labels"}
     with lavender.patch(student, replace(config, weight=1.0)) as patch:
-        alignment = student.lavender
+        alignment = student.lavender.double()
         loss = student(**given).loss
         named = {n: p for n, p in student.named_parameters() if not n.startswith("lavender")}
         found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-        expected, aligned = (
-            by_definition(
-                eager_attention(eager, batch), words, settings, project or (lambda own, maps: pick(own, maps).mean((0, 1)))
-            )
-            if project is None
-            else by_definition(eager_attention(eager, batch), words, settings, project(alignment))
-        )
+        expected, aligned = by_definition(eager_attention(eager, batch), words, settings, project(alignment))
         others = dict(eager.named_parameters())
         wanted = torch.autograd.grad(expected, [others[n] for n in named], allow_unused=True)
         with torch.no_grad():
@@ -126,3 +124,54 @@ def pick(own, maps):
 def test_rows_are_those_of_a_words_role(student, role_batch, answer, question):
     config = AlignmentConfig(aligner="identity", rows=answer, question_rows=None if question == answer else question)
     require_equal(student, role_batch, config, {"answer": {"rows": answer}, "question": {"rows": question}})
+
+
+def aggregated(name):
+    """The aggregations' formulas over what is picked, by the patch's own aligner and mixtures."""
+
+    def project(alignment):
+        def of_one(own, maps):
+            picked = pick(own, maps)
+            through = lambda channels: alignment.aligner(channels[None])[0]  # noqa: E731
+            if name in ("project_mean", "project_max"):
+                by_layer = torch.stack([through(layer) for layer in picked])
+                return by_layer.mean(0) if name == "project_mean" else by_layer.amax(0)
+            if name in ("mean_project", "max_project"):
+                return through(picked.mean(0) if name == "mean_project" else picked.amax(0))
+            flat = picked.flatten(0, 1)
+            mixture = own.get("mixture", "mixture")
+            shares = getattr(alignment, mixture).flatten().softmax(0) if name == "learned" else torch.ones(len(flat)) / len(flat)
+            one = flat.amax(0) if name == "max" else (flat * shares[:, None, None]).sum(0)
+            return through(one[None])
+
+        return of_one
+
+    return project
+
+
+CHOICES = {
+    "layers": ({"layers": (3, 1)}, {"question_layers": (0, 1, 2)}, {"layers": (3, 1)}, {"layers": (0, 1, 2)}),
+    "all layers of questions": ({"layers": (2,)}, {"question_layers": ()}, {"layers": (2,)}, {}),
+    "one choice of heads": ({"heads": "3.1,0.2,3.0"}, {}, {"heads": [(3, 1), (0, 2), (3, 0)]}, {"heads": [(3, 1), (0, 2), (3, 0)]}),
+    "heads": ({"heads": "3.1,0.2"}, {"question_heads": "1.3,3.1"}, {"heads": [(3, 1), (0, 2)]}, {"heads": [(1, 3), (3, 1)]}),
+    "heads and all": ({"heads": "2.1,2.0,2.3,0.2"}, {"question_heads": "mean"}, {"heads": [(2, 1), (2, 0), (2, 3), (0, 2)]}, {}),
+    "all and heads": ({}, {"question_heads": "2.1,2.0,2.3,0.2"}, {}, {"heads": [(2, 1), (2, 0), (2, 3), (0, 2)]}),
+}
+"""Name -> settings of the answer's words and of questions', and what a definition picks for each."""
+
+
+@pytest.mark.parametrize("aggregation", ["project_mean", "project_max", "mean_project", "max_project", "mean", "max", "learned"])
+@pytest.mark.parametrize("aligner", ["identity", "light"])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_layers_and_heads_are_those_of_a_words_role(student, role_batch, choice, aligner, aggregation):
+    of_answer, of_question, answer, question = CHOICES[choice]
+    settings = {"aligner": aligner, "aggregation": aggregation, "hidden_channels": 4, "activation": "leaky_relu"}
+    config = AlignmentConfig(rows="both", question_rows="reads", **settings, **of_answer, **of_question)
+    apart = {"mixture": "question_mixture"} if answer != question else {}
+    require_equal(
+        student,
+        role_batch,
+        config,
+        {"answer": {"rows": "both", **answer}, "question": {"rows": "reads", **question, **apart}},
+        aggregated(aggregation),
+    )
