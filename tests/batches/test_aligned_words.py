@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import copy
-<<<<<<< HEAD
 import logging
 import re
-=======
->>>>>>> main
 
+import numpy as np
 import pytest
-<<<<<<< HEAD
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
-=======
->>>>>>> main
 
 import lavender
 import lavender.targets.store as store_module
 from lavender.batches.chat_template import apply_chat_template
 from lavender.batches.collator import Collator
-<<<<<<< HEAD
 from lavender.config import AlignmentConfig, WordsConfig
 from lavender.data.regions import Region
 from lavender.data.samples import Conversation, Message, Sample, as_conversation
@@ -31,15 +25,10 @@ from lavender.images import image_sha256
 from lavender.targets.manifest import StoreConfig
 from lavender.targets.store import Target, TargetStore, TargetWriter
 from lavender.types import OUTCOMES, ROLES, WordMaps
-=======
-from lavender.config import WordsConfig
-from lavender.data.samples import Conversation, Sample
-from lavender.types import ROLES
->>>>>>> main
 from lavender.words import FUNCTION_WORDS, words_of
 
-from .test_chat_template import NO_PICTURES, TEMPLATES, talk, with_template
-from .test_conversations import ANSWER, BLUE, QUESTION, RED, spoken
+from .test_chat_template import NO_PICTURES, PARTS, TEMPLATES, talk, with_template
+from .test_conversations import ANSWER, BLUE, GREEN, QUESTION, RED, spoken, store_of
 
 BOTH = WordsConfig(roles=("question", "answer"))
 ASKED = talk("<image>\nWhere is the zebra?", "Beside a violin.", " Is the violin red? \n", "No, a blue violin.", "Where?", "Here.")
