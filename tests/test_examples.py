@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -36,8 +37,8 @@ from lavender.miniworld import STUDENT, write_dataset
 from lavender.targets.manifest import StoreConfig
 from lavender.targets.store import Target, TargetStore, TargetWriter
 from lavender.testing.student import noise_image
-from lavender.types import WordMaps
-from lavender.words import words_of
+from lavender.types import ROLES, WordMaps
+from lavender.words import FUNCTION_WORDS, words_of
 
 from .conftest import without_lavender
 from .students.zoo import students
@@ -196,6 +197,41 @@ def test_scripts_run_without_arguments(tmp_path, monkeypatch):
         assert run(script, monkeypatch, "--steps=1", pictures=True).last.words > 0
         assert len(list((tmp_path / "runs" / script).glob("*model.safetensors"))) == 1
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted([*SCRIPTS, "small_world"])
+
+
+def test_questions_share_the_targets_of_their_picture(case_of, tmp_path, monkeypatch, capsys):
+    """Each question is another sample; answers that name nothing lie where their regions say. The term reaches the student."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from small_world import make_questions
+
+    data, targets = make_questions(tmp_path / "small_world")
+    samples, store = read_samples(data), TargetStore(targets)
+    assert len({sample.id for sample in samples}) == len(samples) > 3 * len(store)
+    assert not any(sample.id in store for sample in samples)
+    found = {}
+    for weight in (0, 10):
+        given = {"data": data, "targets": targets, "out": tmp_path / str(weight), "weight": weight, "steps": 2, "batch-size": 16}
+        found[weight] = run("question_answering", monkeypatch, *(f"--{key}={value}" for key, value in given.items()))
+        matched, no_target, *_ = found[weight].last.outcomes.tolist()
+        assert matched >= 8, "how many there are names nothing"
+        assert no_target == 0
+        roles = found[weight].last.batch.roles[found[weight].last.batch.present]
+        assert {*roles.tolist()} == {ROLES.index("question"), ROLES.index("answer")}
+    plain, aligned = (_queries(found[weight].model) for weight in found)
+    assert any(not torch.equal(aligned[key], value) for key, value in plain.items())
+    assert len(list((tmp_path / "10").glob("*model.safetensors"))) == 1
+    asked = samples[0]
+    words = [word.text for word in words_of(asked.question) if word.text.casefold() not in FUNCTION_WORDS]
+    told = capsys.readouterr().out.splitlines()
+    assert [f"question: {word}" for word in words] + [f"answer: {asked.answer}"] == told[: len(words) + 1]
+    picture = next(target for sample in store if (target := store[sample]).image_sha256 == _digest_of(asked.image))
+    batch = lavender.Collator(AutoProcessor.from_pretrained(STUDENT), store)([asked])
+    (region,) = asked.regions
+    assert np.array_equal(batch["lavender_targets"][0, 0].numpy(), picture.word_maps[region.word])
+
+
+def _digest_of(path: Path) -> str:
+    return image_sha256(lavender.images.load_image(path))
 
 
 class _Gradients(TrainerCallback):

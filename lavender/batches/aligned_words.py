@@ -139,7 +139,7 @@ def _span_of(region: Region, message: Message, offset: int, said: str) -> Span:
     if region.role == "prompt end":
         return offset, offset
     if region.start is None or region.end is None:
-        return offset, offset + len(said)
+        return offset + len(said) - len(said.lstrip()), offset + len(said.rstrip())
     return region.start, region.end
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
@@ -150,15 +150,20 @@ def _word(value: Any, name: str) -> str | tuple[int, int]:
 
 def _numbers(value: Any, length: int) -> tuple[float, ...] | None:
     """So many finite numbers; None if it holds anything else."""
-    plain = value.tolist() if hasattr(value, "tolist") else value
-    sound = isinstance(plain, list | tuple) and len(plain) == length
-    if not sound or not all(isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v) for v in plain):
+    plain = _items(value)
+    if len(plain) != length or not all(isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v) for v in plain):
         return None
     return tuple(map(float, plain))
 
 
+def _items(value: Any) -> list[Any]:
+    """What a list, a tuple or an array holds; nothing for anything else."""
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    return [*plain] if isinstance(plain, list | tuple) else []
+
+
 def _boxes(value: Any, name: str) -> tuple[Box, ...]:
-    boxes = [_numbers(box, 4) for box in value] if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str) else []
+    boxes = [_numbers(box, 4) for box in _items(value)]
     for box in boxes or [None]:
         if box is None or not all(-_SLACK <= box[i] < box[i + 2] <= 1 + _SLACK for i in (0, 1)):
             raise DataError(
@@ -170,7 +175,7 @@ def _boxes(value: Any, name: str) -> tuple[Box, ...]:
 
 def _points(value: Any, name: str) -> tuple[tuple[float, float], ...]:
     single = _numbers(value, 2)
-    points = [single] if single else [_numbers(p, 2) for p in value] if isinstance(value, Sequence | np.ndarray) else []
+    points = [single] if single else [_numbers(point, 2) for point in _items(value)]
     for point in points or [None]:
         if point is None or not all(-_SLACK <= v <= 1 + _SLACK for v in point):
             raise DataError(f"{name}: its points are {value!r:.80}; expected (y, x) in fractions of the picture, 0 to 1")

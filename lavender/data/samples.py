@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -94,7 +95,8 @@ def read_samples(
             (`"caption"` serves as answer), or conversations `{"id", "image", "conversations"}` as published and as LLaVA writes
             them, or with `"messages"`, or `"prompt"` and `"completion"` (see `as_conversation`; an image path serves as id, and
             pictures may lie in the file in base64), both maybe with `"regions"` (see `Region`); or Karpathy's JSON of Flickr30k or
-            COCO, whose captions are answers to `DEFAULT_QUESTION`. What a file is shows in its content.
+            COCO, whose captions are answers to `DEFAULT_QUESTION`. What a file is shows in its content. Of several entries about
+            one picture that have no id, the first has its path, and the others have that and a hash of what they say.
         split, images, captions: as `read_pairs` has them.
 
     Raises:
@@ -115,8 +117,24 @@ def read_samples(
             _conversation_of(place, ids | entry, folder) if is_conversation(entry) else _sample_of(place, entry, folder)
             for place, entry in entries
         ]
+        samples = _told_apart(samples, [entry.get("id") is not None for _, entry in entries])
     _require_unique([sample.id for sample in samples], path)
     return samples
+
+
+def _told_apart(samples: Sequence[Sample | Conversation], named: Sequence[bool]) -> list[Sample | Conversation]:
+    """The samples of a file, which may ask several questions about a picture: those that have no id and whose picture's path calls
+    another one already are called by what they say too."""
+    seen: set[str] = set()
+    apart: list[Sample | Conversation] = []
+    for sample, is_named in zip(samples, named, strict=True):
+        if not is_named and sample.id in seen:
+            messages = as_conversation(sample).messages
+            said = json.dumps([[message.role, message.content] for message in messages])
+            sample = replace(sample, id=f"{sample.id}#{hashlib.sha256(said.encode()).hexdigest()[:16]}")
+        seen.add(sample.id)
+        apart.append(sample)
+    return apart
 
 
 def _folder_of(path: str | Path, images: str | Path | None) -> str | Path:

@@ -94,8 +94,8 @@ def fine_tune(
         samples: pictures with questions and answers, conversations, or mappings (`lavender.data.as_conversation`).
         out: run folder.
         training: optimizer, LoRA, schedule, precision and engine.
-        targets: the teacher's maps by sample id; without them the run is plain fine-tuning. Samples without a target train the
-            language loss alone.
+        targets: the teacher's maps, found by sample id or by picture; without them the run is plain fine-tuning. Samples without a
+            target train the language loss alone.
         alignment: what is compared, with `targets`. Where it says `best:K`, layers and heads are chosen before the training by
             their scores on some of the samples (`lavender.choose_heads`); `run.json` has the chosen ones.
         words: which words are compared, with `targets`.
@@ -133,6 +133,8 @@ def fine_tune(
         raise ConfigError("an aligner is trained with targets only; give targets, or leave out aligner_steps and aligner")
     else:
         alignment = words = None
+        if any(sample.regions for sample in known):
+            logger.warning("the samples have regions, and a run without targets aligns nothing: give targets, or a Trainer a Collator")
     # The same commit in every process and stage, whatever becomes of the hub's branch.
     model, adapter = pin_student(model), None if adapter is None else pin_adapter(adapter)
     run = _Run(model, known, out, training, targets, alignment, words, adapter, aligner, progress).with_heads()

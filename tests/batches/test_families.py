@@ -13,7 +13,8 @@ from torch import nn
 
 import lavender
 from lavender.batches.collator import Collator
-from lavender.config import AlignmentConfig
+from lavender.config import AlignmentConfig, WordsConfig
+from lavender.data.regions import Region
 from lavender.data.samples import Conversation, Message, Sample
 from lavender.errors import ConfigError, DataError
 from lavender.images import image_sha256
@@ -149,6 +150,32 @@ def test_no_answer_knows_a_later_turn(name):
             after = model(**changed, use_cache=False).logits[0]
             torch.testing.assert_close(after[:at], before[:at], rtol=0, atol=1e-5)
             assert (after[at] - before[at]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", sampled(COLLATED))
+def test_words_of_both_roles_are_compared_where_their_rows_see_the_picture(name):
+    """And only there: behind its tokens, in all of a prompt that sees itself whole, or where the cross-attention says."""
+    roles = WordsConfig(roles=("question", "answer"))
+    collator = collator_of(name, "left", closes=True, words=roles)
+    pictures = (noise_image(60, 90), noise_image(96, 48, seed=1))[: 1 if name in ONE_PICTURE else 2]
+    regions = (Region(5, role="prompt end", box=(0, 0, 0.5, 0.5), image=len(pictures) - 1),)
+    conversation = Conversation("0", pictures, turns_of(name), regions=regions)
+    inputs = collator([conversation, Sample("1", PICTURES[0], "what is the dog ?", "a red cat")])
+    batch = words_of_batch(inputs)
+    tokenizer = collator.processor.tokenizer
+    expected = [["red", "cat", "picture", "dog", "cat", "house", "!", "blue"], ["dog", "red", "cat"]]
+    for b, words in enumerate(expected):
+        valid = batch.token_words[b] >= 0
+        spoken = tokenizer.convert_ids_to_tokens(batch.input_ids[b, batch.tokens[b][valid]])
+        assert spoken == [words[w] for w in batch.token_words[b][valid].tolist()] == words
+    assert batch.roles[0].tolist() == [1, 1, 0, 1, 1, 0, 2, 1]
+    assert batch.roles[1, :3].tolist() == [0, 1, 1]
+    model = copy.deepcopy(built(name).model)
+    with torch.no_grad(), lavender.patch(model) as patch:
+        maps = patch.capture("reads", **inputs)
+    assert torch.equal(maps.sum(dim=(1, 2, 4, 5)) > 0, batch.present)
+    assert batch.present[0, 2:].all()
+    assert batch.present[1, :3].all()
 
 
 PICTURES = (noise_image(60, 90), noise_image(96, 48, seed=1), noise_image(48, 48, seed=2))

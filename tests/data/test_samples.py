@@ -75,6 +75,26 @@ def test_samples_and_conversations_may_be_mixed(tmp_path):
     assert conversation.id == "7"
 
 
+def test_several_questions_about_a_picture_need_no_ids(tmp_path):
+    """They are told apart by what they say, wherever the file lies; an entry that is there twice is refused."""
+    asked = [("What?", "A dog"), ("Where?", "Here"), ("Where?", "There")]
+    lines = [{"image": "1.jpg", "question": question, "answer": answer} for question, answer in asked]
+    talk = {"image": "1.jpg", "conversations": [{"from": "human", "value": "<image>Who?"}, {"from": "gpt", "value": "Ann"}]}
+    found = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        path = written(tmp_path / folder / "data.jsonl", "\n".join(map(json.dumps, [*lines, talk])))
+        found.append([sample.id for sample in read_samples(path)])
+    assert found[0] == found[1]
+    assert found[0][0] == "1.jpg"
+    assert len({*found[0]}) == 4
+    assert all(sample_id.startswith("1.jpg#") for sample_id in found[0][1:])
+    with pytest.raises(DataError, match="twice"):
+        read_samples(written(tmp_path / "twice.jsonl", "\n".join(map(json.dumps, [*lines, lines[1]]))))
+    with pytest.raises(DataError, match="the id '1' twice"):
+        read_samples(written(tmp_path / "ids.jsonl", "\n".join(json.dumps(line | {"id": 1}) for line in lines)))
+
+
 def test_a_list_of_images_alone_makes_no_file_of_captions(tmp_path):
     path = written(tmp_path / "one.jsonl", PUBLISHED[1])
     assert [own.id for own in read_samples(path)] == ["8"]
