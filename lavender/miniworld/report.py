@@ -99,7 +99,7 @@ def percent(share: float) -> str:
 
 def points(value: Mapping[str, float]) -> str:
     """A difference of shares with its interval, in points: `+24 (+20 to +28)`."""
-    return "{:+.0f} ({:+.0f} to {:+.0f})".format(*(100 * value[name] for name in ("mean", "low", "high")))
+    return "{:+d} ({:+d} to {:+d})".format(*(round(100 * value[name]) for name in ("mean", "low", "high")))
 
 
 def headline(results: Mapping[str, Any]) -> str:
