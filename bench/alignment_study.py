@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -25,7 +25,7 @@ import torch
 from alignment_results import CELLS, CURVES, area, by_type, plot, summarize, summary_line, title_of
 from transformers import LlavaForConditionalGeneration
 
-from lavender import patch
+from lavender import choose_heads, patch
 from lavender.batches.collator import Collator
 from lavender.config import AlignmentConfig, TeacherConfig, WordsConfig, to_dict
 from lavender.files import write_within
@@ -82,10 +82,12 @@ class Recipe:
 
     Attributes:
         alignment, words: as everywhere.
+        referents: whether answers that name nothing are compared too; see `conversation_of`.
     """
 
     alignment: AlignmentConfig
     words: WordsConfig
+    referents: bool = False
 
 
 BASE = Recipe(
@@ -97,32 +99,40 @@ PUBLISHED = Recipe(AlignmentConfig(weight=10.0, rows="predicts", aligner="sim"),
 """The published settings, but for the normalization: the answers' words alone, by the rows that predict them."""
 
 
-def _with(**changes: Any) -> Recipe:
+def _with(base: Recipe, **changes: Any) -> Recipe:
     words = {name: changes.pop(name) for name in ("roles", "exclude") if name in changes}
-    return Recipe(replace(BASE.alignment, **changes), replace(BASE.words, **words))
+    referents = changes.pop("referents", base.referents)
+    return Recipe(replace(base.alignment, **changes), replace(base.words, **words), referents)
 
 
-GRID: dict[str, Recipe] = {
-    **{f"weight {weight:g}": _with(weight=weight) for weight in (0.1, 0.3, 3.0, 10.0)},
-    "question words alone": _with(roles=("question",)),
-    "answers alone": _with(roles=("answer",)),
-    "all words": _with(exclude=()),
-    "both rows": _with(rows="both", question_rows="both"),
-    "answers by reading rows": _with(rows="reads"),
-    **{f"layer {layer}": _with(layers=(layer,)) for layer in range(3)},
-    "best layer": _with(layers="best:1"),
-    **{f"best {count} heads": _with(heads=f"best:{count}") for count in (2, 4)},
-    "sim aligner": _with(aligner="sim"),
-    "minmax": _with(normalization="minmax"),
-    "kl": _with(normalization="sum", distance="kl"),
-    "renormalized": _with(renormalize=True),
-    "until half": _with(until=0.5),
-    "linear": _with(schedule="linear"),
+PLACES: dict[str, Recipe] = {
+    "base": BASE,
+    **{f"layer {layer}": _with(BASE, layers=(layer,)) for layer in range(3)},
+    "best layer": _with(BASE, layers="best:1"),
+    **{f"best {count} heads": _with(BASE, heads=f"best:{count}") for count in (2, 4)},
 }
-"""What the grid tries, each in one thing other than the base."""
-CHOSEN = BASE
+"""The layers and heads that the grid tries first."""
+PLACED = PLACES["base"]
+"""What it chose of them."""
+GRID: dict[str, Recipe] = {
+    **{f"weight {weight:g}": _with(PLACED, weight=weight) for weight in (0.1, 0.3, 3.0, 10.0)},
+    "question words alone": _with(PLACED, roles=("question",)),
+    "answers alone": _with(PLACED, roles=("answer",)),
+    "all words": _with(PLACED, exclude=()),
+    "referents": _with(PLACED, referents=True),
+    "both rows": _with(PLACED, rows="both", question_rows="both"),
+    "answers by reading rows": _with(PLACED, rows="reads"),
+    "sim aligner": _with(PLACED, aligner="sim"),
+    "minmax": _with(PLACED, normalization="minmax"),
+    "kl": _with(PLACED, normalization="sum", distance="kl"),
+    "renormalized": _with(PLACED, renormalize=True),
+    "until half": _with(PLACED, until=0.5),
+    "linear": _with(PLACED, schedule="linear"),
+}
+"""What the grid tries then, each in one thing other than that."""
+CHOSEN = PLACED
 """What the grid chose."""
-RECIPES = {"chosen": CHOSEN, "lavender": PUBLISHED, "base": BASE, **GRID}
+RECIPES = {"chosen": CHOSEN, "lavender": PUBLISHED, "placed": PLACED, **PLACES, **GRID}
 RATES = {"plain": 3e-3, "aligned": 3e-3}
 """What the grid chose."""
 GRID_RATES = (1e-3, 2e-3, 3e-3)
@@ -195,7 +205,7 @@ def start_of(student: str, seed: int, out: Path) -> tuple[dict[str, torch.Tensor
     else:
         model, processor = small_student(seed)
     if student == "early":
-        early = question_set("in distribution", EARLY_SEED, EARLY_PICTURES, None, WordsConfig(), out)
+        early = question_set("in distribution", EARLY_SEED, EARLY_PICTURES, None, BASE)
         stage = LanguageStage(steps=EARLY_STEPS * 5 // 4, seed=EARLY_SEED)
         model, _ = small_student(EARLY_SEED)
         if not (out / "early" / BEFORE_FALL).exists():
@@ -213,14 +223,17 @@ def features_of_world(world: str, seed: int, count: int) -> torch.Tensor:
 
 
 def question_set(
-    world: str, seed: int, count: int, store: TargetStore | None, words: WordsConfig, out: Path, captions: bool = False
+    world: str, seed: int, count: int, store: TargetStore | None, recipe: Recipe, captions: bool = False
 ) -> QuestionSet:
     """The questions about the first pictures of a world, with the targets of a store."""
     model, processor = load_student(STUDENT)
     scenes = scenes_of(world, seed, count)
     asked = [[*ask_all(scene, seed), *([Question(CAPTION, DESCRIBE, scene.caption)] if captions else [])] for scene in scenes]
-    collator = Collator(processor, store, words, model_config=model.config, on_error="raise")
-    packed = PackedPictures(collator, (conversation_of(str(n), s, q) for n, (s, q) in enumerate(zip(scenes, asked, strict=True))))
+    collator = Collator(processor, store, recipe.words, model_config=model.config, on_error="raise")
+    conversations = (
+        conversation_of(str(n), *pair, referents=recipe.referents) for n, pair in enumerate(zip(scenes, asked, strict=True))
+    )
+    packed = PackedPictures(collator, conversations)
     return QuestionSet(packed, features_of_world(world, seed, count), [[q.type for q in questions] for questions in asked])
 
 
@@ -230,7 +243,14 @@ def test_set(name: str, seed: int, count: int, out: Path) -> QuestionSet:
     store = exact_targets(
         out / "tests" / f"{name.replace(' ', '_')}-{seed}-{count}", scenes_of(name, seed, count), TEACHER.map_size
     )
-    return question_set(name, seed, count, store, BASE.words, out)
+    return question_set(name, seed, count, store, BASE)
+
+
+def batches_of(data: QuestionSet, model: Any, count: int = 200) -> Iterator[dict[str, Any]]:
+    """The questions about the first pictures, by which layers and heads are chosen."""
+    for first in range(0, count, 25):
+        pictures = range(first, first + 25)
+        yield data.batch(model, pictures, [range(len(data.kinds[picture])) for picture in pictures], with_words=True)
 
 
 def store_of(run: Run, out: Path) -> TargetStore | None:
@@ -260,19 +280,22 @@ def execute(run: Run, out: Path) -> dict[str, Any]:
     model = LlavaForConditionalGeneration(config)
     model.load_state_dict(weights)
     captions, recipe = run.arm == "captions", RECIPES[run.recipe]
-    data = question_set(run.world, run.data_seed, run.pictures, store_of(run, out), recipe.words, out, captions)
+    data = question_set(run.world, run.data_seed, run.pictures, store_of(run, out), recipe, captions)
     tests = VALIDATION if run.cell not in CELLS else {**TESTS, **(CUE_TESTS if run.world == "cue" else {})}
     curve = {name: test_set(*tests[name], CURVE_PICTURES, out) for name in CURVES}
 
     def measure(student: Any) -> dict[str, Any]:
         return {name: by_type(right_answers(student, questions)) for name, questions in curve.items()}
 
+    alignment = None if run.arm in PLAIN else recipe.alignment
+    if alignment is not None and not alignment.is_chosen:
+        alignment = choose_heads(model, alignment, batches_of(data, model)).config
     history = train_language(
         model,
         data,
         LanguageStage(steps=run.steps, learning_rate=run.rate, seed=run.seed),
         folder,
-        alignment=None if run.arm in PLAIN else recipe.alignment,
+        alignment=alignment,
         measure=measure,
         start=out / "runs" / run.begins if run.begins else None,
     )
@@ -280,20 +303,27 @@ def execute(run: Run, out: Path) -> dict[str, Any]:
     answers = {name: by_type(right_answers(model, test_set(*where, count, out))) for name, where in tests.items()}
     with patch(model, replace(BASE.alignment, aligner="identity")) as handle:
         looks = {name: pointing(handle, test_set(*tests[name], CURVE_PICTURES, out)) for name in CURVES}
-    settings = asdict(run) | {"learning_rate": run.rate}
+    settings = asdict(run) | {"learning_rate": run.rate, "alignment": None if alignment is None else to_dict(alignment)}
     result = {"name": run.name, **settings, "answers": answers, "pointing": looks, "history": history}
     write_within(folder, path.name, json.dumps(result) + "\n")
     print(f"{time.strftime('%H:%M:%S')} {run.name}: {summary_line(result)}", flush=True)
     return result
 
 
+def _shipped(arm: str, seed: int, recipe: str) -> Run:
+    return Run("shipped", arm, seed, student="shipped", steps=800, learning_rate=SHIPPED_RATE, recipe=recipe)
+
+
 def cells() -> dict[str, list[Run]]:
     """Every run of the study, seed by seed, so that the runs of a seed find its pictures ready."""
-    found: dict[str, list[Run]] = {name: [] for name in ("rates", "grid", "main", "300", "3000", "early", "shipped", "cue")}
+    found: dict[str, list[Run]] = {
+        name: [] for name in ("places", "rates", "grid", "main", "300", "3000", "early", "shipped", "cue")
+    }
     for seed in GRID_SEEDS:
-        for rate in GRID_RATES:
+        found["places"] += [Run("grid", "teacher", seed, steps=800, recipe=name) for name in PLACES]
+        for arm, recipe in (("plain", "base"), ("teacher", "placed")):
             found["rates"] += [
-                Run(f"rates/{rate:g}", arm, seed, steps=800, learning_rate=rate, recipe="base") for arm in ("plain", "teacher")
+                Run(f"rates/{rate:g}", arm, seed, steps=800, learning_rate=rate, recipe=recipe) for rate in GRID_RATES
             ]
         found["grid"] += [Run("grid", "teacher", seed, steps=800, recipe=name) for name in GRID]
     for seed in SEEDS:
@@ -304,11 +334,12 @@ def cells() -> dict[str, list[Run]]:
             *(Run("main", arm, seed) for arm in ("agnostic", "captions")),
         ]
         found["main"] += [replace(plain, steps=steps, begins=plain.name) for steps in (LONGER_STEPS, LONGEST_STEPS)]
+        found["shipped"] += [_shipped("teacher", seed, recipe) for recipe in ("base", "best 2 heads")]
         for arm in ("plain", "teacher", "shuffled"):
             found["300"].append(Run("300", arm, seed, pictures=300, steps=1200))
             found["3000"].append(Run("3000", arm, seed, pictures=3000, steps=1200))
             found["early"].append(Run("early", arm, seed, student="early", steps=1200))
-            found["shipped"].append(Run("shipped", arm, seed, student="shipped", steps=800, learning_rate=SHIPPED_RATE))
+            found["shipped"].append(_shipped(arm, seed, "chosen"))
             found["cue"].append(Run("cue", arm, seed, world="cue", steps=1200))
     return found
 
@@ -334,7 +365,7 @@ def step_costs(out: Path, rounds: int = 12) -> dict[str, float]:
 @cache
 def _cost_data(arm: str, out: Path) -> QuestionSet:
     run = Run("costs", arm, GRID_SEEDS[0])
-    return question_set(run.world, run.data_seed, run.pictures, store_of(run, out), RECIPES[run.recipe].words, out)
+    return question_set(run.world, run.data_seed, run.pictures, store_of(run, out), RECIPES[run.recipe])
 
 
 def grid_figures(results: Iterable[dict[str, Any]]) -> dict[str, list[float]]:
@@ -373,7 +404,10 @@ def main() -> None:
         results = [result for job in jobs for result in job.result()]
         document = {
             "environment": environment(),
-            "recipes": {name: {"alignment": to_dict(r.alignment), "words": to_dict(r.words)} for name, r in RECIPES.items()},
+            "recipes": {
+                name: {"alignment": to_dict(r.alignment), "words": to_dict(r.words), "referents": r.referents}
+                for name, r in RECIPES.items()
+            },
             "teacher": to_dict(TEACHER),
             "step_costs_ms": None if costs is None else costs.result(),
             "grid": grid_figures(results),

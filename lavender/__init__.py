@@ -20,6 +20,7 @@ _HOME = {
     "Family": "students.families",
     "HeatMap": "maps",
     "LavenderCallback": "training.callback",
+    "LocalizationHeads": "students.heads",
     "Maps": "maps",
     "Message": "data.samples",
     "ProcessedImages": "students.families",
@@ -27,6 +28,7 @@ _HOME = {
     "Word": "types",
     "WordsConfig": "config",
     "WordMaps": "types",
+    "choose_heads": "students.heads",
     "extract": "extraction.extract",
     "open_pairs": "data.sources",
     "patch": "patching",
@@ -48,9 +50,11 @@ __all__ = [
     "HeatMap",
     "LavenderCallback",
     "LavenderError",
+    "LocalizationHeads",
     "Maps",
     "Message",
     "ProcessedImages",
+    "Region",
     "TargetStore",
     "TeacherConfig",
     "TrainingConfig",
@@ -58,6 +62,7 @@ __all__ = [
     "WordMaps",
     "WordsConfig",
     "__version__",
+    "choose_heads",
     "extract",
     "fine_tune",
     "open_pairs",
@@ -69,13 +74,14 @@ __all__ = [
 if TYPE_CHECKING:
     from .batches.collator import Collator
     from .config import AlignmentConfig, ExtractionConfig, TeacherConfig, TrainingConfig, WordsConfig
-    from .data.samples import Conversation, Message
+    from .data.samples import Conversation, Message, Region
     from .data.sources import open_pairs
     from .errors import LavenderError
     from .extraction.extract import extract
     from .maps import HeatMap, Maps
     from .patching import patch
     from .students.families import Family, ProcessedImages, register_family
+    from .students.heads import LocalizationHeads, choose_heads
     from .targets.store import TargetStore
     from .training.callback import LavenderCallback
     from .training.train import fine_tune

@@ -477,6 +477,8 @@ class AlignmentConfig:
         Raises `ConfigError` where they do not go together.
         """
         own: dict[str, Any] = {name: getattr(self, f"question_{name}") for name in _BY_ROLE}
+        if own["layers"] is None and own["heads"] not in (None, "mean") and num_best(own["heads"]) is None:
+            own["layers"] = ()  # heads name theirs
         return replace(self.of_answer, **{name: value for name, value in own.items() if value is not None})
 
     @property

@@ -28,6 +28,7 @@ def test_keys_are_those_that_batches_document(words):
         "lavender_outcomes",
         "lavender_targets",
         "lavender_input_ids",
+        "lavender_roles",
     }
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.conversations import PLACEHOLDER, Conversation, Message
+from ..data.conversations import PLACEHOLDER, Conversation, Message, without_thinking
+from ..data.regions import Region
 from ..errors import TargetError
-from ..types import Span, Word
-from ..words import FUNCTION_WORDS, Caption, words_of
-from .chat_template import ChatText, without_thinking
+from ..types import WHOLE_PICTURE, Span, Word
+from ..words import FUNCTION_WORDS, Caption, tokens_of, words_of
+from .chat_template import ChatText
 from .word_selection import WordSelector
 
 if TYPE_CHECKING:
@@ -30,9 +31,10 @@ class AlignedWord:
     Attributes:
         turn: the number of its message in the conversation, from 0.
         role: one of `lavender.types.ROLES`.
-        word: its letters, and its characters of the message's content.
+        word: its letters, and its characters of the message's content. Of a region it is all of its span; a prompt's end has no
+            letters.
         tokens: the texts of its tokens, as the tokenizer cuts the conversation; none if the chat template does not show the
-            message to the letter.
+            message once and to the letter.
     """
 
     turn: int
@@ -49,7 +51,9 @@ class TurnWord:
         turn, role, word: see `AlignedWord`.
         said: what the message says; the word's characters of it are those of `word`, less `offset`.
         offset: where `said` begins in the message's content.
-        spans: its characters in the conversation's text; none if the template does not show them.
+        spans: its characters in the conversation's text; none if the template does not show them. Of a prompt's end they are
+            those of the answer behind it.
+        region: what says where it lies; None of a word whose map is found in the targets by its letters.
     """
 
     turn: int
@@ -58,11 +62,22 @@ class TurnWord:
     said: str
     offset: int
     spans: tuple[Span, ...]
+    region: Region | None = None
 
     @property
     def in_said(self) -> Word:
         """The word with its characters of `said`."""
         return Word(self.word.text, self.word.start - self.offset, self.word.end - self.offset)
+
+    def tokens(self, offsets: Sequence[Span], text: str) -> list[int]:
+        """The indices of its tokens; of a prompt's end of the answer's."""
+        if self.role == "prompt end":
+            return [t for t, (left, right) in enumerate(offsets) for start, end in self.spans if start <= left < right <= end][:1]
+        tokens = []
+        for start, end in self.spans:
+            near = [t for t, (left, right) in enumerate(offsets) if right > start and left < end]
+            tokens += [near[t] for t in tokens_of((start, end), [offsets[t] for t in near], text)]
+        return tokens
 
 
 def content_words(text: str) -> tuple[Word, ...]:
@@ -71,27 +86,61 @@ def content_words(text: str) -> tuple[Word, ...]:
 
 
 def aligned_turns(conversation: Conversation, roles: Collection[str]) -> list[int]:
-    """The messages of some roles: of the user's all, of the assistant's those that are learned."""
+    """The messages that have words: those of some roles, of the assistant's if they are learned, and those of regions."""
     return [
         n
         for n, message in enumerate(conversation.messages)
-        if _ROLES.get(message.role) in roles and (message.role == "user" or message.is_learned)
+        if (_ROLES.get(message.role) in roles and (message.role == "user" or message.is_learned))
+        or any(region.turn == n for region in conversation.regions)
     ]
 
 
-def turn_words(conversation: Conversation, chat: ChatText, roles: Collection[str]) -> Iterator[TurnWord]:
-    """The words of the messages of some roles, in the order of the text."""
+def turn_words(conversation: Conversation, chat: ChatText, roles: Collection[str]) -> tuple[TurnWord, ...]:
+    """The words of the messages of some roles, and the regions' words, in the order of the text.
+
+    Words that share characters with a region's give way to it.
+    """
+    found: list[TurnWord] = []
     for n in aligned_turns(conversation, roles):
-        message = conversation.messages[n]
+        message, role = conversation.messages[n], _ROLES[conversation.messages[n].role]
         said, offset = _said(message)
-        for word in content_words(said):
+        passages = chat.passages.get(n, ())
+        regions = [region for region in conversation.regions if region.turn == n]
+        spans = [_span_of(region, message, offset, said) for region in regions]
+        words = []
+        for region, (start, end) in zip(regions, spans, strict=True):
+            if region.role == "prompt end":
+                shown = tuple((turn.start, turn.end) for turn in chat.turns if turn.message == n)
+                words.append(TurnWord(n, region.role, Word("", start, end), said, offset, shown, region))
+            else:
+                shown = tuple(
+                    (passage.at + max(start, passage.start) - passage.start, passage.at + min(end, passage.end) - passage.start)
+                    for passage in passages
+                    if max(start, passage.start) < min(end, passage.end)
+                )
+                words.append(TurnWord(n, role, Word(message.content[start:end], start, end), said, offset, shown, region))
+        is_aligned = role in roles and (role == "question" or message.is_learned)
+        for word in content_words(said) if is_aligned else ():
             start, end = word.start + offset, word.end + offset
-            spans = tuple(
+            if any(max(start, first) < min(end, last) for first, last in spans):
+                continue
+            shown = tuple(
                 (passage.at + start - passage.start, passage.at + end - passage.start)
-                for passage in chat.passages.get(n, ())
+                for passage in passages
                 if passage.start <= start and end <= passage.end
             )
-            yield TurnWord(n, _ROLES[message.role], Word(word.text, start, end), said, offset, spans)
+            words.append(TurnWord(n, role, Word(word.text, start, end), said, offset, shown))
+        found += sorted(words, key=lambda word: (word.role != "prompt end", word.word.start))
+    return tuple(found)
+
+
+def _span_of(region: Region, message: Message, offset: int, said: str) -> Span:
+    """A region's characters of its message's content; none of a prompt's end."""
+    if region.role == "prompt end":
+        return offset, offset
+    if region.start is None or region.end is None:
+        return offset, offset + len(said)
+    return region.start, region.end
 
 
 def _said(message: Message) -> tuple[str, int]:
@@ -131,26 +180,44 @@ class CaptionMaps:
         maps = [values for word, values in self._dense if any(word.start <= start and end <= word.end for start, end in spans)]
         return np.mean(maps, axis=0) if maps else None
 
+    def of_region(self, word: str | Span) -> NDArray[np.float32] | None:
+        """The map [y, x] of a word of the caption, or of the words that share characters with a span of it, function words left
+        out if there are others."""
+        if isinstance(word, str):
+            return self.of_text(word, [Word(word, 0, len(word))])[0]
+        start, end = word
+        places = [w for w in self.caption.words if max(w.start, start) < min(w.end, end)]
+        named = [w for w in places if w.text.casefold() not in FUNCTION_WORDS]
+        return self.of_places([(w.start, w.end) for w in named or places])
 
-def target_maps(words: Sequence[TurnWord], captions: Sequence[CaptionMaps]) -> dict[int, NDArray[np.float32]]:
-    """The map [y, x] of every word that has one.
 
-    In an answer that is a caption, a word's own; else the mean over the captions that have the word.
+def target_maps(
+    words: Sequence[TurnWord], targets: Sequence[Target], size: int, selector: WordSelector
+) -> dict[int, NDArray[np.float32]]:
+    """The map [size, size] of every word that has one.
+
+    Of a region its own, cut to what the targets show. In an answer that is a caption, a word's own; else the mean over the captions
+    that have the word.
     """
+    captions = [CaptionMaps(target, selector) for target in targets]
+    crop = targets[0].word_maps.crop if targets else WHOLE_PICTURE
+    found: dict[int, list[NDArray[np.float32] | None]] = {}
     by_turn: dict[int, list[int]] = {}
     for w, word in enumerate(words):
-        by_turn.setdefault(word.turn, []).append(w)
-    result: dict[int, NDArray[np.float32]] = {}
+        if word.region is None:
+            by_turn.setdefault(word.turn, []).append(w)
+        elif word.region.is_place:
+            raster = word.region.raster(size, crop)
+            found[w] = [raster if raster.any() else None]
+        elif isinstance(word.region.word, str) or len(captions) == 1:  # characters of several captions say nothing
+            found[w] = [maps.of_region(word.region.word) for maps in captions]
     for indices in by_turn.values():
-        said, places = words[indices[0]].said, [words[w].in_said for w in indices]
-        same = [maps for maps in captions if maps.caption.text == said and words[indices[0]].role == "answer"]
-        found = (
-            [[maps.of_places([(place.start, place.end)]) for place in places] for maps in same[:1]]
-            if same
-            else [maps.of_text(said, places) for maps in captions]
-        )
-        for w, maps in zip(indices, zip(*found, strict=True), strict=False):
-            known = [values for values in maps if values is not None]
-            if known:
-                result[w] = np.mean(known, axis=0)
-    return result
+        first, places = words[indices[0]], [words[w].in_said for w in indices]
+        own = next((maps for maps in captions if first.role == "answer" and maps.caption.text == first.said), None)
+        if own is not None:
+            found |= {w: [own.of_places([(place.start, place.end)])] for w, place in zip(indices, places, strict=True)}
+        else:
+            of_captions = [maps.of_text(first.said, places) for maps in captions]
+            found |= {w: [maps[k] for maps in of_captions] for k, w in enumerate(indices)}
+    known = {w: [values for values in maps if values is not None] for w, maps in found.items()}
+    return {w: np.mean(maps, axis=0) for w, maps in known.items() if maps}

@@ -9,11 +9,9 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
-from ..data.conversations import PLACEHOLDER, Conversation, Message, parts_of
+from ..data.conversations import PLACEHOLDER, Conversation, Message, parts_of, without_thinking
 from ..errors import DataError
 
-_THINKING_ENDS = ("</think>", "<channel|>")
-"""What closes the thinking in a message of Qwen, DeepSeek, GLM and Nemotron, and of Gemma. Their templates look for it too."""
 _PLACE = re.compile(f"({re.escape(PLACEHOLDER)})")
 _KEYS_OF_PARTS = ("'type': 'text'", '"type": "text"')
 """What stands in a text for a part that was not shown, but written as it is."""
@@ -64,12 +62,6 @@ class ChatText:
     text: str
     turns: tuple[Turn, ...]
     passages: Mapping[int, tuple[Passage, ...]] = field(default_factory=dict)
-
-
-def without_thinking(message: str) -> str:
-    """What a message says after its thinking (`<think>...</think>`); a message without thinking is the same."""
-    ends = [message.rfind(mark) + len(mark) for mark in _THINKING_ENDS if mark in message]
-    return message[max(ends) :].strip() if ends else message
 
 
 def apply_chat_template(processor: Any, conversation: Conversation, sought: Collection[int] = ()) -> ChatText:

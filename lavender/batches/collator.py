@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -13,16 +13,18 @@ import torch
 from PIL import Image
 
 from ..config import WordsConfig
+from ..data.conversations import without_thinking
 from ..data.samples import Conversation, Message, Sample, as_conversation
 from ..errors import ConfigError, DataError, LavenderError, TargetError
 from ..images import image_sha256, load_image
 from ..students.boxes import boxes_within
 from ..students.families import ProcessedImages, student_family
 from ..students.image_tokens import image_token_of, model_type_of, place_image_tokens, require_pair
-from ..types import OUTCOMES, ROLES, WHOLE_PICTURE, Span, Word, WordBatch
-from ..words import collate_rows, locate_tokens, tokens_of
-from .aligned_words import AlignedWord, CaptionMaps, TurnWord, aligned_turns, content_words, target_maps, turn_words
-from .chat_template import ChatText, Turn, apply_chat_template, without_thinking
+from ..types import ROLES, WHOLE_PICTURE, Span, Word, WordBatch
+from ..words import collate_rows, locate_tokens
+from .aligned_words import AlignedWord, TurnWord, aligned_turns, content_words, target_maps, turn_words
+from .chat_template import Turn, apply_chat_template
+from .outcomes import Item, Outcomes
 from .word_selection import WordSelector
 
 if TYPE_CHECKING:
@@ -38,29 +40,6 @@ _STAND_IN = Conversation(
 )
 
 logger = logging.getLogger("lavender")
-
-
-@dataclass(frozen=True, eq=False)
-class _Item:
-    """One sample of a batch: its text, its pictures, and what is compared.
-
-    Attributes:
-        id: the sample's.
-        images: its pictures, in the order of their places in the text.
-        chat: its text.
-        targets: the teacher's maps of one picture, per caption.
-        image: index of the picture that words are looked for in; None without one.
-        words: the words that may be compared.
-        skipped: whether it stands for a sample that was skipped.
-    """
-
-    id: str
-    images: list[Image.Image]
-    chat: ChatText
-    targets: tuple[Target, ...]
-    image: int | None
-    words: tuple[TurnWord, ...]
-    skipped: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +98,7 @@ class Collator:
         *,
         model_config: Any = None,
         max_length: int | None = None,
+        map_size: int | None = None,
         on_error: Literal["skip", "raise"] | None = None,
     ) -> None:
         """
@@ -128,21 +108,28 @@ class Collator:
             words: which words are aligned.
             model_config: the student's `model.config`; families whose processor does not know the patch size (mllama) need it.
             max_length: samples of more tokens, those of pictures included, are cut at their end; None cuts nothing.
-            on_error: whether a sample that cannot be used is skipped, or its error raised; by default it is skipped with `targets`,
-                where a training must go on, and raised without, where a stand-in's maps would be taken for the sample's.
+            map_size: side of the maps that samples' regions are drawn on where there are no `targets`, which have a size of their
+                own: samples are then aligned by their regions alone.
+            on_error: whether a sample that cannot be used is skipped, or its error raised; by default it is skipped with `targets`
+                or `map_size`, where a training must go on, and raised without, where a stand-in's maps would be taken for the
+                sample's.
 
         Raises:
             ConfigError: an argument is of another type; the processor has no chat template or no fast tokenizer, or is another
                 model's than `model_config`; or `max_length` is below 1.
             ModelError: the family, and so the places of its image tokens, is unknown.
         """
-        _require_types(processor, targets, words, model_config, max_length, on_error)
+        _require_types(processor, targets, words, model_config, max_length, map_size, on_error)
         if not getattr(processor, "chat_template", None):
             raise ConfigError("the processor has no chat template; set processor.chat_template to the model's")
         if not processor.tokenizer.is_fast:
             raise ConfigError("the processor's tokenizer gives no character offsets; load the fast one")
         if max_length is not None and max_length < 1:
             raise ConfigError(f"max_length is {max_length}; it must be at least 1, or None to cut nothing")
+        if map_size is not None and (map_size < 2 or (targets is not None and map_size != targets.config.map_size)):
+            raise ConfigError(
+                f"map_size is {map_size}; it must be at least 2, and with targets theirs, which it need not be given with"
+            )
         if model_config is not None:
             require_pair(processor, model_config)
         self.processor = processor
@@ -150,11 +137,12 @@ class Collator:
         self.words_config = words or WordsConfig()
         self.model_config = model_config
         self.max_length = max_length
-        self.on_error = on_error or ("raise" if targets is None else "skip")
+        self.on_error = on_error or ("raise" if targets is None and map_size is None else "skip")
         self.skipped: dict[str, str] = {}
         self._skipped_in_a_row = 0
         self._selector = WordSelector(self.words_config)
-        self._warned: set[int | str] = set()
+        self._map_size: int = map_size or 0 if targets is None else targets.config.map_size
+        self._outcomes = Outcomes(self.words_config, targets, max_length, trains=bool(self._map_size))
         self._family = student_family(model_type_of(processor, model_config))
         if not self._family.collates:
             raise ConfigError(
@@ -178,13 +166,18 @@ class Collator:
         encoded = self.processor.tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)
         offsets: list[Span] = encoded.offset_mapping[0]
         return tuple(
-            AlignedWord(word.turn, word.role, word.word, tuple(text[slice(*offsets[t])] for t in _tokens_of(word, offsets, text)))
+            AlignedWord(
+                word.turn,
+                word.role,
+                word.word,
+                tuple(text[slice(*offsets[t - (word.role == "prompt end")])] for t in word.tokens(offsets, text)),
+            )
             for word in item.words
         )
 
     def __call__(self, samples: Sequence[Sample | Conversation | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Raises `DataError` or `TargetError` naming the sample at fault, unless it is skipped; then the last of 16 in a row."""
-        items: list[_Item] = []
+        items: list[Item] = []
         errors: dict[int, LavenderError] = {}
         for b, sample in enumerate(samples):
             sample_id = _id_of(sample)
@@ -224,7 +217,7 @@ class Collator:
         if error is not None:
             raise error
 
-    def _collate(self, items: Sequence[_Item]) -> dict[str, torch.Tensor]:
+    def _collate(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
         texts = [item.chat.text for item in items]
         batch = self._process(items, texts)
         encoded = self.processor.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
@@ -252,7 +245,7 @@ class Collator:
         )
         return batch | words.to_batch()
 
-    def _find_faults(self, items: Sequence[_Item], error: LavenderError) -> dict[int, LavenderError]:
+    def _find_faults(self, items: Sequence[Item], error: LavenderError) -> dict[int, LavenderError]:
         """The items that a batch failed for with `error`, each with its own: those that fail beside the stand-in.
 
         None may, where they do not go together. Then the last one is it, until the others do.
@@ -270,7 +263,7 @@ class Collator:
             raise next(iter(faults.values())) if 0 < len(faults) < len(items) else error
         return faults or {sound[-1]: error}
 
-    def _try(self, item: _Item) -> None:
+    def _try(self, item: Item) -> None:
         """Raises the error of a batch of an item and the stand-in, which has a picture; of the item alone where there is none."""
         try:
             items = [item, self._stand_in]
@@ -278,7 +271,7 @@ class Collator:
             items = [item]
         self._collate(items)
 
-    def _stand_in_for(self, sample_id: str, error: LavenderError) -> _Item:
+    def _stand_in_for(self, sample_id: str, error: LavenderError) -> Item:
         """What takes the place of a sample that has an error, which is raised if nothing can."""
         try:
             return replace(self._stand_in, id=sample_id)
@@ -286,14 +279,14 @@ class Collator:
             raise error from None
 
     @cached_property
-    def _stand_in(self) -> _Item:
+    def _stand_in(self) -> Item:
         """An item that fits into every batch, and teaches nothing. Raises `LavenderError` if there is none."""
         item = self._item(_STAND_IN)
         item = replace(item, chat=replace(item.chat, turns=()), targets=(), words=(), skipped=True)
         self._collate([item])
         return item
 
-    def _note_skipped(self, items: Sequence[_Item], errors: Mapping[int, LavenderError]) -> None:
+    def _note_skipped(self, items: Sequence[Item], errors: Mapping[int, LavenderError]) -> None:
         """Logs each skipped sample once. Raises the error of the last of `MOST_SKIPPED` in a row."""
         for b, item in enumerate(items):
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if item.skipped else 0
@@ -306,7 +299,7 @@ class Collator:
             if self._skipped_in_a_row >= MOST_SKIPPED:
                 raise type(error)(f"{error}. It is the last of {MOST_SKIPPED} samples in a row that had to be skipped") from error
 
-    def _item(self, conversation: Conversation) -> _Item:
+    def _item(self, conversation: Conversation) -> Item:
         name = f"sample {conversation.id!r}"
         try:
             images = [load_image(image) for image in conversation.images]
@@ -320,25 +313,33 @@ class Collator:
             )
         roles = self.words_config.roles
         chat = apply_chat_template(self.processor, conversation, aligned_turns(conversation, {*roles} - {"answer"}))
-        targets, image = self._targets(conversation, images)
-        if not targets and chat.turns[-1].num_images:
+        named = {region.image or 0 for region in conversation.regions if region.is_place}
+        if len(named) > 1:
+            raise DataError(
+                f"{name} has regions in {len(named)} of its pictures; a sample compares words with one picture, make one of each"
+            )
+        targets, image = self._targets(conversation, images, next(iter(named), None))
+        if image is None and chat.turns[-1].num_images:
             image = chat.turns[-1].num_images - 1
-        item = _Item(conversation.id, images, chat, targets, image, tuple(turn_words(conversation, chat, roles)))
-        self._require_shown(item)
+        item = Item(conversation.id, images, chat, targets, image, turn_words(conversation, chat, roles))
+        item.require_shown()
         return item
 
-    def _targets(self, conversation: Conversation, images: Sequence[Image.Image]) -> tuple[tuple[Target, ...], int | None]:
-        """The sample's targets, and the index of the picture that they were made from."""
+    def _targets(
+        self, conversation: Conversation, images: Sequence[Image.Image], named: int | None
+    ) -> tuple[tuple[Target, ...], int | None]:
+        """The sample's targets, and the index of the picture that they were made from: the one that regions name, if they do."""
         if self.targets is None:
-            return (), None
+            return (), named
         digests = [image_sha256(image) for image in images]
+        known = digests if named is None else [digests[named]]
         if conversation.id in self.targets:
             targets = [self.targets[conversation.id]]
         else:
             answers = [message.content for message in conversation.messages if message.role == "assistant"]
-            found = self.targets.of_pictures(digests, answers)
+            found = self.targets.of_pictures(known, answers)
             if found is None:
-                return (), None
+                return (), named
             targets = self.targets.made_from(found.image_sha256)
         from ..targets.soundness import store_problems  # here, since pyarrow comes with it, which a batch without targets can lack
 
@@ -349,40 +350,21 @@ class Collator:
                     f"the targets of sample {conversation.id!r} in {self.targets.folder} cannot be trained on: {problem}. Extract "
                     "them anew, or write their store with the StoreConfig that they have"
                 )
+        if targets[0].image_sha256 in known:
+            return tuple(targets), digests.index(targets[0].image_sha256) if named is None else named
         if targets[0].image_sha256 in digests:
-            return tuple(targets), digests.index(targets[0].image_sha256)
+            raise DataError(
+                f"sample {conversation.id!r} has regions in its picture {named}, and targets of picture "
+                f"{digests.index(targets[0].image_sha256)}; a sample compares its words with one picture, make a sample of each"
+            )
         raise TargetError(
             f"the targets of sample {conversation.id!r} in {self.targets.folder} were made from another picture than "
             f"{'its own' if len(images) == 1 else f'its {len(images)}'}; extract them into a new folder"
         )
 
-    def _require_shown(self, item: _Item) -> None:
-        """Raises `DataError` if the template shows no answer to the letter in which words would be compared; logs the first message
-        of a sample with others whose words are left out for that."""
-        hidden = sorted({word.turn for word in item.words} - item.chat.passages.keys())
-        if not hidden:
-            return
-        seeing = {turn.message: turn for turn in item.chat.turns if item.image is not None and item.image < turn.num_images}
-        changed = [turn for n, turn in seeing.items() if n in hidden]
-        if changed and all(word.turn in hidden for word in item.words if word.role == "answer" and word.turn in seeing):
-            turn = changed[-1]
-            raise DataError(
-                f"sample {item.id!r}: the chat template changes the answer {turn.answer!r} to "
-                f"{item.chat.text[turn.start : turn.answer_end]!r}, in which its words cannot be found; give it as the template "
-                "writes it"
-            )
-        if "hidden" not in self._warned:
-            self._warned.add("hidden")
-            logger.warning(
-                "sample %r: the chat template does not show message %d once and to the letter, so that its words cannot be found "
-                "and are not compared; give it as the template writes it. (Logged once.)",
-                item.id,
-                hidden[0] + 1,
-            )
-
-    def _process(self, items: Sequence[_Item], texts: list[str]) -> dict[str, torch.Tensor]:
+    def _process(self, items: Sequence[Item], texts: list[str]) -> dict[str, torch.Tensor]:
         images = [item.images for item in items]
-        if self.targets is not None and self._family.cross and not any(images):
+        if self._map_size and self._family.cross and not any(images):
             raise DataError(
                 f"{_named(items)}: none of them has a picture, and a model that reads pictures by cross-attention then leaves that "
                 "out; put a sample with a picture into every batch, or train without targets"
@@ -396,7 +378,7 @@ class Collator:
         return dict(batch)
 
     def _locate(
-        self, tokens: Sequence[int], ids: torch.Tensor, attention_mask: torch.Tensor, item: _Item, offsets: Sequence[Span]
+        self, tokens: Sequence[int], ids: torch.Tensor, attention_mask: torch.Tensor, item: Item, offsets: Sequence[Span]
     ) -> list[int]:
         """Position in the padded and expanded row of every token of the unexpanded text; -1 for those that are not there."""
         plain = torch.nonzero(attention_mask.bool() & (ids != self._image_token)).flatten().tolist()
@@ -409,7 +391,7 @@ class Collator:
     def _image_token(self) -> int:
         return image_token_of(self.processor, self.model_config)
 
-    def _cut(self, batch: dict[str, torch.Tensor], items: Sequence[_Item], places: list[list[int]]) -> None:
+    def _cut(self, batch: dict[str, torch.Tensor], items: Sequence[Item], places: list[list[int]]) -> None:
         """Cuts every row to its first `max_length` tokens, padding where it was; `places` follow, -1 for what was cut off."""
         ids = batch["input_ids"]
         if self.max_length is None or ids.shape[1] <= self.max_length:
@@ -435,7 +417,7 @@ class Collator:
     def _add_labels(
         self,
         batch: dict[str, torch.Tensor],
-        items: Sequence[_Item],
+        items: Sequence[Item],
         offsets: Sequence[Sequence[Span]],
         places: Sequence[Sequence[int]],
     ) -> None:
@@ -452,7 +434,7 @@ class Collator:
 
     def _find_words(
         self,
-        item: _Item,
+        item: Item,
         offsets: Sequence[Span],
         places: Sequence[int],
         image_positions: torch.Tensor,
@@ -462,30 +444,35 @@ class Collator:
         """The words of sample `b`: their tokens, and whether they are selected and see the picture."""
         if item.image is None:
             return _Tokens([[] for _ in item.words], [False for _ in item.words])
+        self._outcomes.note_hidden(item)
         mask = batch.get("cross_attention_mask")
         last = -1 if self._family.cross else int(image_positions.max())
-        behind = {turn.message for turn in item.chat.turns if item.image < turn.num_images}
+        answers = {turn.message for turn in item.answers}
         tokens, selected = [], []
-        for word, is_wanted in zip(item.words, self._selector_of(item.words), strict=True):
-            at = [places[t] for t in _tokens_of(word, offsets, item.chat.text)]
-            sees = bool(at) and (word.role != "answer" or word.turn in behind)
+        for word, is_wanted in zip(item.words, self._selected(item.words), strict=True):
+            at = [places[t] for t in word.tokens(offsets, item.chat.text)]
+            sees = bool(at) and (word.role == "question" or word.turn in answers)
             is_there = min(at, default=-1) >= 0
+            if word.role == "prompt end" and is_there:
+                at = [at[0] - 1]
             if is_there:  # what was cut off stands behind all pictures
                 # Text that reads by cross-attention may see the latest picture alone: [B, T, pictures, tiles] of mllama.
-                sees = sees and (min(at) > last if mask is None else bool(mask[b, at, item.image].any()))
+                sees = sees and (min(at) >= last if mask is None else bool(mask[b, at, item.image].any()))
             tokens.append(at if is_there else [])
             selected.append(is_wanted and sees)
+            if not (is_there and sees):
+                self._outcomes.note_region(item, word, sees=False)
         return _Tokens(tokens, selected)
 
-    def _selector_of(self, words: Sequence[TurnWord]) -> list[bool]:
-        """Per word whether the config keeps it."""
+    def _selected(self, words: Sequence[TurnWord]) -> list[bool]:
+        """Per word whether the config keeps it, as it keeps every region's."""
         return [
-            wanted
+            wanted or word.region is not None
             for said, group in groupby(words, key=lambda word: word.said)
-            for wanted in self._selector.selected(said, [word.in_said for word in group])
+            for word, wanted in _zipped(said, [*group], self._selector)
         ]
 
-    def _place_images(self, batch: dict[str, torch.Tensor], items: Sequence[_Item]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _place_images(self, batch: dict[str, torch.Tensor], items: Sequence[Item]) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions [B, M] and boxes [B, M, 4] of the image tokens of each sample's picture."""
         sizes = [(image.height, image.width) for item in items for image in item.images]
         boxes = list(self._family.boxes(ProcessedImages(self.processor, batch, sizes, self.model_config))) if sizes else []
@@ -503,63 +490,33 @@ class Collator:
             raise DataError(f"{_named(items)}: {error}") from None
 
     def _compare(
-        self, items: Sequence[_Item], found: Sequence[_Tokens], num_words: int
+        self, items: Sequence[Item], found: Sequence[_Tokens], num_words: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The words that are compared, bool [B, W], the samples' outcomes [B], and with targets the teacher's maps [B, W, y, x]."""
         present = torch.zeros(len(items), num_words, dtype=torch.bool)
         outcomes = torch.zeros(len(items), dtype=torch.long)
-        size = 0 if self.targets is None else self.targets.config.map_size
+        size = self._map_size
         targets = torch.zeros(*present.shape, size, size)
         for b, (item, words) in enumerate(zip(items, found, strict=True)):
             selected = words.selected
-            if self.targets is not None:
-                maps = target_maps(item.words, [CaptionMaps(target, self._selector) for target in item.targets])
-                selected = [wanted and w in maps for w, wanted in enumerate(selected)]
+            if size:
+                maps = target_maps(item.words, item.targets, size, self._selector)
                 for w, word_map in maps.items():
                     targets[b, w] = torch.from_numpy(word_map)
+                for w, (word, wanted) in enumerate(zip(item.words, selected, strict=True)):
+                    if wanted and w not in maps:
+                        self._outcomes.note_region(item, word, sees=True)
+                selected = [wanted and w in maps for w, wanted in enumerate(selected)]
             present[b, : len(selected)] = torch.tensor(
                 [wanted and bool(at) for wanted, at in zip(selected, words.tokens, strict=True)]
             )
-            outcomes[b] = self._outcome(item, compared=bool(present[b].any()), cut=any(selected))
-        return present, outcomes, None if self.targets is None else targets * present[..., None, None]
-
-    def _outcome(self, item: _Item, compared: bool, cut: bool) -> int:
-        """The sample's outcome; the first of each kind that is no match is logged with its remedy."""
-        if item.skipped:
-            return OUTCOMES.index("skipped")
-        if compared:
-            return OUTCOMES.index("matched")
-        name = f"sample {item.id!r}"
-        if self.targets is not None and not item.targets:
-            outcome = OUTCOMES.index("no target")
-            message = f"{name} has no target in {self.targets.folder}, and trains the language model alone; extract targets for it"
-        elif cut:
-            outcome = OUTCOMES.index("cut off")
-            message = f"max_length={self.max_length} cuts the answer of {name} off before its words; raise it"
-        else:
-            outcome = OUTCOMES.index("no word matched")
-            message = f"no word of {name} is compared: {self._lack(item)}"
-        if outcome not in self._warned:
-            self._warned.add(outcome)
-            logger.warning("%s. (Logged once; %s counts the others.)", message, WordBatch.KEYS["outcomes"])
-        return outcome
-
-    def _lack(self, item: _Item) -> str:
-        seeing = [turn for turn in item.chat.turns if item.image is not None and item.image < turn.num_images]
-        if not seeing:
-            return "no picture stands before its answer; put one into a message of the user's before it"
-        answer, captions = seeing[-1].answer, [target.word_maps.caption for target in item.targets]
-        if not captions:
-            return f"its answer {answer!r} has no words that name something, or {self.words_config} leaves them out"
-        if any(turn.answer in captions for turn in seeing):
-            return f"its words have no maps, do not see the target's picture, or are left out by {self.words_config}; loosen that"
-        return (
-            f"its answer is {answer!r}, and its target was made from {captions[0]!r}; extract targets "
-            f"from captions that share words with the answers, or loosen {self.words_config}"
-        )
+            outcomes[b] = self._outcomes.of(item, compared=bool(present[b].any()), cut=any(selected))
+        return present, outcomes, targets * present[..., None, None] if size else None
 
 
-def _require_types(processor: Any, targets: Any, words: Any, model_config: Any, max_length: Any, on_error: Any) -> None:
+def _require_types(
+    processor: Any, targets: Any, words: Any, model_config: Any, max_length: Any, map_size: Any, on_error: Any
+) -> None:
     """Raises `ConfigError` naming the first argument of a collator that is of another type than it takes."""
     if not hasattr(processor, "tokenizer"):
         raise ConfigError(
@@ -573,8 +530,15 @@ def _require_types(processor: Any, targets: Any, words: Any, model_config: Any, 
         raise ConfigError(f"model_config is a {type(model_config).__name__}; expected the student's model.config")
     if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int)):
         raise ConfigError(f"max_length is {max_length!r}; expected a whole number of tokens, or None to cut nothing")
+    if map_size is not None and (isinstance(map_size, bool) or not isinstance(map_size, int)):
+        raise ConfigError(f"map_size is {map_size!r}; expected a whole number, or None without targets for regions")
     if on_error not in (None, "skip", "raise"):
         raise ConfigError(f"on_error is {on_error!r}; expected 'skip', 'raise' or None")
+
+
+def _zipped(said: str, words: Sequence[TurnWord], selector: WordSelector) -> Iterator[tuple[TurnWord, bool]]:
+    """Words of a message, each with whether a selector keeps it."""
+    return zip(words, selector.selected(said, [word.in_said for word in words]), strict=True)
 
 
 def _id_of(sample: Any) -> str:
@@ -583,7 +547,7 @@ def _id_of(sample: Any) -> str:
     return f"a {type(sample).__name__} without an id" if sample_id is None else str(sample_id)
 
 
-def _named(items: Sequence[_Item]) -> str:
+def _named(items: Sequence[Item]) -> str:
     ids = [repr(item.id) for item in items if not item.skipped] or [repr(item.id) for item in items]
     return f"sample{'s' * (len(ids) > 1)} {', '.join(ids)}"
 
@@ -591,12 +555,3 @@ def _named(items: Sequence[_Item]) -> str:
 def _tokens_in(turn: Turn, offsets: Sequence[Span]) -> list[int]:
     """The tokens that lie within a turn: one that holds characters of what stands before or behind it belongs to that."""
     return [i for i, (left, right) in enumerate(offsets) if turn.start <= left < right <= turn.end]
-
-
-def _tokens_of(word: TurnWord, offsets: Sequence[Span], text: str) -> list[int]:
-    """The tokens of a word."""
-    tokens = []
-    for start, end in word.spans:
-        near = [t for t, (left, right) in enumerate(offsets) if right > start and left < end]
-        tokens += [near[t] for t in tokens_of((start, end), [offsets[t] for t in near], text)]
-    return tokens

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from types import NoneType
+from typing import get_args, get_type_hints
 
 from ..config import ConfigT, from_dict, to_dict
 from ..errors import ConfigError
@@ -12,8 +14,8 @@ from ..errors import ConfigError
 def override(config: ConfigT, assignments: Iterable[str]) -> ConfigT:
     """A config with some settings changed by texts like `weight=5`, `layers=[1, 2]` or `arguments.bf16=true`.
 
-    Values are parsed as JSON; anything that does not parse is kept as a string. Raises `ConfigError` on
-    an unknown setting, or a text without `=`.
+    Values are parsed as JSON; anything that does not parse is kept as a string, and so is a number where a setting is a string
+    (`heads=3.10`). Raises `ConfigError` on an unknown setting, or a text without `=`.
     """
     values = to_dict(config)
     for assignment in assignments:
@@ -25,6 +27,8 @@ def override(config: ConfigT, assignments: Iterable[str]) -> ConfigT:
         except json.JSONDecodeError:
             value = text
         outer, _, inner = name.strip().partition(".")
+        if isinstance(value, int | float) and not inner and _is_text(type(config), outer):
+            value = text.strip()
         if not inner:
             values[outer] = value
         elif isinstance(values.get(outer), dict):
@@ -32,3 +36,9 @@ def override(config: ConfigT, assignments: Iterable[str]) -> ConfigT:
         else:
             raise ConfigError(f"{type(config).__name__} has no settings below {outer!r}")
     return from_dict(type(config), values)
+
+
+def _is_text(config: type, name: str) -> bool:
+    """Whether a setting is a string."""
+    hint = get_type_hints(config).get(name)
+    return set(get_args(hint) or (hint,)) - {NoneType} == {str}

@@ -13,18 +13,20 @@ from typing import Any
 
 from ..errors import DataError
 from ..images import ImageSource, file_sha256, image_sha256, load_image, picture_in, with_file_paths
+from .regions import Region, regions_of
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A picture, what the user asks and what the student shall answer, for `lavender.Collator`; `id` and `has_id` as in
-    `Conversation`."""
+    """A picture, what the user asks and what the student shall answer, for `lavender.Collator`; `id`, `has_id` and `regions` as in
+    `Conversation`: the question is turn 0, the answer turn 1."""
 
     id: str
     image: ImageSource
     question: str
     answer: str
     has_id: bool = True
+    regions: tuple[Region, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,21 @@ class Conversation:
         id: the sample's; its targets have the same.
         images: its pictures, in the order of their places.
         messages: what is said.
-        has_id: whether the id was given, by itself or as a picture's path in a file. One that was not is made from the sample, and
-            its targets are found by its picture too.
+        has_id: whether the id was given, by itself or as a picture's path in a file. One that was not is made from the sample.
+        regions: where spans of the messages lie in the picture.
     """
 
     id: str
     images: tuple[ImageSource, ...]
     messages: tuple[Message, ...]
     has_id: bool = True
+    regions: tuple[Region, ...] = ()
 
 
 PLACEHOLDER = "<image>"
 """What stands for a picture in a message."""
+_THINKING_ENDS = ("</think>", "<channel|>")
+"""What closes the thinking in a message of Qwen, DeepSeek, GLM and Nemotron, and of Gemma. Their templates look for it too."""
 CONTENT = "sha256:"
 """What the id of a sample begins with that is called by its content."""
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
@@ -97,6 +102,8 @@ def as_conversation(sample: Sample | Conversation | Mapping[str, Any], locate: L
       unchanged; an answer's are one text;
     - TRL's `"prompt"` and `"completion"`, lists of messages or texts, with `"image"` or `"images"`. The student learns the
       completion alone. Texts become a question and its answer in the student's chat template.
+
+    A mapping may have `"regions"` beside them, a list of `lavender.data.Region`s or of mappings of their fields.
 
     A picture is a path, a URL (`http` and `https` are fetched whenever the sample is used, `file` is a path), a data URI, base64
     of an encoded picture, encoded bytes, a PIL image, or the mapping of `"bytes"` and `"path"` that `datasets` makes.
@@ -133,7 +140,7 @@ def as_conversation(sample: Sample | Conversation | Mapping[str, Any], locate: L
             )
         conversation = _of_sample(sample, locate)
     _require_sound(conversation)
-    return _place_images(conversation)
+    return _place_images(replace(conversation, regions=sound_regions(conversation)))
 
 
 def is_conversation(sample: Mapping[str, Any]) -> bool:
@@ -152,6 +159,79 @@ def require_answer(sample: Mapping[str, Any], name: str) -> None:
         )
     if sample.get("prompt") is not None:
         raise DataError(f'{name} has a "prompt" and no "completion"; give both')
+
+
+def without_thinking(message: str) -> str:
+    """What a message says after its thinking (`<think>...</think>`); a message without thinking is the same."""
+    ends = [message.rfind(mark) + len(mark) for mark in _THINKING_ENDS if mark in message]
+    return message[max(ends) :].strip() if ends else message
+
+
+def sound_regions(conversation: Conversation) -> tuple[Region, ...]:
+    """A conversation's regions, whose turns are counted from 0. Raises `DataError` for one that is no span of what is said, or that
+    lies in no picture of the conversation."""
+    name = f"sample {conversation.id!r}"
+    return tuple(
+        _sound_region(region, conversation, f"{name}, region {n}")
+        for n, region in enumerate(regions_of(conversation.regions, name), start=1)
+    )
+
+
+def _sound_region(region: Region, conversation: Conversation, name: str) -> Region:
+    turn, start, end = _turn_of(region, conversation.messages, name), region.start, region.end
+    message = conversation.messages[turn]
+    role = {"user": "question", "assistant": "answer"}.get(message.role)
+    if role is None:
+        raise DataError(f"{name} is of a message of the {message.role}; expected one of the user or the assistant")
+    if region.role == "prompt end" and (role != "answer" or not message.is_learned or start is not None or end is not None):
+        raise DataError(
+            f'{name}: "prompt end" is the last token before an answer that is learned; give the turn of one, without start and end'
+        )
+    if region.role not in (None, "prompt end", role):
+        raise DataError(f"{name} has the role {region.role!r}, and its message is of the {message.role}; leave the role out")
+    said = without_thinking(message.content) if role == "answer" else message.content
+    begins = message.content.rindex(said)
+    if (start is None) != (end is None) or (start is not None and end is not None and not 0 <= start < end <= len(message.content)):
+        raise _no_span(region, len(message.content), name)
+    if start is not None and start < begins:
+        raise DataError(f"{name} is a part of the answer's thinking, which ends at character {begins}; give what is said behind it")
+    if not message.content[start or begins : end].replace(PLACEHOLDER, "").strip():
+        raise DataError(f"{name} has no text in it, but white space or a picture; give characters of words")
+    if region.image is not None and not 0 <= region.image < len(conversation.images):
+        raise DataError(f"{name} lies in image {region.image}; the sample has {len(conversation.images)}, counted from 0")
+    if region.image is None and region.is_place and len(conversation.images) != 1:
+        raise DataError(
+            f"{name} does not say in which of {len(conversation.images)} pictures it lies; give its number as image, counted from "
+            "0 in the order of the conversation"
+        )
+    return replace(region, turn=turn)
+
+
+def _turn_of(region: Region, messages: Sequence[Message], name: str) -> int:
+    if not -len(messages) <= region.turn < len(messages):
+        raise DataError(f"{name} is of turn {region.turn}; the sample has {len(messages)} messages, counted from 0")
+    return region.turn % len(messages)
+
+
+def _no_span(region: Region, length: int, name: str) -> DataError:
+    return DataError(
+        f"{name} has the characters {region.start} to {region.end} of a text of {length}; expected start < end in it, or neither"
+    )
+
+
+def _in_content(region: Region, turns: Sequence[Message], name: str) -> Region:
+    """A region of a message that came in parts: characters of its texts become those of its content, where pictures are too."""
+    turn = turns[_turn_of(region, turns, name)]
+    if region.start is None or region.end is None or PLACEHOLDER not in turn.parts:
+        return region
+    places: list[int] = []
+    begin = 0
+    for part in turn.parts:
+        places += range(begin, begin + len(part) * (part != PLACEHOLDER))
+        begin += len(part)
+    if not 0 <= region.start < region.end <= len(places):
+        raise _no_span(region, len(places), name)
+    return replace(region, start=places[region.start], end=places[region.end - 1] + 1)
 
 
 def parts_of(message: Message) -> tuple[str, ...]:
@@ -247,7 +327,8 @@ def _of_sample(sample: Mapping[str, Any], locate: Locate) -> Conversation:
         if isinstance(text, str) and PLACEHOLDER in text:
             raise DataError(f"{name}: the {key} holds {PLACEHOLDER!r}, which stands for the picture; the collator adds it")
     turns = (Message("user", sample["question"]), Message("assistant", sample["answer"]))
-    return _identified(sample, [sample["image"]], turns, locate)
+    regions = regions_of(sample.get("regions"), name)
+    return replace(_identified(sample, [sample["image"]], turns, locate), regions=regions)
 
 
 def _of_mapping(sample: Mapping[str, Any], locate: Locate) -> Conversation:
@@ -279,7 +360,11 @@ def _of_mapping(sample: Mapping[str, Any], locate: Locate) -> Conversation:
     following = iter(images)
     placed = [next(following, None) if held is None else held[1] for held in pictures]
     images = [*(picture for picture in placed if picture is not None), *following]
-    return _identified(sample, images, tuple(turns), locate)
+    regions = tuple(
+        _in_content(region, turns, f"{name}, region {n}")
+        for n, region in enumerate(regions_of(sample.get("regions"), name), start=1)
+    )
+    return replace(_identified(sample, images, tuple(turns), locate), regions=regions)
 
 
 def _messages_of(sample: Mapping[str, Any], name: str) -> Iterator[tuple[Any, bool]]:
@@ -479,4 +564,11 @@ def _place_images(conversation: Conversation) -> Conversation:
     parts = (*added, *message.parts) if message.parts else ()
     messages[first] = replace(message, content="".join(added) + message.content, parts=parts)
     images = (*images[:before], *images[placed:], *images[before:placed])
-    return replace(conversation, images=images, messages=tuple(messages))
+    shift = len("".join(added))
+    regions = tuple(
+        replace(region, start=region.start + shift, end=region.end + shift)
+        if region.turn == first and region.start is not None and region.end is not None
+        else region
+        for region in conversation.regions
+    )
+    return replace(conversation, images=images, messages=tuple(messages), regions=regions)

@@ -24,11 +24,13 @@ from .conversations import (
     is_conversation,
     require_answer,
     require_unicode,
+    sound_regions,
     source_of,
     written_path,
 )
 from .folders import open_folder
 from .pairs import BadPair, Pair
+from .regions import Region
 from .tables import TABLE_ENDINGS, Columns, folder_of, read_table
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "Conversation",
     "Message",
     "Pair",
+    "Region",
     "Sample",
     "as_conversation",
     "read_pairs",
@@ -90,8 +93,8 @@ def read_samples(
         data: JSON lines, or a JSON list, whose entries are samples `{"image", "answer"}` with optional `"question"` and `"id"`
             (`"caption"` serves as answer), or conversations `{"id", "image", "conversations"}` as published and as LLaVA writes
             them, or with `"messages"`, or `"prompt"` and `"completion"` (see `as_conversation`; an image path serves as id, and
-            pictures may lie in the file in base64); or Karpathy's JSON of Flickr30k or COCO, whose captions are answers to
-            `DEFAULT_QUESTION`. What a file is shows in its content.
+            pictures may lie in the file in base64), both maybe with `"regions"` (see `Region`); or Karpathy's JSON of Flickr30k or
+            COCO, whose captions are answers to `DEFAULT_QUESTION`. What a file is shows in its content.
         split, images, captions: as `read_pairs` has them.
 
     Raises:
@@ -223,7 +226,12 @@ def _sample_of(place: str, entry: Mapping[str, Any], folder: str | Path) -> Samp
         require_unicode(text, f"{place}: the {name}")
     image = _image_of(place, entry, folder)
     sample_id = _id_of(place, entry, image, [question, answer])
-    return Sample(sample_id, image, question, answer, has_id=entry.get("id") is not None or isinstance(image, str | Path))
+    turns = (Message("user", question), Message("assistant", answer))
+    try:
+        regions = sound_regions(Conversation(sample_id, (image,), turns, regions=entry.get("regions") or ()))
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None
+    return Sample(sample_id, image, question, answer, entry.get("id") is not None or isinstance(image, str | Path), regions)
 
 
 def _conversation_of(place: str, entry: Mapping[str, Any], folder: str | Path) -> Conversation:

@@ -37,6 +37,8 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data.run_lengths import mask_of_runs
+from ..data.run_lengths import run_lengths as run_lengths  # importable from here
 from ..errors import DataError
 from ..files import open_regular
 from ..images import load_image
@@ -48,8 +50,6 @@ RASTER = 64
 
 _SLACK = 1e-3
 """How far a box in fractions may reach over the picture's border by rounding; pixels reach further."""
-_MAX_PIXELS = 2**28
-"""Limit of a mask in run-length form, which can claim any size in a few bytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +180,7 @@ class _Lines:
         if "boxes" in entry:
             return Region(boxes=tuple(_read_box(box, place) for box in _require_list(entry["boxes"], place, "boxes")))
         if "rle" in entry:
-            return Region(masks=(_decode_runs(entry["rle"], place),))
+            return Region(masks=(mask_of_runs(entry["rle"], place),))
         name = entry["mask"]
         if not isinstance(name, str) or "\0" in name or not (self._folder / name).resolve().is_relative_to(self._folder.resolve()):
             raise DataError(f"{place}: the mask is {_short(name)}; expected a path below {self._folder}")
@@ -273,7 +273,7 @@ def _inflect(name: str) -> list[tuple[str, ...]]:
 def _read_instance(place: str, annotation: Mapping[str, Any], height: float, width: float) -> Region:
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
-        return Region(masks=(_decode_runs(segmentation, place),))
+        return Region(masks=(mask_of_runs(segmentation, place),))
     if segmentation:
         polygons = []
         for corners in _require_list(segmentation, place, "segmentation"):
@@ -378,45 +378,6 @@ def _read_entity_boxes(path: Path) -> dict[str, tuple[Box, ...]]:
         for name in thing.iter("name"):
             boxes[(name.text or "").strip()].append(((top - 1) / height, (left - 1) / width, bottom / height, right / width))
     return {entity: tuple(sorted(set(boxes_of_entity))) for entity, boxes_of_entity in boxes.items()}
-
-
-def run_lengths(mask: NDArray[np.bool_]) -> dict[str, list[int]]:
-    """A mask [y, x] as COCO writes it: lengths of runs down the columns, the first of pixels outside."""
-    flat = mask.T.ravel()
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    counts = np.diff([0, *changes, len(flat)]).tolist()
-    return {"size": list(mask.shape), "counts": [0, *counts] if flat[0] else counts}
-
-
-def _decode_runs(value: Any, place: str) -> NDArray[np.bool_]:
-    size = value.get("size") if isinstance(value, dict) else None
-    if not isinstance(size, list) or len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise DataError(f'{place}: a run-length mask is {_short(value)}; expected "size": [height, width] and "counts"')
-    counts = value.get("counts")
-    if isinstance(counts, str):
-        counts = _unpack_runs(counts)
-    pixels = size[0] * size[1]
-    sound = isinstance(counts, list) and all(isinstance(count, int) and count >= 0 for count in counts)
-    if not sound or sum(counts) != pixels or pixels > _MAX_PIXELS:
-        raise DataError(
-            f"{place}: the runs of a mask are {_short(counts)}; expected counts that sum to {size[0]} x {size[1]} pixels"
-        )
-    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size[1], size[0]).T
-
-
-def _unpack_runs(packed: str) -> list[int]:
-    """Runs from COCO's compressed text: five bits a character, the sixth says that more follow, from the fourth on differences."""
-    counts: list[int] = []
-    value = shift = 0
-    for character in packed:
-        bits = ord(character) - 48
-        value |= (bits & 0x1F) << shift
-        shift += 5
-        if not bits & 0x20:
-            value -= (bits & 0x10) << shift - 4  # the last character's highest bit is the sign
-            counts.append(value + counts[-2] if len(counts) > 2 else value)
-            value = shift = 0
-    return counts
 
 
 def _in_polygon(corners: NDArray[np.float64], y: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.bool_]:

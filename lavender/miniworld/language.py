@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..config import AlignmentConfig, to_dict
+from ..data.regions import Region
 from ..data.samples import Conversation, Message
 from ..errors import TargetError
 from ..files import read_file, write_within
@@ -96,12 +97,20 @@ class QuestionSet:
         return {**self.packed.batch(pictures, turns, with_words=with_words), "mm_encoder_outputs": {"image": image}}
 
 
-def conversation_of(name: str, scene: Scene, questions: Sequence[Question]) -> Conversation:
-    """A scene's questions and answers as one conversation about its picture."""
+def conversation_of(name: str, scene: Scene, questions: Sequence[Question], *, referents: bool = False) -> Conversation:
+    """A scene's questions and answers as one conversation about its picture.
+
+    With `referents`, an answer that names nothing and is about one object ("yes", "top left") lies where the caption's word for its
+    shape does.
+    """
     messages: list[Message] = []
+    regions: list[Region] = []
     for n, question in enumerate(questions):
         messages += [Message("user", "<image>" * (n == 0) + question.text), Message("assistant", question.answer)]
-    return Conversation(name, (scene.image,), tuple(messages), has_id=False)  # targets are found by the picture
+        if referents and question.type in ("existence", "place") and question.object_index is not None:
+            regions.append(Region(2 * n + 1, word=scene.objects[question.object_index].shape))
+    # Targets are found by the picture.
+    return Conversation(name, (scene.image,), tuple(messages), has_id=False, regions=tuple(regions))
 
 
 @torch.no_grad()

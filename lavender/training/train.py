@@ -1,6 +1,7 @@
 """Fine-tuning a student by `transformers.Trainer`, with the alignment loss or without: one run folder, resumable after a kill.
 
 run.json          every setting, the data and the targets' fingerprint, written before step one
+heads.json        where `best:K` was asked for: every head's score, and the layers and heads that were chosen by them
 first_stage/      the run folder of a first stage that trains the aligner alone, if there is one
 checkpoints/      the Trainer's own; a run that was killed continues from the last sound one, and keeps damaged ones in damaged/;
                   maps/ has pictures of the alignment
@@ -35,28 +36,40 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..batches.collator import Collator
-from ..config import AlignmentConfig, TrainingConfig, WordsConfig, to_dict
+from ..config import AlignmentConfig, TrainingConfig, WordsConfig, from_dict, to_dict
 from ..data.samples import Conversation, Sample, as_conversation
-from ..errors import ConfigError, DataError, ModelError, TargetError, first_line
+from ..errors import ConfigError, DataError, LavenderError, ModelError, TargetError, first_line
 from ..files import is_url, own_path, read_file, write_within
 from ..images import Picture
 from ..patching import patch
 from ..pretrained.names import split_revision
 from ..pretrained.weights import non_finite
+from ..students.channels import is_chosen
+from ..students.heads import choose_heads
 from ..students.loading import load_student as load_student  # importable from here
 from ..students.loading import pin_adapter, pin_student
 from ..students.patch import ALIGNER_FILE, StudentPatch
 from ..targets.store import TargetStore
 from .callback import LavenderCallback
 from .checkpoints import last_checkpoint as _last_checkpoint
-from .guard import FiniteGuard
+from .guard import FiniteGuard, of_all_processes
 from .trainer import Batches, StudentTrainer
 
 logger = logging.getLogger("lavender")
 
 LOG_EVERY = 10
+HEADS_FILE = "heads.json"
+"""Where a run keeps the scores of layers and heads, and which it chose."""
+SCORED_SAMPLES = 256
+"""Samples, from all over the data, whose words the scores are means over."""
+_EARLIER: dict[str, dict[str, Any]] = {
+    "alignment": {"heads": "mean", "question_rows": None, "question_layers": None, "question_heads": None, "until": 1.0},
+    "words": {"roles": ["answer"]},
+}
+"""Settings that runs of older versions do not know, with the values that these had."""
 
 
 def fine_tune(
@@ -83,7 +96,8 @@ def fine_tune(
         training: optimizer, LoRA, schedule, precision and engine.
         targets: the teacher's maps by sample id; without them the run is plain fine-tuning. Samples without a target train the
             language loss alone.
-        alignment: what is compared, with `targets`.
+        alignment: what is compared, with `targets`. Where it says `best:K`, layers and heads are chosen before the training by
+            their scores on some of the samples (`lavender.choose_heads`); `run.json` has the chosen ones.
         words: which words are compared, with `targets`.
         adapter: folder or hub id of a LoRA adapter that the training starts from, in place of a new one; it says the rank and the
             modules.
@@ -121,7 +135,7 @@ def fine_tune(
         alignment = words = None
     # The same commit in every process and stage, whatever becomes of the hub's branch.
     model, adapter = pin_student(model), None if adapter is None else pin_adapter(adapter)
-    run = _Run(model, known, out, training, targets, alignment, words, adapter, aligner, progress)
+    run = _Run(model, known, out, training, targets, alignment, words, adapter, aligner, progress).with_heads()
     if training.aligner_steps:
         rate = training.aligner_learning_rate or training.learning_rate
         first = replace(
@@ -186,6 +200,54 @@ class _Run:
     aligner: str | Path | None
     progress: bool
     frozen: bool = False
+
+    def with_heads(self) -> _Run:
+        """This run with layers and heads in place of `best:K`: those that it was begun with, or else chosen now, by one process."""
+        if self.alignment is None or is_chosen(self.alignment):
+            return self
+        arguments = _arguments(self.out / "checkpoints", self.training, self.progress)
+        unset_hf_deepspeed_config()  # ZeRO-3 would share out the copy of the student that one process loads
+        chosen: list[AlignmentConfig] = []
+        errors: list[LavenderError] = []
+        if arguments.process_index == 0:
+            try:
+                chosen = [self._heads_of_before() or self._choose_heads(arguments.device)]
+            except LavenderError as error:
+                errors = [error]
+        for first in of_all_processes(errors, arguments):
+            raise first
+        return replace(self, alignment=of_all_processes(chosen, arguments)[0])
+
+    def _heads_of_before(self) -> AlignmentConfig | None:
+        """What `heads.json` says, if the run was begun. Raises `TargetError` if other layers and heads were asked for then."""
+        if not any(_is_begun(out) for out in (self.out, self.out / "first_stage")):
+            return None
+        path = self.out / HEADS_FILE
+        try:
+            present: dict[str, Any] = json.loads(read_file(path)) if path.exists() else {"asked": None}
+            if present["asked"] == to_dict(self.alignment):
+                return from_dict(AlignmentConfig, present["config"])
+        except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+            raise DataError(f"{path} is damaged ({error}); give --out a new folder") from None
+        raise TargetError(
+            f"{self.out} holds a run with another alignment; give a new folder, or the settings of that run (see {path})"
+        )
+
+    def _choose_heads(self, device: torch.device) -> AlignmentConfig:
+        assert self.alignment is not None
+        _begin(self.out, self.record(), self.targets, writes=False)  # a folder that cannot be written to is named before the work
+        student, processor = load_student(self.model, self.training.dtype)
+        scored: Any = student
+        if self.adapter is not None:
+            scored = _with_lora(student, self.training, self.adapter, aligned=False)
+        collator, size = self.collator(processor, student.config), self.training.batch_size
+        samples = self.samples[:: -(-len(self.samples) // SCORED_SAMPLES)]
+        batches = (collator(samples[start : start + size]) for start in range(0, len(samples), size))
+        found = choose_heads(scored.to(device), self.alignment, batches)
+        self.out.mkdir(parents=True, exist_ok=True)
+        record = {"asked": to_dict(self.alignment), **found.to_dict()}
+        write_within(self.out, HEADS_FILE, json.dumps(record, indent=2) + "\n")
+        return found.config
 
     def execute(self) -> nn.Module:
         out = self.out
@@ -281,9 +343,10 @@ class _Run:
 def _texts(sample: Sample | Conversation) -> list[Any]:
     """What a run's record knows of a sample; of pictures their paths and sizes."""
     pictures = [[str(path), path.stat().st_size] for path in _paths(sample)]
+    regions = [region.record() for region in sample.regions]
     if isinstance(sample, Sample):
-        return [sample.id, pictures, sample.question, sample.answer]
-    return [sample.id, pictures, *([message.role, message.content] for message in sample.messages)]
+        return [sample.id, pictures, sample.question, sample.answer, *regions]
+    return [sample.id, pictures, *([message.role, message.content] for message in sample.messages), *regions]
 
 
 def _paths(sample: Sample | Conversation) -> list[Path]:
@@ -407,8 +470,7 @@ def _begin(out: Path, record: dict[str, Any], targets: TargetStore | None, write
     finished = (out / "history.json").exists()
     if not finished:
         _require_no_links(out)
-    # A run that wrote no checkpoint may be begun anew with other settings.
-    if path.exists() and (finished or any((out / "checkpoints").glob("checkpoint-*"))):
+    if _is_begun(out):
         try:
             present = json.loads(read_file(path))
             if not isinstance(present, dict):
@@ -420,6 +482,9 @@ def _begin(out: Path, record: dict[str, Any], targets: TargetStore | None, write
         # Nor the digits that a teacher's weights have now, wherever they lie.
         if targets is not None and present.get("targets_fingerprint") == [targets.earlier_fingerprint, targets.contents()]:
             present["targets_fingerprint"] = record["targets_fingerprint"]
+        for name, settings in _EARLIER.items():
+            if isinstance(present.get(name), dict) and record[name]:
+                present[name] = {key: value for key, value in settings.items() if key in record[name]} | present[name]
         changed = [key for key in record if present.get(key) != record[key]]
         if changed:
             raise TargetError(
@@ -432,10 +497,16 @@ def _begin(out: Path, record: dict[str, Any], targets: TargetStore | None, write
     return False
 
 
+def _is_begun(out: Path) -> bool:
+    """Whether a folder holds a run that goes on: one that wrote no checkpoint may be begun anew with other settings."""
+    has_results = (out / "history.json").exists() or any((out / "checkpoints").glob("checkpoint-*"))
+    return (out / "run.json").exists() and has_results
+
+
 def _require_no_links(out: Path) -> None:
     """Raises `DataError` for a link among what a run writes: transformers and PEFT would write through it."""
     kept = [out / name for name in ("adapter", "model", "checkpoints", "first_stage")]
-    for path in (*kept, out / ALIGNER_FILE, *chain.from_iterable(folder.rglob("*") for folder in kept[:3])):
+    for path in (*kept, out / ALIGNER_FILE, out / HEADS_FILE, *chain.from_iterable(folder.rglob("*") for folder in kept[:3])):
         own_path(out, str(path.relative_to(out)))
 
 

@@ -99,6 +99,14 @@ def test_settings_come_after_options(calls):
     assert settings["words"].match == "exact"
 
 
+def test_layers_may_be_the_best_ones(calls):
+    run(*TRAIN, "--model", "m", "--layers", "best:2", "--set", "alignment.heads=best:8", "--set", "alignment.question_layers=[]")
+    alignment = calls["train"][1]["alignment"]
+    assert (alignment.layers, alignment.heads, alignment.question_layers) == ("best:2", "best:8", ())
+    with pytest.raises(ConfigError, match="layers is '1-3'; give integers"):
+        run(*TRAIN, "--model", "m", "--layers", "1-3")
+
+
 @pytest.mark.parametrize(
     ("command", "cls", "names"),
     [

@@ -52,7 +52,13 @@ def test_settings_are_changed_by_texts():
     assert override(TrainingConfig(), ['lora_targets=["q_proj"]']).lora_targets == ("q_proj",)
     assert override(WordsConfig(), ["exclude=red"]).exclude == ("red",)
     assert override(WordsConfig(), ['exclude=["red", "blue"]']).exclude == ("red", "blue")
+    chosen = preset("small-world").with_settings(["alignment.heads=best:8", "alignment.layers=best:2", "alignment.until=0.5"])
+    assert (chosen.alignment.heads, chosen.alignment.layers, chosen.alignment.until) == ("best:8", "best:2", 0.5)
+    one = preset("small-world").with_settings(["alignment.heads=3.10", "alignment.question_heads= 1.0", "alignment.layers=3"])
+    assert (one.alignment.heads, one.alignment.question_heads, one.alignment.layers) == ("3.10", "1.0", (3,))
     for wrong, message in (
+        ("alignment.heads=310", "heads is '310'; give mean, best:K"),
+        ("alignment.heads=null", "heads is None"),
         ("steps=7", "expected alignment, training, words"),
         ("training.stepz=7", "stepz"),
         ("training.steps", "'training.steps' changes nothing"),

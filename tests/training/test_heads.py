@@ -1,0 +1,149 @@
+"""`best:K` in a run: chosen once, written down, and the same for every stage and whoever continues."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import lavender
+from lavender.batches.collator import Collator
+from lavender.config import AlignmentConfig, TrainingConfig, from_dict, to_dict
+from lavender.data.samples import Sample
+from lavender.errors import ConfigError, DataError, TargetError
+from lavender.miniworld.scenes import DESCRIBE
+from lavender.training import train
+from lavender.training.train import fine_tune, load_aligner, load_student
+
+from .test_train import write_targets
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+TRAINING = TrainingConfig(steps=2, batch_size=4, learning_rate=1e-3, save_steps=1)
+BEST = AlignmentConfig(aligner="light", heads="best:3", layers="best:2", rows="both")
+
+
+@pytest.fixture
+def samples(scenes):
+    return [Sample(str(i), s.image, DESCRIBE, s.caption) for i, s in enumerate(scenes[:6])]
+
+
+@pytest.fixture
+def targets(scenes, tmp_path):
+    return write_targets(tmp_path / "targets", scenes[:6], [str(i) for i in range(6)])
+
+
+@pytest.fixture
+def scorings(monkeypatch):
+    """The configs that scores were made for."""
+    scorings = []
+
+    def counted(model, config, batches):
+        scorings.append(config)
+        return lavender.choose_heads(model, config, batches)
+
+    monkeypatch.setattr(train, "choose_heads", counted)
+    return scorings
+
+
+def test_a_run_chooses_once_and_says_what(student_folder, processor, samples, targets, tmp_path, scorings):
+    out = tmp_path / "run"
+    training = replace(TRAINING, aligner_steps=1)
+    trained = fine_tune(student_folder, samples, out, training, targets=targets, alignment=BEST, progress=False)
+    assert scorings == [BEST]
+    student = load_student(student_folder)[0]
+    collator = Collator(processor, targets)
+    expected = lavender.choose_heads(student, BEST, [collator(samples[:4]), collator(samples[4:])])
+    written = json.loads((out / "heads.json").read_text())
+    assert written == {"asked": to_dict(BEST), **expected.to_dict()}
+    for folder in (out, out / "first_stage"):
+        assert json.loads((folder / "run.json").read_text())["alignment"] == to_dict(expected.config)
+    assert trained.get_base_model()._lavender_patch.config == expected.config
+    trained.get_base_model()._lavender_patch.unpatch()
+    # The aligner belongs to the settings of run.json.
+    alignment = from_dict(AlignmentConfig, json.loads((out / "run.json").read_text())["alignment"])
+    load_aligner(lavender.patch(student, alignment), out)
+    # A finished run is loaded, a killed one goes on, by the choice that it was begun with.
+    fine_tune(student_folder, samples, out, training, targets=targets, alignment=BEST, progress=False)
+    before = json.loads((out / "history.json").read_text())
+    (out / "history.json").unlink()
+    fine_tune(student_folder, samples, out, training, targets=targets, alignment=BEST, progress=False)
+    assert json.loads((out / "history.json").read_text()) == before
+    assert scorings == [BEST]
+    other = replace(BEST, heads="best:2")
+    with pytest.raises(TargetError, match=r"another alignment.*heads\.json"):
+        fine_tune(student_folder, samples, out, training, targets=targets, alignment=other, progress=False)
+    (out / "heads.json").write_text("{")
+    with pytest.raises(DataError, match=r"heads\.json is damaged"):
+        fine_tune(student_folder, samples, out, training, targets=targets, alignment=BEST, progress=False)
+    # So is the same run by the chosen settings themselves.
+    fine_tune(student_folder, samples, out, training, targets=targets, alignment=expected.config, progress=False)
+
+
+def test_a_choice_that_cannot_be_made_ends_the_run_before_it_starts(student_folder, samples, targets, tmp_path):
+    alignment = AlignmentConfig(heads="best:99")
+    with pytest.raises(ConfigError, match="best:99"):
+        fine_tune(student_folder, samples, tmp_path / "run", TRAINING, targets=targets, alignment=alignment, progress=False)
+    assert not (tmp_path / "run/run.json").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="is a file"):
+        fine_tune(student_folder, samples, tmp_path / "file", TRAINING, targets=targets, alignment=replace(BEST), progress=False)
+
+
+def test_a_run_that_an_older_version_began_goes_on(student_folder, samples, targets, tmp_path):
+    """It knows no heads, no roles and no end."""
+    out, alignment = tmp_path / "run", AlignmentConfig(aligner="identity", layers=(1, 3), rows="reads")
+    fine_tune(student_folder, samples, out, TRAINING, targets=targets, alignment=alignment, progress=False)
+    record = json.loads((out / "run.json").read_text())
+    for name in ("heads", "question_rows", "question_layers", "question_heads", "until"):
+        del record["alignment"][name]
+    (out / "run.json").write_text(json.dumps(record))
+    (out / "history.json").unlink()
+    fine_tune(student_folder, samples, out, TRAINING, targets=targets, alignment=alignment, progress=False)
+    assert len(json.loads((out / "history.json").read_text())) == 2
+    (out / "run.json").write_text(json.dumps(record))
+    other = replace(alignment, heads="1.0")
+    with pytest.raises(TargetError, match="another alignment"):
+        fine_tune(student_folder, samples, out, TRAINING, targets=targets, alignment=other, progress=False)
+
+
+@pytest.mark.parametrize("aligner", ["identity", "light"])
+def test_an_alignment_that_ended_continues_as_ended(student_folder, samples, targets, tmp_path, aligner):
+    """Killed after its end, and before it."""
+    alignment = AlignmentConfig(aligner=aligner, until=0.5)
+    training = replace(TRAINING, steps=4, arguments={"save_total_limit": 4})
+    histories = []
+    for kept in (4, 3, 1):
+        out = tmp_path / "run"
+        if kept < 4:
+            (out / "history.json").unlink()
+            for step in range(kept + 1, 5):
+                for path in sorted((out / f"checkpoints/checkpoint-{step}").rglob("*"), reverse=True):
+                    path.unlink() if path.is_file() else path.rmdir()
+                (out / f"checkpoints/checkpoint-{step}").rmdir()
+        fine_tune(student_folder, samples, out, training, targets=targets, alignment=alignment, progress=False)
+        histories.append(json.loads((out / "history.json").read_text()))
+    assert [entry["alignment_weight"] for entry in histories[0]] == [10, 10, 0, 0]
+    assert histories[1] == histories[0]
+    assert histories[2] == histories[0]
+
+
+def test_adapters_are_scored_with_what_they_changed(student_folder, samples, targets, tmp_path, scorings):
+    first = tmp_path / "plain"
+    fine_tune(student_folder, samples, first, replace(TRAINING, learning_rate=1.0), progress=False)
+    found = []
+    for name, adapter in (("one", None), ("two", first / "adapter")):
+        alignment = AlignmentConfig(aligner="identity", heads="best:3")
+        fine_tune(
+            student_folder,
+            samples,
+            tmp_path / name,
+            TRAINING,
+            targets=targets,
+            alignment=alignment,
+            adapter=adapter,
+            progress=False,
+        )
+        found.append(torch.tensor(json.loads((tmp_path / name / "heads.json").read_text())["scores"]["answer"]["heads"]))
+    assert not torch.allclose(*found)
