@@ -81,7 +81,7 @@ def test_the_report_is_one_file_with_everything_in_it(run):
     first = re.search(r"<body>\s*<h1>(.*?)</h1>", html)[1]
     assert first == "With the teacher&#39;s maps 58 % of the answers are right, without them 32 %: +26 (+24 to +28) points."
     assert headline({"answers": {"in distribution": ROWS}}) == first.replace("&#39;", "'")
-    for text in ("+85 (+82 to +88)", "1,234", "0.950", "0.310", "0.920", environment()["torch"], "40 ms", "50 ms", "1.25 times"):
+    for text in ("+85 <span class=\"soft\">(+82 to +88)</span>", "1,234", "0.950", "0.310", "0.920", environment()["torch"], "40 ms", "50 ms", "1.25 times"):
         assert text in html, text
     assert html.count('class="mark yes"') == html.count('class="mark no"') == 2 * 2
     assert html.count('class="said no"') == 2 * 3, "plain is wrong twice, and the other says red where three is right"
