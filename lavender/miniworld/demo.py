@@ -27,6 +27,7 @@ from .experiment import (
     MAIN_WORLD,
     MEASURED,
     DemoConfig,
+    choose_alignment,
     compare_arms,
     fresh_scenes,
     run_arm,
@@ -64,6 +65,7 @@ def run_demo(out: Path, config: DemoConfig) -> Path:
         fresh = fresh_scenes(MAIN_WORLD, config.num_fresh)
         teacher = target_maps(teacher_targets(out / "fresh", fresh, config.teacher))
         console.rule("2/3  Two students: plain, and with the teacher's maps")
+        config = choose_alignment(out, config)
         _run_arms(out, config, console)
         console.rule("3/3  Report")
         results = {

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlamaConfig, LlavaConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..config import AlignmentConfig, to_dict
@@ -114,7 +114,7 @@ def conversation_of(name: str, scene: Scene, questions: Sequence[Question], *, r
 
 
 @torch.no_grad()
-def features_of(model: LlavaForConditionalGeneration, processor: Any, scenes: Sequence[Scene]) -> torch.Tensor:
+def features_of(model: Any, processor: Any, scenes: Sequence[Scene]) -> torch.Tensor:
     """What the student's vision tower makes of scenes, [scenes, places, D]."""
     parts = []
     for first in range(0, len(scenes), 100):
@@ -126,13 +126,13 @@ def features_of(model: LlavaForConditionalGeneration, processor: Any, scenes: Se
     return torch.cat(parts)
 
 
-def small_student(seed: int, width: int = 64, layers: int = 3) -> tuple[LlavaForConditionalGeneration, Any]:
+def small_student(seed: int, width: int = 64, layers: int = 3) -> tuple[Any, Any]:
     """A student whose language stage has random weights of `seed`, behind the embedded student's trained vision tower."""
     trained, processor = load_student(STUDENT)
     known = trained.config
     text = known.text_config
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(
+    model = type(trained)(
         LlavaConfig(
             vision_config=known.vision_config,
             text_config=LlamaConfig(
@@ -159,13 +159,13 @@ def small_student(seed: int, width: int = 64, layers: int = 3) -> tuple[LlavaFor
 
 
 def train_language(
-    model: LlavaForConditionalGeneration,
+    model: Any,
     data: QuestionSet,
     stage: LanguageStage,
     folder: Path,
     *,
     alignment: AlignmentConfig | None = None,
-    measure: Callable[[LlavaForConditionalGeneration], dict[str, Any]] | None = None,
+    measure: Callable[[Any], dict[str, Any]] | None = None,
     measure_every: int = 100,
     start: Path | None = None,
     on_step: Callable[[int], None] | None = None,
@@ -281,7 +281,7 @@ def _drawn(data: QuestionSet, stage: LanguageStage, step: int) -> tuple[list[int
 
 
 @torch.no_grad()
-def right_answers(model: LlavaForConditionalGeneration, data: QuestionSet, count: int | None = None) -> dict[str, list[bool]]:
+def right_answers(model: Any, data: QuestionSet, count: int | None = None) -> dict[str, list[bool]]:
     """Which answers to the questions about the first `count` pictures are right, by type of question, picture by picture.
 
     An answer is right if each of its tokens, and the end, is the likeliest one behind those before it: what greedy decoding says.

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from lavender.config import AlignmentConfig, to_dict
 from lavender.errors import DataError
 from lavender.maps import overlay
 from lavender.miniworld import report
@@ -65,7 +66,12 @@ def run(tmp_path):
         },
         "examples": [{"picture": 4, "questions": [question, counting]}] * 2,
         "teacher": compared(0.95),
-        "config": {"num_train": 1000, "num_fresh": 200, "num_curve": 40, "alignment": {"weight": 0.5}},
+        "config": {
+            "num_train": 1000,
+            "num_fresh": 200,
+            "num_curve": 40,
+            "alignment": to_dict(AlignmentConfig(question_rows="reads")),
+        },
         "environment": environment(),
     }
     (tmp_path / "results.json").write_text(json.dumps(results))
@@ -81,7 +87,17 @@ def test_the_report_is_one_file_with_everything_in_it(run):
     first = re.search(r"<body>\s*<h1>(.*?)</h1>", html)[1]
     assert first == "With the teacher&#39;s maps 58 % of the answers are right, without them 32 %: +26 (+24 to +28) points."
     assert headline({"answers": {"in distribution": ROWS}}) == first.replace("&#39;", "'")
-    for text in ("+85 <span class=\"soft\">(+82 to +88)</span>", "1,234", "0.950", "0.310", "0.920", environment()["torch"], "40 ms", "50 ms", "1.25 times"):
+    for text in (
+        '+85 <span class="soft">(+82 to +88)</span>',
+        "1,234",
+        "0.950",
+        "0.310",
+        "0.920",
+        environment()["torch"],
+        "40 ms",
+        "50 ms",
+        "1.25 times",
+    ):
         assert text in html, text
     assert html.count('class="mark yes"') == html.count('class="mark no"') == 2 * 2
     assert html.count('class="said no"') == 2 * 3, "plain is wrong twice, and the other says red where three is right"
@@ -89,6 +105,30 @@ def test_the_report_is_one_file_with_everything_in_it(run):
 
 def test_what_the_text_says_follows_from_the_figures():
     assert unclear(ROWS) == {"better": ["color"], "worse": ["place"], "even": ["position"], "guessed": ["position", "place"]}
+
+
+@pytest.mark.parametrize(
+    ("alignment", "text"),
+    [
+        (
+            AlignmentConfig(rows="predicts", question_rows="reads"),
+            "of a word of the question the row that reads it, of an answer (→) the row that predicts it; "
+            "the mean over all heads of all layers",
+        ),
+        (
+            AlignmentConfig(rows="last", layers=(1,)),
+            "of a word of the question the row that reads its last token, of an answer (→) the row that reads its last token; "
+            "the mean over all heads of layer 1",
+        ),
+        (
+            AlignmentConfig(rows="both", layers=(0, 2), question_heads="0.1,2.3"),
+            "of a word of the question the rows that predict and read it, of an answer (→) the rows that predict and read it; "
+            "the mean over heads 0.1,2.3; of an answer all heads of layers 0, 2",
+        ),
+    ],
+)
+def test_the_page_says_which_attention_it_shows(alignment, text):
+    assert report._reading(to_dict(alignment)) == text
 
 
 def test_the_time_of_equal_answers_is_said(run):
