@@ -162,7 +162,8 @@ def _run_side_by_side(out: Path, config: DemoConfig, tells: dict[str, Tell]) -> 
                 continue
             receiving, sending = context.Pipe(duplex=False)
             process = context.Process(target=_work, args=(sending, out, arm, config), daemon=True)
-            process.start()
+            with _ignoring_interrupts():
+                process.start()
             stack.callback(process.join)
             stack.callback(process.terminate)
             sending.close()  # so that its end is noticed
@@ -186,9 +187,21 @@ def _run_side_by_side(out: Path, config: DemoConfig, tells: dict[str, Tell]) -> 
                     tells[arm](*message)
 
 
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """Processes that start here ignore interrupts: a terminal's reaches them all, and the one that began the others ends them."""
+    if threading.current_thread() is not threading.main_thread():  # another thread cannot choose
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _work(connection: Connection, out: Path, arm: str, config: DemoConfig) -> None:
     """An arm in a process of its own, which ends with the one that began it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt of the terminal reaches both; the other one ends this
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     from transformers.utils import logging
