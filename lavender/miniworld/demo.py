@@ -99,12 +99,12 @@ def _require_same(out: Path, config: DemoConfig) -> None:
     settings = {"layout": LAYOUT, "version": lavender, "torch": torch.__version__, **to_dict(config)}
     if (out / SETTINGS).exists():
         try:
-            known = json.loads(read_file(out / SETTINGS))
-            others = [name for name in settings | known if settings.get(name) != known.get(name)]
-        except (ValueError, TypeError):
+            known, given = dict(_flat(json.loads(read_file(out / SETTINGS)))), dict(_flat(settings))
+        except ValueError:
             raise TargetError(f"{out / SETTINGS} is damaged; choose another folder with --out") from None
+        others = [name for name in given | known if given.get(name) != known.get(name)]
         if others:
-            differing = ", ".join(f"{name}={known.get(name)!r}, now {settings.get(name)!r}" for name in others)
+            differing = ", ".join(f"{name}={known.get(name)!r}, now {given.get(name)!r}" for name in others)
             raise TargetError(f"{out} holds a demo of other settings ({differing}); choose another folder with --out")
     elif old := [name for name in _FIRST_LAYOUT if (out / name).exists()]:
         raise TargetError(
@@ -112,6 +112,15 @@ def _require_same(out: Path, config: DemoConfig) -> None:
             "it is: choose another folder with --out"
         )
     write_within(out, SETTINGS, json.dumps(settings, indent=1) + "\n")
+
+
+def _flat(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings by their whole names."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _flat(value, f"{name}.{key}".lstrip("."))
+    else:
+        yield name, values
 
 
 def _run_arms(out: Path, config: DemoConfig, console: Console) -> None:

@@ -7,11 +7,11 @@ that was killed continues from its folder and ends with the same weights.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..config import AlignmentConfig, to_dict
 from ..data.regions import Region
 from ..data.samples import Conversation, Message
-from ..errors import TargetError
-from ..files import read_file, write_within
+from ..errors import TargetError, first_line
+from ..files import read_file, replacing, write_within
 from ..patching import patch
 from ..students.loading import load_student
 from ..students.patch import StudentPatch
@@ -203,7 +203,7 @@ def train_language(
     if not source.exists() and start is not None:
         source = start / BEFORE_FALL
     if source.exists():
-        state = torch.load(source, weights_only=True)
+        state = _load(source)
         with torch.no_grad():
             for name, value in state["weights"].items():
                 trained[name].copy_(value)
@@ -258,9 +258,16 @@ def train_language(
 
 
 def _save(state: dict[str, Any], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    with replacing(path) as file:
+        torch.save(state, file)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        raise TargetError(f"{path} is damaged ({first_line(error)}); remove it, and the training begins again") from None
+    return state
 
 
 def _drawn(data: QuestionSet, stage: LanguageStage, step: int) -> tuple[list[int], list[list[int]]]:

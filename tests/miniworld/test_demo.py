@@ -22,7 +22,16 @@ from lavender.errors import TargetError
 from lavender.evaluation.answers import generate
 from lavender.miniworld import demo, language
 from lavender.miniworld.demo import run_demo
-from lavender.miniworld.experiment import ARMS, WORLDS, DemoConfig, ask, demo_config, fresh_scenes, training_scenes
+from lavender.miniworld.experiment import (
+    ARMS,
+    WORLDS,
+    DemoConfig,
+    ask,
+    choose_alignment,
+    demo_config,
+    fresh_scenes,
+    training_scenes,
+)
 from lavender.students.loading import load_student
 
 SHORT = {"steps": 50, "pictures": 4, "questions": 8, "warmup_steps": 5}
@@ -201,7 +210,7 @@ def test_a_folder_of_something_else_is_refused_in_a_line(finished, tmp_path, mon
         return str(caught.value)
 
     assert "seed=3, now 4" in refused(finished, replace(CONFIG, seed=4))
-    assert "'weight': 1.0" in refused(finished, replace(CONFIG, alignment=replace(CONFIG.alignment, weight=0.5)))
+    assert "(alignment.weight=1.0, now 0.5)" in refused(finished, replace(CONFIG, alignment=replace(CONFIG.alignment, weight=0.5)))
     monkeypatch.setattr(demo, "LAYOUT", 99)
     assert "layout=2, now 99" in refused(finished)
     old = tmp_path / "old"
@@ -217,6 +226,15 @@ def test_a_folder_of_something_else_is_refused_in_a_line(finished, tmp_path, mon
     assert "damaged" in refused(broken)
     with FileLock(tmp_path / ".lock"):
         assert "another process" in refused(tmp_path)
+
+
+def test_layers_and_heads_are_chosen_before_the_training(finished):
+    """By the training pictures' targets, in the untrained student: the same every time, for both students."""
+    open_ = replace(CONFIG, alignment=replace(CONFIG.alignment, layers="best:1"))
+    chosen = choose_alignment(finished, open_)
+    assert len(chosen.alignment.layers) == 1
+    assert chosen == choose_alignment(finished, open_)
+    assert choose_alignment(finished, CONFIG) == CONFIG
 
 
 def test_seeds_share_no_picture_of_the_training():
