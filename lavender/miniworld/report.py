@@ -94,8 +94,8 @@ def write_report(run: str | Path) -> Path:
 
 
 def percent(share: float) -> str:
-    """`0.84` as `84 %`."""
-    return f"{100 * share:.0f} %"
+    """`0.84` as `84 %`, which no line breaks."""
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
 
 
 def points(value: Mapping[str, float]) -> str:
