@@ -59,9 +59,8 @@ def run_demo(out: Path, config: DemoConfig) -> Path:
     with _alone(out):
         _require_same(out, config)
         console.rule("1/3  Teacher: where does each word lie?")
-        training = training_scenes(config)
-        teacher_targets(out / "data", training, config.teacher)
-        write_questions(out / "data", training)
+        teacher_targets(out / "data", training_scenes(config), config.teacher)
+        write_questions(out / "data", config)
         fresh = fresh_scenes(MAIN_WORLD, config.num_fresh)
         teacher = target_maps(teacher_targets(out / "fresh", fresh, config.teacher))
         console.rule("2/3  Two students: plain, and with the teacher's maps")

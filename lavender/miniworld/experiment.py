@@ -285,13 +285,19 @@ def _look_at_examples(
     return examples
 
 
-def write_questions(folder: Path, scenes: Sequence[Scene]) -> None:
-    """Writes `questions.jsonl` beside the `captions.jsonl` of `write_dataset`: a conversation about each picture."""
+def write_questions(folder: Path, config: DemoConfig) -> None:
+    """Writes `questions.jsonl` beside the `captions.jsonl` of `write_dataset`: a conversation about each training picture, with the
+    regions of its referents, if there are any."""
     lines = []
+    scenes = training_scenes(config)
     for number, (scene, questions) in enumerate(zip(scenes, ask(scenes), strict=True)):
         name = f"images/{number:05d}.png"
-        messages = [{"role": m.role, "content": m.content} for m in conversation_of(name, scene, questions).messages]
-        lines.append(json.dumps({"id": name, "image": name, "conversations": messages}))
+        conversation = conversation_of(name, scene, questions, referents=config.referents)
+        line: dict[str, Any] = {"id": name, "image": name}
+        line["conversations"] = [{"role": m.role, "content": m.content} for m in conversation.messages]
+        if conversation.regions:
+            line["regions"] = [{"turn": region.turn, "word": region.word} for region in conversation.regions]
+        lines.append(json.dumps(line))
     write_within(folder, "questions.jsonl", "\n".join(lines) + "\n")
 
 

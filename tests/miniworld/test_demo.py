@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from lavender.batches.collator import Collator
+from lavender.data.samples import read_samples
 from lavender.errors import TargetError
 from lavender.evaluation.answers import generate
 from lavender.miniworld import demo, language
@@ -31,8 +34,11 @@ from lavender.miniworld.experiment import (
     demo_config,
     fresh_scenes,
     training_scenes,
+    write_questions,
 )
+from lavender.miniworld.language import conversation_of, small_student
 from lavender.students.loading import load_student
+from lavender.targets.store import TargetStore
 
 SHORT = {"steps": 50, "pictures": 4, "questions": 8, "warmup_steps": 5}
 CONFIG = replace(
@@ -100,6 +106,22 @@ def test_what_a_demo_leaves(finished, capsys):
     assert all(torch.equal(plain[name], aligned[name]) for name in tower)
     html = (finished / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', html), "nothing is loaded from elsewhere"
+
+
+@pytest.mark.parametrize("referents", [False, True])
+def test_the_questions_are_a_data_set_of_their_own(finished, tmp_path, referents):
+    """What the file says is what the students learned: the same batch, with the targets of the store beside it."""
+    config = replace(CONFIG, referents=referents)
+    shutil.copytree(finished / "data/images", tmp_path / "images")
+    write_questions(tmp_path, config)
+    scenes = training_scenes(config)
+    learned = [conversation_of(str(n), *pair, referents=referents) for n, pair in enumerate(zip(scenes, ask(scenes), strict=True))]
+    _, processor = small_student(0)
+    collator = Collator(processor, TargetStore(finished / "data/targets"), config.words, on_error="raise")
+    first, second = collator(read_samples(tmp_path / "questions.jsonl")), collator(learned)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert first["lavender_present"].any(dim=1).all()
 
 
 def test_answers_are_those_of_greedy_generation(finished):
