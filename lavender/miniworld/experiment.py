@@ -204,7 +204,7 @@ def run_arm(out: Path, arm: str, config: DemoConfig, tell: Callable[[str, float]
     )
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
-    with patch(model, replace(config.alignment, aligner="identity")) as handle:
+    with patch(model, replace(config.alignment, aligner="identity", aggregation="mean")) as handle:
         measured = {
             "answers": {world: hits_by_picture(model, questions) for world, questions in fresh.items()},
             "attention": attention(handle, fresh[MAIN_WORLD], scenes[MAIN_WORLD]),
@@ -222,7 +222,8 @@ def hits_by_picture(model: Any, data: QuestionSet) -> list[list[bool]]:
 def read_maps(handle: StudentPatch, data: QuestionSet, pictures: Sequence[int], asked: Asked) -> list[list[np.ndarray]]:
     """The maps [W, y, x] of each question about some pictures: those of the question's words, then those of the answer's.
 
-    The words are `Collator.words` of both; `data` compares every word. The maps are those that the patch's config compares.
+    The words are `Collator.words` of both; `data` compares every word. A map is the mean over the layers and heads that are
+    compared.
     """
     result = []
     for first in range(0, len(pictures), _LOOKED_AT):

@@ -233,6 +233,10 @@ def test_a_folder_of_something_else_is_refused_in_a_line(finished, tmp_path, mon
 
     assert "seed=3, now 4" in refused(finished, replace(CONFIG, seed=4))
     assert "(alignment.weight=1.0, now 0.5)" in refused(finished, replace(CONFIG, alignment=replace(CONFIG.alignment, weight=0.5)))
+    before = (finished / "demo.json").read_text()
+    (finished / "demo.json").write_text(json.dumps({**json.loads(before), "version": "0.0.1"}))
+    assert "version='0.0.1', now" in refused(finished)
+    (finished / "demo.json").write_text(before)
     monkeypatch.setattr(demo, "LAYOUT", 99)
     assert "layout=2, now 99" in refused(finished)
     old = tmp_path / "old"
