@@ -42,7 +42,6 @@ SETTINGS = "demo.json"
 LAYOUT = 2
 """Of the folder. The first one had no `demo.json`."""
 _FIRST_LAYOUT = ("captions.jsonl", "held_out", "none")
-_STUDENT = "{task.fields[answers]}"
 
 Tell = Callable[[str, float], None]
 
@@ -127,7 +126,7 @@ def _run_arms(out: Path, config: DemoConfig, console: Console) -> None:
         TextColumn("{task.description:30}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(_STUDENT),
+        TextColumn("{task.fields[answers]}"),
         TimeElapsedColumn(),
         console=console,
     )

@@ -27,6 +27,7 @@ from ..students.channels import is_chosen
 from ..students.heads import choose_heads
 from ..students.patch import StudentPatch
 from ..targets.store import TargetStore
+from ..types import WordBatch
 from . import HELD_OUT_SEED, TRAINING_SEED
 from .language import (
     HISTORY,
@@ -232,6 +233,7 @@ def read_maps(handle: StudentPatch, data: QuestionSet, pictures: Sequence[int], 
         maps = handle.align(**batch).detach().numpy()
         for b, questions in enumerate(asked[first : first + _LOOKED_AT]):
             counts = [len(Collator.words(q.text)) + len(Collator.words(q.answer)) for q in questions]
+            assert int(batch[WordBatch.KEYS["present"]][b].sum()) == sum(counts)
             result.append(np.split(maps[b, : sum(counts)], np.cumsum(counts)[:-1]))
     return result
 
