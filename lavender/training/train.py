@@ -134,7 +134,9 @@ def fine_tune(
     else:
         alignment = words = None
         if any(sample.regions for sample in known):
-            logger.warning("the samples have regions, and a run without targets aligns nothing: give targets, or a Trainer a Collator")
+            logger.warning(
+                "the samples have regions, and a run without targets aligns nothing: give targets, or a Trainer a Collator"
+            )
     # The same commit in every process and stage, whatever becomes of the hub's branch.
     model, adapter = pin_student(model), None if adapter is None else pin_adapter(adapter)
     run = _Run(model, known, out, training, targets, alignment, words, adapter, aligner, progress).with_heads()
