@@ -46,6 +46,7 @@ from lavender.miniworld.packing import PackedPictures
 from lavender.miniworld.report import environment
 from lavender.miniworld.scenes import DESCRIBE, Question, Scene, World, ask_all, make_scenes
 from lavender.miniworld.stores import agnostic_targets, exact_targets, shuffled_targets, teacher_targets
+from lavender.students.channels import is_chosen
 from lavender.students.loading import load_student
 from lavender.targets.store import TargetStore
 
@@ -112,7 +113,7 @@ PLACES: dict[str, Recipe] = {
     **{f"best {count} heads": _with(BASE, heads=f"best:{count}") for count in (2, 4)},
 }
 """The layers and heads that the grid tries first."""
-PLACED = PLACES["base"]
+PLACED = PLACES["layer 2"]
 """What it chose of them."""
 GRID: dict[str, Recipe] = {
     **{f"weight {weight:g}": _with(PLACED, weight=weight) for weight in (0.1, 0.3, 3.0, 10.0)},
@@ -288,7 +289,7 @@ def execute(run: Run, out: Path) -> dict[str, Any]:
         return {name: by_type(right_answers(student, questions)) for name, questions in curve.items()}
 
     alignment = None if run.arm in PLAIN else recipe.alignment
-    if alignment is not None and not alignment.is_chosen:
+    if alignment is not None and not is_chosen(alignment):
         alignment = choose_heads(model, alignment, batches_of(data, model)).config
     history = train_language(
         model,

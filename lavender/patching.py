@@ -71,7 +71,8 @@ def patch(
     Raises:
         ModelError: the model is of no kind, family or attention implementation that lavender can read, or trains with another
             config.
-        ConfigError: a setting is of another type, or belongs to the other kind of model.
+        ConfigError: a setting is of another type, or belongs to the other kind of model; the config's layers or heads are still to
+            be chosen (`best:K`, see `lavender.choose_heads`), or those of questions and answers do not go together.
         CaptureError: another thread is inside a `with` of the pipeline's patch that has other settings.
     """
     if config is not None and not isinstance(config, AlignmentConfig):

@@ -23,6 +23,7 @@ from lavender.config import (
     Match,
     Norm,
     PartOfSpeech,
+    Rows,
     Schedule,
     TeacherConfig,
     TrainingConfig,
@@ -48,14 +49,40 @@ teacher_configs = st.builds(
 )
 
 
-alignment_configs = st.builds(
-    AlignmentConfig,
-    weight=st.floats(0, 1e6),
-    schedule=st.sampled_from(get_args(Schedule)),
-    decay=st.floats(0, 100),
-    layers=st.lists(st.integers(0, 99), unique=True).map(tuple),
-    aggregation=st.sampled_from(get_args(Aggregation)),
-    norm=st.sampled_from(get_args(Norm)),
+layer_sets = st.lists(st.integers(0, 99), unique=True).map(tuple)
+head_sets = st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), unique=True, min_size=1, max_size=4)
+heads = head_sets.map(lambda places: ",".join(f"{layer}.{head}" for layer, head in places))
+best = st.integers(1, 999).map(lambda count: f"best:{count}")
+
+
+def or_none(settings):
+    try:
+        return AlignmentConfig(**settings)
+    except ConfigError:  # settings that do not go together
+        return None
+
+
+alignment_configs = (
+    st.fixed_dictionaries(
+        {
+            "weight": st.floats(0, 1e6),
+            "schedule": st.sampled_from(get_args(Schedule)),
+            "decay": st.floats(0, 100),
+            "layers": layer_sets | best,
+            "aggregation": st.sampled_from(get_args(Aggregation)),
+            "norm": st.sampled_from(get_args(Norm)),
+        },
+        optional={
+            "until": st.floats(0.01, 1),
+            "rows": st.sampled_from(get_args(Rows)),
+            "heads": heads | best,
+            "question_rows": st.sampled_from(get_args(Rows)),
+            "question_layers": layer_sets | best,
+            "question_heads": heads | best | st.just("mean"),
+        },
+    )
+    .map(or_none)
+    .filter(lambda config: config is not None)
 )
 words_configs = st.builds(
     WordsConfig,
@@ -69,6 +96,23 @@ words_configs = st.builds(
 @given(st.one_of(teacher_configs, alignment_configs, words_configs))
 def test_a_config_survives_json(config):
     assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
+
+
+@given(alignment_configs)
+def test_settings_of_questions_are_the_answers_where_they_are_not_given(config):
+    """Those of heads that are named are theirs alone: such heads name their layers."""
+    of_answer, of_question = config.of_answer, config.of_question
+    for reading in (of_answer, of_question):
+        assert reading.of_question == reading.of_answer == reading
+    for name in ("rows", "layers", "heads"):
+        own = getattr(config, f"question_{name}")
+        assert getattr(of_answer, name) == getattr(config, name)
+        if own is not None:
+            assert getattr(of_question, name) == own
+        elif name != "layers" or "." not in (config.question_heads or ""):
+            assert getattr(of_question, name) == getattr(config, name)
+        else:
+            assert of_question.layers == ()
 
 
 @given(teacher_configs, teacher_configs)
@@ -98,6 +142,29 @@ def test_fingerprints_differ_exactly_when_configs_do(one, other):
         (AlignmentConfig, {"decay": -1.0}, "decay"),
         (AlignmentConfig, {"distance": "kl"}, "normalization='sum'"),
         (AlignmentConfig, {"normalization": "softmax"}, "zscore, sum, minmax"),
+        (AlignmentConfig, {"until": 0.0}, "until is 0.0"),
+        (AlignmentConfig, {"until": 1.5}, "until is 1.5"),
+        (AlignmentConfig, {"layers": "best:0"}, "layers is 'best:0'; give integers"),
+        (AlignmentConfig, {"layers": "0,1"}, "layers is '0,1'; give integers"),
+        (AlignmentConfig, {"question_layers": "best:"}, "question_layers is 'best:'"),
+        (AlignmentConfig, {"question_layers": (1, 1)}, "question_layers is .*twice"),
+        (AlignmentConfig, {"heads": "max"}, "heads is 'max'; give mean, best:K"),
+        (AlignmentConfig, {"heads": "1"}, "heads is '1'; .*layer.head"),
+        (AlignmentConfig, {"heads": "1.2,"}, "heads is '1.2,'"),
+        (AlignmentConfig, {"heads": "-1.2"}, "heads is '-1.2'"),
+        (AlignmentConfig, {"heads": "1.2, 01.2"}, "twice"),
+        (AlignmentConfig, {"heads": 1.2}, "heads is 1.2; .*expected: str"),
+        (AlignmentConfig, {"question_heads": "best:1.5"}, "question_heads is 'best:1.5'"),
+        (AlignmentConfig, {"heads": "best:2", "aggregation": "flow"}, "heads is 'best:2' and aggregation 'flow'"),
+        (
+            AlignmentConfig,
+            {"question_heads": "1.2", "aggregation": "parallel"},
+            "question_heads is '1.2' and aggregation 'parallel'",
+        ),
+        (AlignmentConfig, {"heads": "1.2", "layers": "best:2"}, "the heads name their layers"),
+        (AlignmentConfig, {"heads": "1.2,3.0", "layers": (1, 2)}, r"layers \(1, 2\) lacks \[3\]"),
+        (AlignmentConfig, {"heads": "1.2", "question_layers": (0,)}, r"of questions' words.*lacks \[1\]"),
+        (AlignmentConfig, {"question_rows": "writes"}, "predicts, reads, both, last"),
         (WordsConfig, {"match": "stem"}, "exact, casefold, root"),
         (WordsConfig, {"match": "root"}, "spacy download"),
         (WordsConfig, {"parts_of_speech": ("noun",)}, "spacy download"),

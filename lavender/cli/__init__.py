@@ -30,7 +30,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, runs and report; an interrupted demo in it is continued.")] = Path(
         "runs/demo"
     ),
-    seed: Annotated[int, typer.Option(help="Chooses the training pictures, their order and the first weights.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Chooses the training pictures, their order and the first weights.")
+    ] = 0,
 ) -> None:
     """Run the main job on the embedded small world and write a report.
 

@@ -93,7 +93,7 @@ def minicpm_v_4_6() -> Preset:
 
 
 def small_world() -> Preset:
-    """The small student inside the package, as `lavender demo` trains it, on a CPU."""
+    """The small student inside the package, on a CPU: it answers already, and learns captions (`bench/miniworld_study.py`)."""
     alignment = AlignmentConfig(weight=1.0, rows="reads", aligner="identity")
     return Preset(str(STUDENT), alignment, TrainingConfig(learning_rate=1e-3))
 

@@ -14,7 +14,7 @@ from .options import with_options
 
 
 @with_options(
-    alignment=(AlignmentConfig, ("weight", "rows", "layers", "aligner")),
+    alignment=(AlignmentConfig, ("weight", "rows", "layers", "heads", "aligner")),
     training=(
         TrainingConfig,
         ("steps", "batch_size", "learning_rate", "lora_rank", "gradient_checkpointing", "save_steps", "seed"),

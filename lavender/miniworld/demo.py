@@ -27,6 +27,7 @@ from .experiment import (
     MAIN_WORLD,
     MEASURED,
     DemoConfig,
+    choose_alignment,
     compare_arms,
     fresh_scenes,
     run_arm,
@@ -41,7 +42,6 @@ SETTINGS = "demo.json"
 LAYOUT = 2
 """Of the folder. The first one had no `demo.json`."""
 _FIRST_LAYOUT = ("captions.jsonl", "held_out", "none")
-_STUDENT = "{task.fields[answers]}"
 
 Tell = Callable[[str, float], None]
 
@@ -58,12 +58,12 @@ def run_demo(out: Path, config: DemoConfig) -> Path:
     with _alone(out):
         _require_same(out, config)
         console.rule("1/3  Teacher: where does each word lie?")
-        training = training_scenes(config)
-        teacher_targets(out / "data", training, config.teacher)
-        write_questions(out / "data", training)
+        teacher_targets(out / "data", training_scenes(config), config.teacher)
+        write_questions(out / "data", config)
         fresh = fresh_scenes(MAIN_WORLD, config.num_fresh)
         teacher = target_maps(teacher_targets(out / "fresh", fresh, config.teacher))
         console.rule("2/3  Two students: plain, and with the teacher's maps")
+        config = choose_alignment(out, config)
         _run_arms(out, config, console)
         console.rule("3/3  Report")
         results = {
@@ -97,12 +97,12 @@ def _require_same(out: Path, config: DemoConfig) -> None:
     settings = {"layout": LAYOUT, "version": lavender, "torch": torch.__version__, **to_dict(config)}
     if (out / SETTINGS).exists():
         try:
-            known = json.loads(read_file(out / SETTINGS))
-            others = [name for name in settings | known if settings.get(name) != known.get(name)]
-        except (ValueError, TypeError):
+            known, given = dict(_flat(json.loads(read_file(out / SETTINGS)))), dict(_flat(settings))
+        except ValueError:
             raise TargetError(f"{out / SETTINGS} is damaged; choose another folder with --out") from None
+        others = [name for name in given | known if given.get(name) != known.get(name)]
         if others:
-            differing = ", ".join(f"{name}={known.get(name)!r}, now {settings.get(name)!r}" for name in others)
+            differing = ", ".join(f"{name}={known.get(name)!r}, now {given.get(name)!r}" for name in others)
             raise TargetError(f"{out} holds a demo of other settings ({differing}); choose another folder with --out")
     elif old := [name for name in _FIRST_LAYOUT if (out / name).exists()]:
         raise TargetError(
@@ -112,12 +112,21 @@ def _require_same(out: Path, config: DemoConfig) -> None:
     write_within(out, SETTINGS, json.dumps(settings, indent=1) + "\n")
 
 
+def _flat(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings by their whole names."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _flat(value, f"{name}.{key}".lstrip("."))
+    else:
+        yield name, values
+
+
 def _run_arms(out: Path, config: DemoConfig, console: Console) -> None:
     progress = Progress(
         TextColumn("{task.description:30}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(_STUDENT),
+        TextColumn("{task.fields[answers]}"),
         TimeElapsedColumn(),
         console=console,
     )
@@ -160,7 +169,8 @@ def _run_side_by_side(out: Path, config: DemoConfig, tells: dict[str, Tell]) -> 
                 continue
             receiving, sending = context.Pipe(duplex=False)
             process = context.Process(target=_work, args=(sending, out, arm, config), daemon=True)
-            process.start()
+            with _ignoring_interrupts():
+                process.start()
             stack.callback(process.join)
             stack.callback(process.terminate)
             sending.close()  # so that its end is noticed
@@ -184,9 +194,21 @@ def _run_side_by_side(out: Path, config: DemoConfig, tells: dict[str, Tell]) -> 
                     tells[arm](*message)
 
 
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """Processes that start here ignore interrupts: a terminal's reaches them all, and the one that began the others ends them."""
+    if threading.current_thread() is not threading.main_thread():  # another thread cannot choose
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _work(connection: Connection, out: Path, arm: str, config: DemoConfig) -> None:
     """An arm in a process of its own, which ends with the one that began it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt of the terminal reaches both; the other one ends this
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     from transformers.utils import logging

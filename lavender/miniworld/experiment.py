@@ -23,8 +23,11 @@ from ..evaluation.answers import generate
 from ..evaluation.localization import compare, localization, measured_words
 from ..files import read_file, write_within
 from ..patching import patch
+from ..students.channels import is_chosen
+from ..students.heads import choose_heads
 from ..students.patch import StudentPatch
 from ..targets.store import TargetStore
+from ..types import WordBatch
 from . import HELD_OUT_SEED, TRAINING_SEED
 from .language import (
     HISTORY,
@@ -57,6 +60,8 @@ NUM_EXAMPLES = 3
 """Pictures that are drawn: the first of the fresh ones with three objects."""
 _LOOKED_AT = 25
 """Pictures per forward whose maps are read."""
+_SCORED = 100
+"""Training pictures that layers and heads are chosen by."""
 
 Asked = Sequence[Sequence[Question]]
 """Questions, per picture."""
@@ -79,6 +84,9 @@ class DemoConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     words: WordsConfig = field(default_factory=WordsConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    """Its `best:K` are chosen on the training pictures before the training."""
+    referents: bool = False
+    """Whether answers that name nothing and are about one object are compared too."""
     plain: LanguageStage = field(default_factory=LanguageStage)
     """How the plain student is trained; the order of its questions follows `seed`."""
     aligned: LanguageStage = field(default_factory=LanguageStage)
@@ -129,17 +137,43 @@ def example_questions(questions: Sequence[Question]) -> list[int]:
 
 
 def question_set(
-    model: Any, processor: Any, scenes: Sequence[Scene], asked: Asked, words: WordsConfig, store: TargetStore | None = None
+    model: Any,
+    processor: Any,
+    scenes: Sequence[Scene],
+    words: WordsConfig,
+    store: TargetStore | None = None,
+    referents: bool = False,
 ) -> QuestionSet:
-    """Questions about scenes, with the targets of a store."""
+    """The questions about scenes, with the targets of a store."""
+    asked = ask(scenes)
     collator = Collator(processor, store, words, on_error="raise")
-    conversations = (conversation_of(str(n), *each) for n, each in enumerate(zip(scenes, asked, strict=True)))
+    conversations = (conversation_of(str(n), *each, referents=referents) for n, each in enumerate(zip(scenes, asked, strict=True)))
     packed = PackedPictures(collator, conversations)
     return QuestionSet(packed, features_of(model, processor, scenes), [[q.type for q in questions] for questions in asked])
 
 
+def training_questions(
+    out: Path, config: DemoConfig, model: Any, processor: Any, aligned: bool, count: int | None = None
+) -> QuestionSet:
+    """The questions about the first `count` training pictures; those of the aligned student have targets."""
+    store = TargetStore(out / TARGETS) if aligned else None
+    scenes = training_scenes(config)[:count]
+    return question_set(model, processor, scenes, config.words, store, aligned and config.referents)
+
+
+def choose_alignment(out: Path, config: DemoConfig) -> DemoConfig:
+    """The same with the layers and heads that `best:K` names: those that localize best in the untrained student."""
+    if is_chosen(config.alignment):
+        return config
+    model, processor = small_student(config.seed)
+    data = training_questions(out, config, model, processor, True, _SCORED)
+    batches = (data.batch(model, [n], [range(len(kinds))], with_words=True) for n, kinds in enumerate(data.kinds))
+    return replace(config, alignment=choose_heads(model, config.alignment, batches).config)
+
+
 def run_arm(out: Path, arm: str, config: DemoConfig, tell: Callable[[str, float], None]) -> None:
-    """Trains and measures one student in the folder `out/arm`: `model/`, `history.json` and `measured.json`.
+    """Trains and measures one student in the folder `out/arm`: `model/`, `history.json` and `measured.json`. The config is that of
+    `choose_alignment`.
 
     What an earlier call has done stays. `tell` hears of `"step"` with the number of steps that are done, and of `"answers"` with
     the share of right answers on the learning curve.
@@ -150,10 +184,9 @@ def run_arm(out: Path, arm: str, config: DemoConfig, tell: Callable[[str, float]
     model, processor = small_student(config.seed)
     scenes = {world: fresh_scenes(world, config.num_fresh) for world in WORLDS}
     every_word = WordsConfig(roles=("question", "answer"))
-    fresh = {world: question_set(model, processor, some, ask(some), every_word) for world, some in scenes.items()}
-    training = training_scenes(config)
-    store = TargetStore(out / TARGETS) if arm == "aligned" else None
-    data = question_set(model, processor, training, ask(training), config.words, store)
+    fresh = {world: question_set(model, processor, some, every_word) for world, some in scenes.items()}
+    aligned = arm == "aligned"
+    data = training_questions(out, config, model, processor, aligned)
 
     def measure(student: Any) -> dict[str, Any]:
         right = {kind: float(np.mean(hits)) for kind, hits in right_answers(student, fresh[MAIN_WORLD], config.num_curve).items()}
@@ -165,14 +198,14 @@ def run_arm(out: Path, arm: str, config: DemoConfig, tell: Callable[[str, float]
         data,
         config.stage(arm),
         folder,
-        alignment=None if store is None else config.alignment,
+        alignment=config.alignment if aligned else None,
         measure=measure,
         measure_every=config.measure_every,
         on_step=partial(tell, "step"),
     )
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
-    with patch(model, replace(config.alignment, aligner="identity")) as handle:
+    with patch(model, replace(config.alignment, aligner="identity", aggregation="mean")) as handle:
         measured = {
             "answers": {world: hits_by_picture(model, questions) for world, questions in fresh.items()},
             "attention": attention(handle, fresh[MAIN_WORLD], scenes[MAIN_WORLD]),
@@ -190,15 +223,17 @@ def hits_by_picture(model: Any, data: QuestionSet) -> list[list[bool]]:
 def read_maps(handle: StudentPatch, data: QuestionSet, pictures: Sequence[int], asked: Asked) -> list[list[np.ndarray]]:
     """The maps [W, y, x] of each question about some pictures: those of the question's words, then those of the answer's.
 
-    The words are `Collator.words` of both; `data` compares every word. A map is the mean over layers and heads.
+    The words are `Collator.words` of both; `data` compares every word. A map is the mean over the layers and heads that are
+    compared.
     """
     result = []
     for first in range(0, len(pictures), _LOOKED_AT):
         some = list(pictures[first : first + _LOOKED_AT])
         batch = data.batch(handle.model, some, [list(range(len(data.kinds[n]))) for n in some], with_words=True)
-        maps = handle.capture(**batch).detach().mean(dim=(1, 2)).numpy()
+        maps = handle.align(**batch).detach().numpy()
         for b, questions in enumerate(asked[first : first + _LOOKED_AT]):
             counts = [len(Collator.words(q.text)) + len(Collator.words(q.answer)) for q in questions]
+            assert int(batch[WordBatch.KEYS["present"]][b].sum()) == sum(counts)
             result.append(np.split(maps[b, : sum(counts)], np.cumsum(counts)[:-1]))
     return result
 
@@ -253,13 +288,19 @@ def _look_at_examples(
     return examples
 
 
-def write_questions(folder: Path, scenes: Sequence[Scene]) -> None:
-    """Writes `questions.jsonl` beside the `captions.jsonl` of `write_dataset`: a conversation about each picture."""
+def write_questions(folder: Path, config: DemoConfig) -> None:
+    """Writes `questions.jsonl` beside the `captions.jsonl` of `write_dataset`: a conversation about each training picture, with the
+    regions of its referents, if there are any."""
     lines = []
+    scenes = training_scenes(config)
     for number, (scene, questions) in enumerate(zip(scenes, ask(scenes), strict=True)):
         name = f"images/{number:05d}.png"
-        messages = [{"role": m.role, "content": m.content} for m in conversation_of(name, scene, questions).messages]
-        lines.append(json.dumps({"id": name, "image": name, "conversations": messages}))
+        conversation = conversation_of(name, scene, questions, referents=config.referents)
+        line: dict[str, Any] = {"id": name, "image": name}
+        line["conversations"] = [{"role": m.role, "content": m.content} for m in conversation.messages]
+        if conversation.regions:
+            line["regions"] = [{"turn": region.turn, "word": region.word} for region in conversation.regions]
+        lines.append(json.dumps(line))
     write_within(folder, "questions.jsonl", "\n".join(lines) + "\n")
 
 

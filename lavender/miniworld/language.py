@@ -7,24 +7,24 @@ that was killed continues from its folder and ends with the same weights.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlamaConfig, LlavaConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..config import AlignmentConfig, to_dict
 from ..data.regions import Region
 from ..data.samples import Conversation, Message
-from ..errors import TargetError
-from ..files import read_file, write_within
+from ..errors import TargetError, first_line
+from ..files import read_file, replacing, write_within
 from ..patching import patch
 from ..students.loading import load_student
 from ..students.patch import StudentPatch
@@ -114,7 +114,7 @@ def conversation_of(name: str, scene: Scene, questions: Sequence[Question], *, r
 
 
 @torch.no_grad()
-def features_of(model: LlavaForConditionalGeneration, processor: Any, scenes: Sequence[Scene]) -> torch.Tensor:
+def features_of(model: Any, processor: Any, scenes: Sequence[Scene]) -> torch.Tensor:
     """What the student's vision tower makes of scenes, [scenes, places, D]."""
     parts = []
     for first in range(0, len(scenes), 100):
@@ -126,13 +126,13 @@ def features_of(model: LlavaForConditionalGeneration, processor: Any, scenes: Se
     return torch.cat(parts)
 
 
-def small_student(seed: int, width: int = 64, layers: int = 3) -> tuple[LlavaForConditionalGeneration, Any]:
+def small_student(seed: int, width: int = 64, layers: int = 3) -> tuple[Any, Any]:
     """A student whose language stage has random weights of `seed`, behind the embedded student's trained vision tower."""
     trained, processor = load_student(STUDENT)
     known = trained.config
     text = known.text_config
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(
+    model = type(trained)(
         LlavaConfig(
             vision_config=known.vision_config,
             text_config=LlamaConfig(
@@ -159,13 +159,13 @@ def small_student(seed: int, width: int = 64, layers: int = 3) -> tuple[LlavaFor
 
 
 def train_language(
-    model: LlavaForConditionalGeneration,
+    model: Any,
     data: QuestionSet,
     stage: LanguageStage,
     folder: Path,
     *,
     alignment: AlignmentConfig | None = None,
-    measure: Callable[[LlavaForConditionalGeneration], dict[str, Any]] | None = None,
+    measure: Callable[[Any], dict[str, Any]] | None = None,
     measure_every: int = 100,
     start: Path | None = None,
     on_step: Callable[[int], None] | None = None,
@@ -203,7 +203,7 @@ def train_language(
     if not source.exists() and start is not None:
         source = start / BEFORE_FALL
     if source.exists():
-        state = torch.load(source, weights_only=True)
+        state = _load(source)
         with torch.no_grad():
             for name, value in state["weights"].items():
                 trained[name].copy_(value)
@@ -258,9 +258,16 @@ def train_language(
 
 
 def _save(state: dict[str, Any], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    with replacing(path) as file:
+        torch.save(state, file)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        raise TargetError(f"{path} is damaged ({first_line(error)}); remove it, and the training begins again") from None
+    return state
 
 
 def _drawn(data: QuestionSet, stage: LanguageStage, step: int) -> tuple[list[int], list[list[int]]]:
@@ -281,7 +288,7 @@ def _drawn(data: QuestionSet, stage: LanguageStage, step: int) -> tuple[list[int
 
 
 @torch.no_grad()
-def right_answers(model: LlavaForConditionalGeneration, data: QuestionSet, count: int | None = None) -> dict[str, list[bool]]:
+def right_answers(model: Any, data: QuestionSet, count: int | None = None) -> dict[str, list[bool]]:
     """Which answers to the questions about the first `count` pictures are right, by type of question, picture by picture.
 
     An answer is right if each of its tokens, and the end, is the likeliest one behind those before it: what greedy decoding says.

@@ -85,6 +85,7 @@ def write_report(run: str | Path) -> Path:
         costs=_costs(results["history"]),
         attention=attention_rows(results),
         resamples=RESAMPLES,
+        reading=_reading(results["config"]["alignment"]),
         config=json.dumps(results["config"], indent=2),
     )
     path = run / "report.html"
@@ -93,13 +94,13 @@ def write_report(run: str | Path) -> Path:
 
 
 def percent(share: float) -> str:
-    """`0.84` as `84 %`."""
-    return f"{100 * share:.0f} %"
+    """`0.84` as `84 %`, which no line breaks."""
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
 
 
 def points(value: Mapping[str, float]) -> str:
     """A difference of shares with its interval, in points: `+24 (+20 to +28)`."""
-    return "{:+.0f} ({:+.0f} to {:+.0f})".format(*(100 * value[name] for name in ("mean", "low", "high")))
+    return "{:+d} ({:+d} to {:+d})".format(*(round(100 * value[name]) for name in ("mean", "low", "high")))
 
 
 def headline(results: Mapping[str, Any]) -> str:
@@ -213,6 +214,29 @@ def _draw_example(example: Mapping[str, Any]) -> dict[str, Any]:
         "found": {arm: f"{sum(hits)} of {len(hits)}" for arm, hits in found.items()},
         "right": {arm: f"{sum(hits)} of {len(hits)}" for arm, hits in right.items()},
     }
+
+
+_ROWS = {
+    "predicts": "the row that predicts it",
+    "reads": "the row that reads it",
+    "both": "the rows that predict and read it",
+    "last": "the row that reads its last token",
+}
+
+
+def _reading(alignment: Mapping[str, Any]) -> str:
+    """Which attention the maps are of, in words."""
+
+    def where(layers: Any, heads: str) -> str:
+        named = "all layers" if not layers else f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+        return f"heads {heads}" if heads != "mean" else f"all heads of {named}"
+
+    of_answer = where(alignment["layers"], alignment["heads"])
+    layers, heads = (alignment[f"question_{name}"] for name in ("layers", "heads"))
+    of_question = where(alignment["layers"] if layers is None else layers, heads or alignment["heads"])
+    rows = alignment["question_rows"] or alignment["rows"]
+    places = of_answer if of_answer == of_question else f"{of_question}; of an answer {of_answer}"
+    return f"of a word of the question {_ROWS[rows]}, of an answer (→) {_ROWS[alignment['rows']]}; the mean over {places}"
 
 
 def _shares(history: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:

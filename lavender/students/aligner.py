@@ -149,13 +149,9 @@ class Alignment(nn.Module):
         batch, _, _, words, height, width = maps.shape
         # Attention sums to at most one over the grid: times its size, values are of order one and no epsilon dominates them.
         scaled = maps.permute(0, 3, 1, 2, 4, 5).flatten(0, 1) * (height * width)
-        apart = questions is not None and self.question != self.answer
-        if present is None and not apart:
-            return self._project([self._aggregate(self.answer.of(scaled), getattr(self, "mixture", None))]).unflatten(
-                0, (batch, words)
-            )
+        apart = self.question != self.answer
         chosen = torch.ones(batch * words, dtype=torch.bool, device=maps.device) if present is None else present.flatten()
-        asked = questions.flatten() & chosen if questions is not None and apart else torch.zeros_like(chosen)
+        asked = torch.zeros_like(chosen) if questions is None or not apart else questions.flatten() & chosen
         kept = (chosen & ~asked).nonzero().flatten()
         by_question = asked.nonzero().flatten()
         if not len(kept) + len(by_question):  # one map all the same: every process of a distributed run must use every weight

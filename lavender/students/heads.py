@@ -141,7 +141,7 @@ class _Sums:
             )
         assert isinstance(self.maps, torch.Tensor)
         by_chance = (self.maps * self.target).sum((-2, -1)) / self.num_words
-        scores = ((self.agreement - by_chance) / (self.num_words - 1)).cpu()
+        scores = (self.agreement - by_chance) / (self.num_words - 1)
         return RoleScores(scores[:, :-1], scores[:, -1], self.num_words)
 
 
@@ -167,10 +167,10 @@ def _add(
         role = -1 if words.roles is None else int(words.roles[b, w])
         name = "question" if role == _QUESTION and "question" in readings else "answer"
         # The end of a prompt has its own row, whatever the config's are.
-        seen = [captured[kind][b, :, :, w].double() for kind in rows[name][: 1 if role == _PROMPT_END else None]]
+        seen = [captured[kind][b, :, :, w].cpu().double() for kind in rows[name][: 1 if role == _PROMPT_END else None]]
         size = words.targets.shape[-2:]
         unit = [_unit(resample(torch.cat([one, one.mean(1, keepdim=True)], dim=1), size)) for one in seen]
-        sums[name].add(torch.stack(unit).mean(0), _unit(words.targets[b, w].double()))
+        sums[name].add(torch.stack(unit).mean(0), _unit(words.targets[b, w].cpu().double()))
 
 
 def _unit(maps: torch.Tensor) -> torch.Tensor:

@@ -100,7 +100,7 @@ def test_settings_come_after_options(calls):
 
 
 def test_layers_may_be_the_best_ones(calls):
-    run(*TRAIN, "--model", "m", "--layers", "best:2", "--set", "alignment.heads=best:8", "--set", "alignment.question_layers=[]")
+    run(*TRAIN, "--model", "m", "--layers", "best:2", "--heads", "best:8", "--set", "alignment.question_layers=[]")
     alignment = calls["train"][1]["alignment"]
     assert (alignment.layers, alignment.heads, alignment.question_layers) == ("best:2", "best:8", ())
     with pytest.raises(ConfigError, match="layers is '1-3'; give integers"):
@@ -113,7 +113,7 @@ def test_layers_may_be_the_best_ones(calls):
         ("extract", TeacherConfig, _TEACHER),
         ("extract", ExtractionConfig, _EXTRACTION),
         ("extract", PairOptions, tuple(field.name for field in fields(PairOptions))),
-        ("train", AlignmentConfig, ("weight", "rows", "layers", "aligner")),
+        ("train", AlignmentConfig, ("weight", "rows", "layers", "heads", "aligner")),
         ("train", TrainingConfig, ("steps", "learning_rate", "gradient_checkpointing")),
         ("evaluate", AlignmentConfig, ("rows",)),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +19,26 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from lavender.batches.collator import Collator
+from lavender.data.samples import read_samples
 from lavender.errors import TargetError
 from lavender.evaluation.answers import generate
 from lavender.miniworld import demo, language
 from lavender.miniworld.demo import run_demo
-from lavender.miniworld.experiment import ARMS, WORLDS, DemoConfig, ask, demo_config, fresh_scenes, training_scenes
+from lavender.miniworld.experiment import (
+    ARMS,
+    WORLDS,
+    DemoConfig,
+    ask,
+    choose_alignment,
+    demo_config,
+    fresh_scenes,
+    training_scenes,
+    write_questions,
+)
+from lavender.miniworld.language import conversation_of, small_student
 from lavender.students.loading import load_student
+from lavender.targets.store import TargetStore
 
 SHORT = {"steps": 50, "pictures": 4, "questions": 8, "warmup_steps": 5}
 CONFIG = replace(
@@ -93,6 +108,22 @@ def test_what_a_demo_leaves(finished, capsys):
     assert not re.findall(r'(?:src|href)="(?!data:)', html), "nothing is loaded from elsewhere"
 
 
+@pytest.mark.parametrize("referents", [False, True])
+def test_the_questions_are_a_data_set_of_their_own(finished, tmp_path, referents):
+    """What the file says is what the students learned: the same batch, with the targets of the store beside it."""
+    config = replace(CONFIG, referents=referents)
+    shutil.copytree(finished / "data/images", tmp_path / "images")
+    write_questions(tmp_path, config)
+    scenes = training_scenes(config)
+    learned = [conversation_of(str(n), *pair, referents=referents) for n, pair in enumerate(zip(scenes, ask(scenes), strict=True))]
+    _, processor = small_student(0)
+    collator = Collator(processor, TargetStore(finished / "data/targets"), config.words, on_error="raise")
+    first, second = collator(read_samples(tmp_path / "questions.jsonl")), collator(learned)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert first["lavender_present"].any(dim=1).all()
+
+
 def test_answers_are_those_of_greedy_generation(finished):
     """Question by question, from the folders that the demo leaves; the figures follow by hand."""
     found = json.loads((finished / "results.json").read_text())["answers"]
@@ -136,14 +167,11 @@ def test_pointing_is_that_of_eager_attention(finished):
                 with torch.no_grad():
                     attention = torch.stack(model(**inputs, output_attentions=True).attentions).mean(dim=(0, 2))[0]
                 places = [n for n, token in enumerate(ids) if token == model.config.image_token_index]
-                rows = [
-                    (
-                        "question",
-                        ids.index(processor.tokenizer.encode(question.text[r.start : r.end], add_special_tokens=False)[0]),
-                        r,
-                    )
-                    for r in question.referents
-                ]
+                rows = []
+                for referent in question.referents:
+                    word = processor.tokenizer.encode(" " + question.text[referent.start : referent.end], add_special_tokens=False)
+                    assert len(word) == 1
+                    rows.append(("question", ids.index(word[0]), referent))
                 if question.object_index is not None:
                     rows.append(("answer", len(ids) - 1, None))
                 for role, row, referent in rows:
@@ -163,20 +191,26 @@ class Killed(BaseException):
 def test_a_demo_that_was_killed_ends_the_same(finished, tmp_path, monkeypatch):
     """Killed again and again, each time before a file takes its name; what was written stays."""
     in_this_process(monkeypatch)
-    replaced = os.replace
-    for allowed in (1, 6, 14, 2, 3, 3, 1, 1):
+    replaced, out = os.replace, tmp_path / "demo"
+    for fatal in (
+        "data/targets/manifest.json",
+        "plain/before_fall.pt",
+        "aligned/before_fall.pt",
+        "aligned/measured.json",
+        "report.html",
+    ):
 
-        def dies(source, target, left=iter(range(allowed))):  # noqa: B008
-            if next(left, None) is None:
+        def dies(source, target, fatal=out / fatal):
+            if target == fatal:
                 raise Killed
             replaced(source, target)
 
         monkeypatch.setattr(os, "replace", dies)
         with pytest.raises(Killed):
-            run_demo(tmp_path / "demo", CONFIG)
+            run_demo(out, CONFIG)
     monkeypatch.setattr(os, "replace", replaced)
-    run_demo(tmp_path / "demo", CONFIG)
-    require_same(finished, tmp_path / "demo")
+    run_demo(out, CONFIG)
+    require_same(finished, out)
 
 
 def test_a_finished_demo_is_read(finished, monkeypatch):
@@ -198,7 +232,11 @@ def test_a_folder_of_something_else_is_refused_in_a_line(finished, tmp_path, mon
         return str(caught.value)
 
     assert "seed=3, now 4" in refused(finished, replace(CONFIG, seed=4))
-    assert "'weight': 1.0" in refused(finished, replace(CONFIG, alignment=replace(CONFIG.alignment, weight=0.5)))
+    assert "(alignment.weight=1.0, now 0.5)" in refused(finished, replace(CONFIG, alignment=replace(CONFIG.alignment, weight=0.5)))
+    before = (finished / "demo.json").read_text()
+    (finished / "demo.json").write_text(json.dumps({**json.loads(before), "version": "0.0.1"}))
+    assert "version='0.0.1', now" in refused(finished)
+    (finished / "demo.json").write_text(before)
     monkeypatch.setattr(demo, "LAYOUT", 99)
     assert "layout=2, now 99" in refused(finished)
     old = tmp_path / "old"
@@ -214,6 +252,15 @@ def test_a_folder_of_something_else_is_refused_in_a_line(finished, tmp_path, mon
     assert "damaged" in refused(broken)
     with FileLock(tmp_path / ".lock"):
         assert "another process" in refused(tmp_path)
+
+
+def test_layers_and_heads_are_chosen_before_the_training(finished):
+    """By the training pictures' targets, in the untrained student: the same every time, for both students."""
+    open_ = replace(CONFIG, alignment=replace(CONFIG.alignment, layers="best:1"))
+    chosen = choose_alignment(finished, open_)
+    assert len(chosen.alignment.layers) == 1
+    assert chosen == choose_alignment(finished, open_)
+    assert choose_alignment(finished, CONFIG) == CONFIG
 
 
 def test_seeds_share_no_picture_of_the_training():

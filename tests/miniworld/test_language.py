@@ -114,6 +114,15 @@ def test_a_folder_of_other_settings_is_refused(data, tmp_path):
             train(data, tmp_path / "run", stage, alignment)
 
 
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"x" * 100])
+def test_a_damaged_state_is_named(data, tmp_path, damage):
+    train(data, tmp_path, replace(STAGE, steps=1), alignment=None)
+    state = tmp_path / "state.pt"
+    state.write_bytes(damage(state.read_bytes()))
+    with pytest.raises(TargetError, match=r"state\.pt is damaged"):
+        train(data, tmp_path, replace(STAGE, steps=1), alignment=None)
+
+
 def test_the_rate_rises_stays_and_falls():
     stage = LanguageStage(steps=100, learning_rate=2.0, warmup_steps=10, falling=0.2)
     assert [stage.rate(step) for step in (0, 4, 9, 50, 80, 90, 99)] == pytest.approx([0.2, 1.0, 2.0, 2.0, 2.0, 1.0, 0.1])

@@ -5,11 +5,12 @@ import re
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from lavender.config import AlignmentConfig, to_dict
 from lavender.errors import DataError
 from lavender.maps import overlay
-from lavender.miniworld.report import answer_rows, environment, save_examples, table_rows, write_report
+from lavender.miniworld import report
+from lavender.miniworld.report import TILE, attention_rows, draw_map, environment, example_scene, headline, unclear, write_report
 
 
 def figures(pointing):
@@ -20,66 +21,190 @@ def compared(pointing):
     return {"maps": figures(pointing), "control": figures(0.11), "chance": figures(0.05)}
 
 
-def arm(name, pointing, **more):
-    answers = {"color": {"accuracy": 0.9, "low": 0.8, "high": 0.95, "questions": 50}}
-    return {
-        "name": name,
-        "attention": {"raw": compared(pointing), "aligned": compared(pointing + (0.1 if "aligner" in more else 0))},
-        "answers": answers,
-        **more,
-    }
+def interval(mean, low, high):
+    return {"mean": mean, "low": low, "high": high}
+
+
+def row(plain, aligned, difference, usual):
+    of_plain, of_aligned = (interval(mean, mean - 0.03, mean + 0.03) for mean in (plain, aligned))
+    return {"first": of_plain, "second": of_aligned, "difference": interval(*difference), "usual": usual, "questions": 1234}
+
+
+ROWS = {
+    "color": row(0.14, 0.99, (0.85, 0.82, 0.88), 0.13),
+    "position": row(0.50, 0.49, (-0.01, -0.04, 0.02), 0.50),
+    "place": row(0.32, 0.26, (-0.06, -0.10, -0.02), 0.27),
+    "all": row(0.32, 0.58, (0.26, 0.244, 0.276), 0.30),
+}
+
+
+def word(text, role, index, found):
+    maps = {arm: np.eye(8).tolist() for arm in ("plain", "aligned")}
+    more = {} if found is None else {"found": dict(zip(("plain", "aligned"), found, strict=True))}
+    return {"word": text, "role": role, "object": index, "maps": maps, **more}
 
 
 @pytest.fixture
 def run(tmp_path):
-    history = [{"step": 10, "loss": 2.0, "alignment_loss": 1.5}, {"step": 20, "loss": 1.0, "alignment_loss": 0.7}]
+    question = {
+        "type": "color",
+        "text": "What color is the <ring>?",
+        "answer": "red",
+        "said": {"plain": "blue", "aligned": "red"},
+        "words": [word("ring", "question", 0, (False, True)), word("red", "answer", 0, (False, True))],
+    }
+    counting = {**question, "text": "How many?", "answer": "three", "words": [word("three", "answer", None, None)]}
+    history = [{"step": 100, "cpu_s": 4.0, "answers": {"color": 0.1, "place": 0.3}}]
     results = {
-        "arms": [
-            arm("before", 0.3),
-            arm("none", 0.31, history=[{"step": 10, "loss": 1.0}]),
-            arm("teacher", 0.62, history=history, aligner={"error": 0.4, "best_constant_error": 0.9}),
-        ],
+        "answers": {"in distribution": ROWS, "clutter": ROWS},
+        "attention": {
+            arm: {"question": compared(first), "answer": compared(0.4)} for arm, first in (("plain", 0.31), ("aligned", 0.92))
+        },
+        "history": {
+            "plain": [*history, {"step": 200, "cpu_s": 8.0, "answers": {"color": 0.2, "place": 0.4}}],
+            "aligned": [*history, {"step": 200, "cpu_s": 10.0, "answers": {"color": 0.9, "place": 0.3}}],
+        },
+        "examples": [{"picture": 4, "questions": [question, counting]}] * 2,
         "teacher": compared(0.95),
-        "config": {"num_train": 320, "num_held_out": 150, "alignment": {"weight": 0.5}},
+        "config": {
+            "num_train": 1000,
+            "num_fresh": 200,
+            "num_curve": 40,
+            "alignment": to_dict(AlignmentConfig(question_rows="reads")),
+        },
         "environment": environment(),
-        "duration_s": 61.2,
     }
     (tmp_path / "results.json").write_text(json.dumps(results))
-    maps = [[np.eye(8), np.zeros((8, 8))]]
-    picture = Image.new("RGB", (64, 64), "teal")
-    save_examples(tmp_path, [picture], ["A <red> circle."], [["red", "circle"]], {"diffusion": maps, "before": maps})
     return tmp_path
 
 
+def page_of(run):
+    """With plain spaces."""
+    return write_report(run).read_text().replace("\N{NO-BREAK SPACE}", " ")
+
+
 def test_the_report_is_one_file_with_everything_in_it(run):
-    html = write_report(run).read_text()
+    html = page_of(run)
     assert not re.findall(r'(?:src|href)="(?!data:)', html), "nothing is loaded from elsewhere"
-    assert "A &lt;red&gt; circle." in html
-    assert "A <red>" not in html
-    assert html.count("data:image/png") == 1 + 2 * 2
-    for text in ("0.950", "0.620", "0.720", "0.310", "0.900 [0.800, 0.950]", "0.400", "61 s", environment()["torch"]):
+    assert "What color is the &lt;ring&gt;?" in html
+    assert "<ring>" not in html
+    assert html.count("data:image/jpeg") == 2 * (1 + 3 * 2)
+    first = re.search(r"<body>\s*<h1>(.*?)</h1>", html)[1]
+    assert first == "With the teacher&#39;s maps 58 % of the answers are right, without them 32 %: +26 (+24 to +28) points."
+    assert headline({"answers": {"in distribution": ROWS}}).replace("\N{NO-BREAK SPACE}", " ") == first.replace("&#39;", "'")
+    for text in (
+        '+85 <span class="soft">(+82 to +88)</span>',
+        "1,234",
+        "0.950",
+        "0.310",
+        "0.920",
+        environment()["torch"],
+        "40 ms",
+        "50 ms",
+        "1.25 times",
+    ):
         assert text in html, text
+    assert html.count('class="mark yes"') == html.count('class="mark no"') == 2 * 2
+    assert html.count('class="said no"') == 2 * 3, "plain is wrong twice, and the other says red where three is right"
 
 
-def test_every_arm_stands_beside_its_control(run):
-    titles = [title for title, _ in table_rows(json.loads((run / "results.json").read_text()))]
+def test_what_the_text_says_follows_from_the_figures():
+    assert unclear(ROWS) == {"better": ["color"], "worse": ["place"], "even": ["position"], "guessed": ["position", "place"]}
+
+
+@pytest.mark.parametrize(
+    ("alignment", "text"),
+    [
+        (
+            AlignmentConfig(rows="predicts", question_rows="reads"),
+            "of a word of the question the row that reads it, of an answer (→) the row that predicts it; "
+            "the mean over all heads of all layers",
+        ),
+        (
+            AlignmentConfig(rows="last", layers=(1,)),
+            "of a word of the question the row that reads its last token, of an answer (→) the row that reads its last token; "
+            "the mean over all heads of layer 1",
+        ),
+        (
+            AlignmentConfig(rows="both", layers=(0, 2), question_heads="0.1,2.3"),
+            "of a word of the question the rows that predict and read it, of an answer (→) the rows that predict and read it; "
+            "the mean over heads 0.1,2.3; of an answer all heads of layers 0, 2",
+        ),
+    ],
+)
+def test_the_page_says_which_attention_it_shows(alignment, text):
+    assert report._reading(to_dict(alignment)) == text
+
+
+def test_the_time_of_equal_answers_is_said(run):
+    html = " ".join(write_report(run).read_text().split())
+    assert "What the plain student has at the end (30 %, 200 steps), the other has by step 200, after 10 s." in html
+    results = json.loads((run / "results.json").read_text())
+    results["history"]["aligned"][1]["answers"] = {"color": 0.1, "place": 0.2}
+    (run / "results.json").write_text(json.dumps(results))
+    assert "never has what the plain one has at the end (30 %)" in " ".join(write_report(run).read_text().split())
+
+
+def test_the_curves_are_drawn_where_their_figures_are(run):
+    html = write_report(run).read_text()
+    lines = re.findall(r'<polyline class="(\w+)" points="(.*?) ?"', html)
+    left, top, right, bottom = 44, 12, 468, 258
+    places = {arm: [tuple(map(float, point.split(","))) for point in text.split()] for arm, text in lines}
+    middle = (left + right) / 2
+    assert places["plain"] == [
+        (middle, pytest.approx(bottom - 0.2 * (bottom - top))),
+        (right, pytest.approx(bottom - 0.3 * (bottom - top))),
+    ]
+    assert places["aligned"][1] == (right, pytest.approx(bottom - 0.6 * (bottom - top)))
+
+
+def test_every_map_stands_beside_its_control_and_chance(run):
+    titles = [title for title, _ in attention_rows(json.loads((run / "results.json").read_text()))]
     assert titles == [
-        *("Teacher", "Teacher, word-agnostic control"),
-        *("Student before: raw attention", "Student before: word-agnostic control"),
-        *("Plain fine-tuning: raw attention", "Plain fine-tuning: word-agnostic control"),
-        *("Lavender: raw attention", "Lavender: word-agnostic control", "Lavender: after the aligner"),
-        "Chance",
+        *("Words of questions: plain", "Words of questions: plain, word-agnostic control"),
+        *("Words of questions: with the teacher's maps", "Words of questions: with the teacher's maps, word-agnostic control"),
+        "Words of questions: chance",
+        *("Answers: plain", "Answers: plain, word-agnostic control"),
+        *("Answers: with the teacher's maps", "Answers: with the teacher's maps, word-agnostic control"),
+        "Answers: chance",
+        *("The teacher itself, on captions", "The teacher: word-agnostic control", "The teacher: chance"),
     ]
 
 
-def test_answer_rows(run):
-    rows = answer_rows(json.loads((run / "results.json").read_text()))
-    assert rows == [("color", ["0.900 [0.800, 0.950]"] * 3)]
+def test_the_studys_interval_over_seeds_stands_beside_the_demos(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "STUDY", tmp_path / "study.json")
+    assert "Over the study" not in write_report(run).read_text()
+    study = {"plain": 0.61, "teacher": 0.83, "difference": interval(0.22, 0.12, 0.318), "seeds": 5, "steps": 2400, "pictures": 1000}
+    report.STUDY.write_text(json.dumps({"headline": study}))
+    expected = "Over the study&#39;s 5 seeds (2,400 steps, 1,000 pictures): 83 % and 61 %, +22 (+12 to +32) points."
+    assert expected in page_of(run)
 
 
 def test_a_folder_without_results_is_named(tmp_path):
     with pytest.raises(DataError, match=r"results\.json"):
         write_report(tmp_path)
+    (tmp_path / "results.json").write_text('{"arms": []}')
+    with pytest.raises(DataError, match="earlier version"):
+        write_report(tmp_path)
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(DataError, match="damaged"):
+        write_report(tmp_path)
+
+
+def test_an_outline_runs_around_its_object():
+    scene = example_scene({"picture": 4})
+    values = np.ones((8, 8))
+    bare, outlined = draw_map(scene, values, None).astype(int), draw_map(scene, values, 0).astype(int)
+    assert bare.shape == outlined.shape == (TILE, TILE, 3)
+    changed = (bare != outlined).any(axis=2)
+    mask = np.kron(scene.masks[0], np.ones((3, 3))) > 0
+    rows, columns = np.nonzero(mask)
+    ys, xs = np.nonzero(changed)
+    assert changed[mask].mean() < 0.1, "what is inside is seen"
+    assert 1 <= rows.min() - ys.min() <= 6
+    assert 1 <= columns.min() - xs.min() <= 6
+    assert 1 <= ys.max() - rows.max() <= 6
+    assert 1 <= xs.max() - columns.max() <= 6
 
 
 def test_the_hottest_place_is_the_brightest():

@@ -17,9 +17,9 @@ from lavender.errors import LavenderError
 from lavender.students.families import ProcessedImages
 from lavender.students.image_tokens import place_image_tokens
 from lavender.testing.student import Student, noise_image
-from lavender.types import WordBatch
+from lavender.types import ROLES, WordBatch
 
-from .definition import alignment_loss, attention_weights, word_maps
+from .definition import alignment_loss, attention_weights, compared_maps, word_maps
 from .flash import flash_on_cpu
 from .zoo import built
 
@@ -38,7 +38,11 @@ AXES: dict[str, tuple[str, ...]] = {
     "content": ("plain", "no_words", "no_picture", "two_pictures"),
     "labels": ("labels", "none", "tuple", "tuple_without"),
     "aligner": ("identity", "sim"),
-    "rows": ("predicts", "reads"),
+    "rows": ("predicts", "reads", "both", "last"),
+    "question_rows": ("same", "predicts", "reads", "both", "last"),
+    "roles": ("none", "question", "prompt_end"),
+    "heads": ("mean", "0.1,0.0", "0.1"),
+    "question_heads": ("same", "0.0,0.1", "0.0", "mean"),
     "softmax": ("all_keys", "picture"),
 }
 """What can be composed, the plainest first. `patched`: before PEFT wraps the model, or after."""
@@ -67,6 +71,10 @@ class Composition:
     labels: str = "labels"
     aligner: str = "identity"
     rows: str = "predicts"
+    question_rows: str = "same"
+    roles: str = "none"
+    heads: str = "mean"
+    question_heads: str = "same"
     softmax: str = "all_keys"
 
     @property
@@ -75,6 +83,9 @@ class Composition:
         # The rounding of half precision takes maps over the kinks of an aligner's activations, where gradients jump.
         aligner = self.aligner if self.dtype in ("float32", "float64") else "identity"
         settings: dict[str, Any] = {"aligner": aligner, "rows": self.rows, "renormalize": self.softmax == "picture"}
+        settings |= {"heads": self.heads}
+        of_questions = {"question_rows": self.question_rows, "question_heads": self.question_heads}
+        settings |= {name: value for name, value in of_questions.items() if value != "same"}
         return AlignmentConfig(weight=WEIGHT, hidden_channels=4, **settings)
 
     @property
@@ -233,7 +244,10 @@ def _words(
     shares = torch.tensor([1.0, 0.5, 0.5, 1.0]).expand(len(rows), -1)
     targets = torch.rand(len(rows), 3, 5, 5, generator=torch.Generator().manual_seed(0))
     ids = {"input_ids": inputs["input_ids"]} if "input_ids" in WordBatch.KEYS else {}
-    return WordBatch(tokens, of_words, shares * (of_words >= 0), positions, present, places, targets=targets, **ids)
+    names = {"none": (), "question": ("question", "answer", "answer"), "prompt_end": ("prompt end", "question", "answer")}
+    roles = torch.tensor([ROLES.index(name) for name in names[composition.roles]]).expand(len(rows), -1)
+    more = ids if composition.roles == "none" else {**ids, "roles": roles}
+    return WordBatch(tokens, of_words, shares * (of_words >= 0), positions, present, places, targets=targets, **more)
 
 
 def make_model(composition: Composition, dtype: torch.dtype, attention: str, patches: ExitStack | None = None) -> torch.nn.Module:
@@ -378,8 +392,12 @@ def by_definition(
         output = model(**inputs)
     handle.remove()
     first_key = 0 if composition.student == "mllama" else before_keys
-    maps = word_maps(probabilities, batch.words, composition.config, first_row=before_rows, first_key=first_key)
-    term, aligned = alignment_loss(alignment, maps, batch.words, composition.config)
+    config = composition.config
+    compared = compared_maps(probabilities, batch.words, config, first_row=before_rows, first_key=first_key)
+    maps = word_maps(batch.words, config, compared)
+    if "mean" not in (config.heads, config.question_heads or config.heads):
+        maps = maps[:, :1]  # chosen heads are of the first layer, and no other one is captured
+    term, aligned = alignment_loss(alignment, compared, batch.words, config)
     loss = WEIGHT * term + (output.loss if "labels" in inputs else 0)
     named = _trainable(model) | {f"aligner.{n}": p for n, p in alignment.named_parameters()}
     real = output.logits[:, -batch.segments.shape[1] :][batch.segments >= 0].detach()

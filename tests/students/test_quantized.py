@@ -14,7 +14,7 @@ import lavender
 from lavender.config import AlignmentConfig
 
 from ..conftest import with_targets, without_lavender, words_of_batch
-from .definition import alignment_loss, attention_weights, word_maps
+from .definition import alignment_loss, attention_weights, compared_maps, word_maps
 from .zoo import built
 
 CONFIG = AlignmentConfig(weight=3.0)
@@ -89,12 +89,13 @@ def test_a_quantized_student_trains_by_its_dequantized_weights(tmp_path, kind, n
     words = words_of_batch(batch)
     with attention_weights(plain.train(), attention) as probabilities:
         language_loss = plain(**without_lavender(batch)).loss
-    expected = word_maps(probabilities, words, CONFIG)
+    compared = compared_maps(probabilities, words, CONFIG)
+    expected = word_maps(words, CONFIG, compared)
     torch.testing.assert_close(maps.double(), expected, rtol=1e-4, atol=1e-5)
     aligner = patch.model.lavender.modules_to_save["default"]
     alignment = copy.deepcopy(aligner).double()
     alignment.zero_grad()
-    term, _ = alignment_loss(alignment, expected, words, CONFIG)
+    term, _ = alignment_loss(alignment, compared, words, CONFIG)
     torch.testing.assert_close(patch.last.loss.double(), term, rtol=1e-4, atol=1e-6)
     (language_loss + CONFIG.weight * term).backward()
     for key, weight in plain.named_parameters():

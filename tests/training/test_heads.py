@@ -10,9 +10,9 @@ import torch
 
 import lavender
 from lavender.batches.collator import Collator
-from lavender.config import AlignmentConfig, TrainingConfig, from_dict, to_dict
+from lavender.config import AlignmentConfig, TrainingConfig, WordsConfig, from_dict, to_dict
 from lavender.data.samples import Sample
-from lavender.errors import ConfigError, DataError, TargetError
+from lavender.errors import ConfigError, DataError, ModelError, TargetError
 from lavender.miniworld.scenes import DESCRIBE
 from lavender.training import train
 from lavender.training.train import fine_tune, load_aligner, load_student
@@ -63,7 +63,11 @@ def test_a_run_chooses_once_and_says_what(student_folder, processor, samples, ta
     trained.get_base_model()._lavender_patch.unpatch()
     # The aligner belongs to the settings of run.json.
     alignment = from_dict(AlignmentConfig, json.loads((out / "run.json").read_text())["alignment"])
-    load_aligner(lavender.patch(student, alignment), out)
+    handle = lavender.patch(student, alignment)
+    load_aligner(handle, out)
+    handle.unpatch()
+    with pytest.raises(ModelError, match=rf"has the heads {alignment.heads} for channels.*heads='{alignment.heads}'"):
+        load_aligner(lavender.patch(student, replace(alignment, heads="3.0,3.1,3.2", layers=())), out)
     # A finished run is loaded, a killed one goes on, by the choice that it was begun with.
     fine_tune(student_folder, samples, out, training, targets=targets, alignment=BEST, progress=False)
     before = json.loads((out / "history.json").read_text())
@@ -98,6 +102,7 @@ def test_a_run_that_an_older_version_began_goes_on(student_folder, samples, targ
     record = json.loads((out / "run.json").read_text())
     for name in ("heads", "question_rows", "question_layers", "question_heads", "until"):
         del record["alignment"][name]
+    del record["words"]["roles"]
     (out / "run.json").write_text(json.dumps(record))
     (out / "history.json").unlink()
     fine_tune(student_folder, samples, out, TRAINING, targets=targets, alignment=alignment, progress=False)
@@ -108,7 +113,7 @@ def test_a_run_that_an_older_version_began_goes_on(student_folder, samples, targ
         fine_tune(student_folder, samples, out, TRAINING, targets=targets, alignment=other, progress=False)
 
 
-@pytest.mark.parametrize("aligner", ["identity", "light"])
+@pytest.mark.parametrize("aligner", ["identity", pytest.param("light", marks=pytest.mark.full)])
 def test_an_alignment_that_ended_continues_as_ended(student_folder, samples, targets, tmp_path, aligner):
     """Killed after its end, and before it."""
     alignment = AlignmentConfig(aligner=aligner, until=0.5)
@@ -147,3 +152,18 @@ def test_adapters_are_scored_with_what_they_changed(student_folder, samples, tar
         )
         found.append(torch.tensor(json.loads((tmp_path / name / "heads.json").read_text())["scores"]["answer"]["heads"]))
     assert not torch.allclose(*found)
+
+
+def test_words_of_questions_have_heads_of_their_own(student_folder, scenes, targets, tmp_path):
+    asked = [Sample(str(i), s.image, f"is this right ? {s.caption}", s.caption) for i, s in enumerate(scenes[:6])]
+    alignment = AlignmentConfig(aligner="light", heads="best:2", question_rows="reads")
+    words = WordsConfig(roles=("question", "answer"))
+    fine_tune(student_folder, asked, tmp_path / "run", TRAINING, targets=targets, alignment=alignment, words=words, progress=False)
+    written = json.loads((tmp_path / "run/heads.json").read_text())
+    assert written["scores"]["question"]["num_words"] == written["scores"]["answer"]["num_words"] > 10
+    for role, name in (("answer", "heads"), ("question", "question_heads")):
+        scores = torch.tensor(written["scores"][role]["heads"]).flatten()
+        best = sorted(scores.argsort(descending=True)[:2].tolist())
+        assert written["config"][name] == ",".join(f"{n // 4}.{n % 4}" for n in best)
+    history = json.loads((tmp_path / "run/history.json").read_text())
+    assert all(entry["matched_words"] > 0 for entry in history)

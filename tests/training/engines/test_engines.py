@@ -38,6 +38,7 @@ RUNS = {
     "full": {"steps": 10},
     "lora": {"steps": 4, "lora_rank": 4, "aligner_steps": 2, "aligner_learning_rate": 1e-3},
     "sparse": {"steps": 6},
+    "chosen": {"steps": 4},
     "accumulated": {"steps": 6, "arguments": {"gradient_accumulation_steps": 2}},
     "checkpointed": {"steps": 4, "gradient_checkpointing": True},
     "half": {"steps": 6},
@@ -48,11 +49,12 @@ RUNS = {
     "lost": {"steps": 3, "save_steps": 1, "arguments": {"save_total_limit": 3}},
 }
 ENGINES = {
-    "ddp": ("full", "lora", "sparse"),
-    "zero2": ("full", "sparse"),
-    "zero3": ("full", "lora", "sparse"),
-    "fsdp2": ("full", "lora", "sparse"),
+    "ddp": ("full", "lora", "sparse", "chosen"),
+    "zero2": ("full", "sparse", "chosen"),
+    "zero3": ("full", "lora", "sparse", "chosen"),
+    "fsdp2": ("full", "lora", "sparse", "chosen"),
 }
+ALIGNMENTS = {"chosen": {"heads": "best:3", "rows": "both", "until": 0.5}}
 DATA = {"cut": "long.jsonl", "skipped": "bad.jsonl"}
 HISTORY = ("loss", "language_loss", "alignment_loss", "matched_words")
 
@@ -86,7 +88,7 @@ def world(scenes, processor, tmp_path_factory):
 @pytest.fixture(scope="module")
 def one(world):
     """The folder of one process's runs: those of `ENGINES`."""
-    launch([sys.executable], world, "one", [run("one", name) for name in ("full", "lora", "sparse")])
+    launch([sys.executable], world, "one", [run("one", name) for name in ("full", "lora", "sparse", "chosen")])
     return world / "one"
 
 
@@ -114,7 +116,7 @@ def run(engine, name, **settings):
     derived = {"batch_size": batch // processes // micro_batches}
     if name == "half" and engine != "one":
         derived["arguments"] = {"bf16": True}
-    return {"name": name, "training": common | derived | training | settings}
+    return {"name": name, "training": common | derived | training | settings, "alignment": ALIGNMENTS.get(name, {})}
 
 
 def launch(command, world, engine, runs):
@@ -168,6 +170,10 @@ def test_two_processes_train_as_one_and_a_killed_run_continues_exactly(engine, w
         assert differences(out / "lora/first_stage", one / "lora/first_stage").max() < 1e-5
         assert_same_weights(*(load_file(f / "lora/adapter/adapter_model.safetensors") for f in (out, one)))
     assert_same_weights(*(load_student(f / "full/model")[0].state_dict() for f in (out, one)))
+    # One process chooses for all; and lambda ends for all at once.
+    chosen = [json.loads((folder / "chosen/heads.json").read_text())["config"] for folder in (out, one)]
+    assert chosen[0] == chosen[1]
+    assert [entry["alignment_weight"] for entry in history(out / "chosen")] == [2, 2, 0, 0]
     # Means over each process's own words would have been others; and some batches had none.
     ours, theirs = words_of_ranks(out / "full")
     assert all(a != b for a, b in zip(ours[:2], theirs[:2], strict=True))
