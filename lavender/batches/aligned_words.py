@@ -148,7 +148,8 @@ def _said(message: Message) -> tuple[str, int]:
     if message.role == "assistant":
         said = without_thinking(message.content)
         return said, message.content.rindex(said)
-    return message.content.replace(PLACEHOLDER, " " * len(PLACEHOLDER)), 0
+    blank = message.content.replace(PLACEHOLDER, " " * len(PLACEHOLDER))
+    return blank.strip(), len(blank) - len(blank.lstrip())
 
 
 class CaptionMaps:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -61,12 +61,15 @@ class Collator:
     A sample is a `Sample`, a `Conversation`, or a mapping (see `lavender.data.as_conversation`). The processor's chat template
     makes its text, with pictures where `<image>` stands or else before the first user's text. Beside the processor's tensors, a
     batch has `labels` (int64 [B, T]: what the assistant says, and what the template closes it with; -100 elsewhere), and the keys
-    of `lavender.types.WordBatch`; `lavender_targets` only with `targets`.
+    of `lavender.types.WordBatch`; `lavender_targets` only with `targets` or `map_size`.
 
     W counts the words (without function words) of the messages of `WordsConfig.roles`, in the order of the text: by default those
     of every answer that is learned, which in a sample of one answer are `Collator.words`. `aligned_words` lists them, and
     `lavender_roles` says whose each is. M counts the image tokens of one picture: the one that the targets were made from, else
     the last one before the last answer. Words that do not stand behind it are never compared.
+
+    A sample's regions (`lavender.data.Region`) are words too, in the place of those that they share characters with and whatever
+    the roles. They name the picture that is compared, and need no targets.
 
     A sample's target is that of its id; without one, those that were made from its picture, whatever their ids: ten questions
     about one picture share its maps. An answer that is the caption of a target takes each word's own map. Every other word has
@@ -116,7 +119,7 @@ class Collator:
 
         Raises:
             ConfigError: an argument is of another type; the processor has no chat template or no fast tokenizer, or is another
-                model's than `model_config`; or `max_length` is below 1.
+                model's than `model_config`; or `max_length` is below 1, or `map_size` below 2 or another than that of `targets`.
             ModelError: the family, and so the places of its image tokens, is unknown.
         """
         _require_types(processor, targets, words, model_config, max_length, map_size, on_error)
@@ -447,17 +450,15 @@ class Collator:
         self._outcomes.note_hidden(item)
         mask = batch.get("cross_attention_mask")
         last = -1 if self._family.cross else int(image_positions.max())
-        answers = {turn.message for turn in item.answers}
         tokens, selected = [], []
         for word, is_wanted in zip(item.words, self._selected(item.words), strict=True):
             at = [places[t] for t in word.tokens(offsets, item.chat.text)]
-            sees = bool(at) and (word.role == "question" or word.turn in answers)
-            is_there = min(at, default=-1) >= 0
+            sees, is_there = bool(at), min(at, default=-1) >= 0
             if word.role == "prompt end" and is_there:
                 at = [at[0] - 1]
             if is_there:  # what was cut off stands behind all pictures
                 # Text that reads by cross-attention may see the latest picture alone: [B, T, pictures, tiles] of mllama.
-                sees = sees and (min(at) >= last if mask is None else bool(mask[b, at, item.image].any()))
+                sees = min(at) >= last if mask is None else bool(mask[b, at, item.image].any())
             tokens.append(at if is_there else [])
             selected.append(is_wanted and sees)
             if not (is_there and sees):
@@ -466,11 +467,12 @@ class Collator:
 
     def _selected(self, words: Sequence[TurnWord]) -> list[bool]:
         """Per word whether the config keeps it, as it keeps every region's."""
-        return [
-            wanted or word.region is not None
-            for said, group in groupby(words, key=lambda word: word.said)
-            for word, wanted in _zipped(said, [*group], self._selector)
-        ]
+        selected: list[bool] = []
+        for said, group in groupby(words, key=lambda word: word.said):
+            of_message = [*group]
+            kept = self._selector.selected(said, [word.in_said for word in of_message])
+            selected += [is_kept or word.region is not None for word, is_kept in zip(of_message, kept, strict=True)]
+        return selected
 
     def _place_images(self, batch: dict[str, torch.Tensor], items: Sequence[Item]) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions [B, M] and boxes [B, M, 4] of the image tokens of each sample's picture."""
@@ -534,11 +536,6 @@ def _require_types(
         raise ConfigError(f"map_size is {map_size!r}; expected a whole number, or None without targets for regions")
     if on_error not in (None, "skip", "raise"):
         raise ConfigError(f"on_error is {on_error!r}; expected 'skip', 'raise' or None")
-
-
-def _zipped(said: str, words: Sequence[TurnWord], selector: WordSelector) -> Iterator[tuple[TurnWord, bool]]:
-    """Words of a message, each with whether a selector keeps it."""
-    return zip(words, selector.selected(said, [word.in_said for word in words]), strict=True)
 
 
 def _id_of(sample: Any) -> str:

@@ -119,7 +119,7 @@ class Outcomes:
         if region is None:
             return
         if not sees:
-            lack = "its picture does not stand before it, or max_length cuts it off"
+            lack = "its picture does not stand before it, max_length cuts it off, or the template does not show it to the letter"
         elif region.is_place:
             lack = "it lies outside of the part of the picture that the sample's targets show"
         elif not item.targets:

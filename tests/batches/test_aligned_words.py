@@ -374,6 +374,17 @@ def test_a_sample_compares_with_one_picture(processor, tmp_path):
     assert by_picture["lavender_present"].sum() == 1
 
 
+def test_a_region_may_be_of_an_answer_that_is_not_learned(processor):
+    said = (Message("user", "<image>A hat?"), Message("assistant", "A zebra.", is_learned=False), *talk("Sure?", "Yes."))
+    sample = Conversation("x", (RED,), said, regions=(Region(1, 2, 7, box=BOX),))
+    collator = Collator(processor, map_size=SIDE)
+    batch = collator([sample])
+    assert [(word.turn, word.word.text) for word in collator.aligned_words(sample)] == [(1, "zebra"), (3, "Yes")]
+    assert spoken(processor, batch, 0)[0] == "zebra"
+    assert batch["lavender_present"].tolist() == [[True, False]]
+    assert (batch["labels"][0, tokens_in(batch, 0)[0]] == -100).all()
+
+
 WORDS = st.lists(st.sampled_from(["zebra", "violin", "3.5", "red-haired", "the", "naïve", "x"]), min_size=1, max_size=5)
 
 

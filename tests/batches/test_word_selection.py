@@ -11,13 +11,16 @@ import pytest
 import spacy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from spacy.language import Language
 from spacy.lookups import Lookups
 from spacy.training import Example
 from torch.utils.data import DataLoader
 
+from lavender.batches.collator import Collator
 from lavender.batches.word_selection import WordSelector
 from lavender.config import WordsConfig
+from lavender.data.samples import Conversation, Message
 from lavender.errors import ConfigError
 from lavender.types import Word
 from lavender.words import Caption, match_words, words_of
@@ -328,6 +331,25 @@ def test_trained_components_set_what_they_say(tmp_path):
     selector = WordSelector(config)
     assert kept(selector, "Dogs run.") == ["Dogs"]
     assert selector.occurrences(Caption.of("dog"), "Dogs run.", [Word("Dogs", 0, 4)]) == [[Word("dog", 0, 3)]]
+
+
+def test_a_tagger_reads_each_message_whole(processor, tagger):
+    """A question without its pictures, an answer without its thinking: "orange" is a noun where it describes nothing."""
+    picture = Image.new("RGB", (64, 64), "red")
+    messages = [
+        Message("user", "<image>\nAn orange cat on an orange?"),
+        Message("assistant", "<think>\nHm.\n</think>\n\nA rose ball."),
+    ]
+    conversation = Conversation("x", (picture,), tuple(messages))
+    nouns = WordsConfig(roles=("question", "answer"), parts_of_speech=("noun",), tagger=tagger)
+    collator = Collator(processor, words=nouns)
+    words = [word.word.text for word in collator.aligned_words(conversation)]
+    assert words == ["orange", "cat", "orange", "rose", "ball"]
+    assert collator([conversation])["lavender_present"].tolist() == [[False, True, True, False, True]]
+    texts = []
+    collator._selector._tokens, tokens = (lambda text: texts.append(text) or tokens(text)), collator._selector._tokens
+    collator([conversation])
+    assert {*texts} == {"An orange cat on an orange?", "A rose ball."}
 
 
 def test_importing_and_plain_matching_need_no_spacy():
