@@ -134,12 +134,12 @@ GRID: dict[str, Recipe] = {
 CHOSEN = PLACED
 """What the grid chose."""
 RECIPES = {"chosen": CHOSEN, "lavender": PUBLISHED, "placed": PLACED, **PLACES, **GRID}
-RATES = {"plain": 3e-3, "aligned": 3e-3}
+RATES = {"plain": 2e-3, "aligned": 3e-3}
 """What the grid chose."""
 GRID_RATES = (1e-3, 2e-3, 3e-3)
 SHIPPED_RATE = 5e-4
 """For a student that is trained already: a sixth of what the others get."""
-LONGER_STEPS, LONGEST_STEPS = 3000, 4800
+LONGER_STEPS, LONGEST_STEPS = 2800, 4800
 """Steps of the plain student that had as much CPU time as the aligned one, and twice its steps."""
 EARLY_SEED, EARLY_PICTURES, EARLY_STEPS = 990, 3000, 300
 VALIDATION = {name: (name, VALIDATION_SEED) for name in CURVES}
