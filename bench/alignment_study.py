@@ -27,7 +27,7 @@ from transformers import LlavaForConditionalGeneration
 
 from lavender import choose_heads, patch
 from lavender.batches.collator import Collator
-from lavender.config import AlignmentConfig, TeacherConfig, WordsConfig, to_dict
+from lavender.config import PUBLISHED, AlignmentConfig, TeacherConfig, WordsConfig, to_dict
 from lavender.files import write_within
 from lavender.miniworld import STUDENT
 from lavender.miniworld.language import (
@@ -73,8 +73,6 @@ TESTS: dict[str, tuple[str, int]] = {
 CUE_TESTS = {"cue": ("cue", TEST_SEED), "broken cue": ("broken cue", TEST_SEED)}
 SEEDS = (1, 2, 3, 4, 5)
 GRID_SEEDS = (901, 902)
-OUTSIDE = ("left", "right", "above", "below", "top", "bottom", "small", "large")
-"""Words of captions and questions that name no object: their maps are of something else."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +91,11 @@ class Recipe:
 
 BASE = Recipe(
     AlignmentConfig(weight=1.0, rows="predicts", question_rows="reads", aligner="identity"),
-    WordsConfig(roles=("question", "answer"), exclude=OUTSIDE),
+    WordsConfig(roles=("question", "answer")),
 )
 """The screen's recipe, from which the grid starts."""
-PUBLISHED = Recipe(AlignmentConfig(weight=10.0, rows="predicts", aligner="sim"), WordsConfig())
-"""The published settings, but for the normalization: the answers' words alone, by the rows that predict them."""
+LAVENDER = Recipe(PUBLISHED, WordsConfig(exclude=()))
+"""The published settings: the answers' words alone, by the rows that predict them."""
 
 
 def _with(base: Recipe, **changes: Any) -> Recipe:
@@ -133,7 +131,7 @@ GRID: dict[str, Recipe] = {
 """What the grid tries then, each in one thing other than that."""
 CHOSEN = PLACED
 """What the grid chose."""
-RECIPES = {"chosen": CHOSEN, "lavender": PUBLISHED, "placed": PLACED, **PLACES, **GRID}
+RECIPES = {"chosen": CHOSEN, "lavender": LAVENDER, "placed": PLACED, **PLACES, **GRID}
 RATES = {"plain": 2e-3, "aligned": 3e-3}
 """What the grid chose."""
 GRID_RATES = (1e-3, 2e-3, 3e-3)

@@ -57,7 +57,7 @@ best = st.integers(1, 999).map(lambda count: f"best:{count}")
 
 def or_none(settings):
     try:
-        return AlignmentConfig(**settings)
+        return AlignmentConfig(**({"weight": 10.0, "aligner": "sim", "question_rows": None} | settings))
     except ConfigError:  # settings that do not go together
         return None
 
@@ -271,7 +271,7 @@ def test_what_means_the_same_is_the_same_config():
     assert config.arguments == {"bf16": True}
 
 
-@pytest.mark.parametrize("wrong", [{"map_size": 8}, "noise", AlignmentConfig()])
+@pytest.mark.parametrize("wrong", [{"map_size": 8}, "noise", AlignmentConfig(weight=10.0, aligner="sim")])
 def test_what_is_no_config_is_refused(tmp_path, wrong):
     with pytest.raises(ConfigError, match=f"config is a {type(wrong).__name__}; expected one of lavender's StoreConfig"):
         TargetWriter(tmp_path / "store", {"model": "m"}, wrong)

@@ -156,7 +156,7 @@ def test_an_adapter_and_its_base(student, student_folder, tmp_path):
     from lavender.patching import patch
 
     folder, name = tmp_path / "run/adapter", "adapter_config.json"
-    patch(student, AlignmentConfig())
+    patch(student, AlignmentConfig(weight=10.0, aligner="sim"))
     aligner = len(list(student.lavender.parameters()))
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], modules_to_save=["lavender"])
     model = get_peft_model(student, config)

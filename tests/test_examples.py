@@ -262,7 +262,7 @@ def test_trainers_follow_the_gradient_of_the_whole_loss(library, name, loss_type
         return dict(batches[-1])
 
     model = case.load()
-    lavender.patch(model, AlignmentConfig(weight=weight))
+    lavender.patch(model, AlignmentConfig(weight=weight, aligner="sim"))
     config = LoraConfig(target_modules=["q_proj", "k_proj"], modules_to_save=["lavender"], task_type="CAUSAL_LM") if lora else None
     settings = {
         "output_dir": tmp_path, "max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
@@ -283,7 +283,7 @@ def test_trainers_follow_the_gradient_of_the_whole_loss(library, name, loss_type
     trainer.train()
 
     plain = case.load()
-    handle = lavender.patch(plain, AlignmentConfig(weight=weight))
+    handle = lavender.patch(plain, AlignmentConfig(weight=weight, aligner="sim"))
     trained = get_peft_model(plain, config) if lora else plain
     trained.load_state_dict(weights)
     trained.train()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ..config import AlignmentConfig, TrainingConfig, WordsConfig
+from ..config import PUBLISHED, AlignmentConfig, TrainingConfig, WordsConfig
 from ..errors import ConfigError
 from ..miniworld import STUDENT
 from .settings import override
@@ -67,7 +67,7 @@ class Preset:
 def llama_3_2_11b_vision_lora() -> Preset:
     """Llama-3.2-11B-Vision by LoRA: its eight cross-attention layers are aligned. Its weights alone take
     21 GB in half precision: shard them (ZeRO-3 or FSDP2) over cards of 24 or 32 GB."""
-    return _lora("meta-llama/Llama-3.2-11B-Vision-Instruct", AlignmentConfig())
+    return _lora("meta-llama/Llama-3.2-11B-Vision-Instruct", PUBLISHED)
 
 
 def llama_3_2_11b_vision_full() -> Preset:
@@ -79,17 +79,17 @@ def llama_3_2_11b_vision_full() -> Preset:
 
 def llava_1_5_7b() -> Preset:
     """LLaVA-1.5-7B by LoRA. It reads the picture by self-attention, over 24 x 24 image tokens."""
-    return _lora("llava-hf/llava-1.5-7b-hf", AlignmentConfig())
+    return _lora("llava-hf/llava-1.5-7b-hf", PUBLISHED)
 
 
 def qwen2_5_vl_7b() -> Preset:
     """Qwen2.5-VL-7B by LoRA. Pictures keep their shape; give its processor `max_pixels` if they are large."""
-    return _lora("Qwen/Qwen2.5-VL-7B-Instruct", AlignmentConfig())
+    return _lora("Qwen/Qwen2.5-VL-7B-Instruct", PUBLISHED)
 
 
 def minicpm_v_4_6() -> Preset:
     """MiniCPM-V 4.6 by LoRA: the one of its family whose code is part of transformers."""
-    return _lora("openbmb/MiniCPM-V-4.6", AlignmentConfig())
+    return _lora("openbmb/MiniCPM-V-4.6", PUBLISHED)
 
 
 def small_world() -> Preset:

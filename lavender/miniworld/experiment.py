@@ -52,8 +52,6 @@ WORLDS: dict[str, World] = {
 MAIN_WORLD = "in distribution"
 UNASKED = {"clutter": ("count",)}
 """Types of questions that are not counted in a world: no picture of the training has as many objects."""
-OUTSIDE = ("left", "right", "above", "below", "top", "bottom", "small", "large")
-"""Words of captions and questions that name no object: their maps are of something else."""
 TARGETS = "data/targets"
 MEASURED = "measured.json"
 NUM_EXAMPLES = 3
@@ -103,7 +101,7 @@ def demo_config(seed: int = 0) -> DemoConfig:
     return DemoConfig(
         seed=seed,
         teacher=TeacherConfig(inversion="noise", timesteps=(151,), map_size=8),
-        words=WordsConfig(roles=("question", "answer"), exclude=OUTSIDE),
+        words=WordsConfig(roles=("question", "answer")),
         alignment=AlignmentConfig(weight=1.0, rows="predicts", question_rows="reads", aligner="identity"),
         plain=LanguageStage(steps=2400, learning_rate=3e-3),
         aligned=LanguageStage(steps=2400, learning_rate=3e-3),

@@ -66,10 +66,10 @@ HEADS_FILE = "heads.json"
 SCORED_SAMPLES = 256
 """Samples, from all over the data, whose words the scores are means over."""
 _EARLIER: dict[str, dict[str, Any]] = {
-    "alignment": {"heads": "mean", "question_rows": None, "question_layers": None, "question_heads": None, "until": 1.0},
+    "alignment": {"heads": "mean", "question_rows": "reads", "question_layers": None, "question_heads": None, "until": 1.0},
     "words": {"roles": ["answer"]},
 }
-"""Settings that runs of older versions do not know, with the values that these had."""
+"""Settings that runs of older versions do not know, with the values that these had; they had no words of questions."""
 
 
 def fine_tune(

@@ -430,7 +430,7 @@ def test_a_trainer_takes_conversations_through_workers(student, processor, tmp_p
     )  # fmt: skip
     collator = Collator(processor, store, model_config=student.config, max_length=200)
     before = student.model.language_model.layers[0].self_attn.q_proj.weight.clone()
-    with lavender.patch(student, AlignmentConfig(weight=1.0)) as patch:
+    with lavender.patch(student, AlignmentConfig(weight=1.0, aligner="sim")) as patch:
         Trainer(model=student, args=arguments, train_dataset=samples, data_collator=collator).train()
         assert patch.last.outcomes.tolist() == [3, 1, 0, 0, 0]
         assert patch.last.loss > 0
@@ -444,6 +444,6 @@ def test_a_batch_that_is_cut_off_entirely_harms_no_weight(student, processor, sa
     assert (batch["labels"] == -100).all()
     assert batch["lavender_outcomes"].tolist() == [3]
     targets = torch.zeros(*batch["lavender_present"].shape, 8, 8)
-    with lavender.patch(student.train(), AlignmentConfig()):
+    with lavender.patch(student.train(), AlignmentConfig(weight=10.0, aligner="sim")):
         student(**batch, lavender_targets=targets).loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in student.parameters())

@@ -18,6 +18,6 @@ def test_best_constant_is_the_mean_of_the_targets():
 
 def test_alignment_error_of_the_targets_themselves_is_zero():
     maps = [{(0, 3): np.random.default_rng(0).random((16, 16), np.float32)}]
-    config = AlignmentConfig()
+    config = AlignmentConfig(weight=10.0, aligner="sim")
     assert alignment_error(maps, maps, config) == pytest.approx(0, abs=1e-10)
     assert alignment_error([{(0, 3): np.zeros((8, 8), np.float32)}], maps, config) == pytest.approx(1, rel=1e-3)

@@ -43,7 +43,7 @@ def test_only_the_whole_answer_is_right(monkeypatch, student, processor, said, r
 
 def test_aligned_maps_come_from_the_aligner(student, processor, scenes):
     torch.manual_seed(0)
-    with lavender.patch(student, lavender.AlignmentConfig()) as patch:
+    with lavender.patch(student, lavender.AlignmentConfig(weight=10.0, aligner="sim")) as patch:
         raw, aligned = student_maps(patch, processor, scenes[:2])
     span = next(iter(raw[0]))
     assert raw[0][span].shape == aligned[0][span].shape == (8, 8)

@@ -70,7 +70,7 @@ def run(tmp_path):
             "num_train": 1000,
             "num_fresh": 200,
             "num_curve": 40,
-            "alignment": to_dict(AlignmentConfig(question_rows="reads")),
+            "alignment": to_dict(AlignmentConfig(question_rows="reads", weight=10.0, aligner="sim")),
         },
         "environment": environment(),
     }
@@ -116,17 +116,17 @@ def test_what_the_text_says_follows_from_the_figures():
     ("alignment", "text"),
     [
         (
-            AlignmentConfig(rows="predicts", question_rows="reads"),
+            AlignmentConfig(rows="predicts", question_rows="reads", weight=10.0, aligner="sim"),
             "of a word of the question the row that reads it, of an answer (→) the row that predicts it; "
             "the mean over all heads of all layers",
         ),
         (
-            AlignmentConfig(rows="last", layers=(1,)),
+            AlignmentConfig(rows="last", layers=(1,), weight=10.0, aligner="sim"),
             "of a word of the question the row that reads its last token, of an answer (→) the row that reads its last token; "
             "the mean over all heads of layer 1",
         ),
         (
-            AlignmentConfig(rows="both", layers=(0, 2), question_heads="0.1,2.3"),
+            AlignmentConfig(rows="both", layers=(0, 2), question_heads="0.1,2.3", weight=10.0, aligner="sim"),
             "of a word of the question the rows that predict and read it, of an answer (→) the rows that predict and read it; "
             "the mean over heads 0.1,2.3; of an answer all heads of layers 0, 2",
         ),

@@ -85,7 +85,7 @@ class Composition:
         settings: dict[str, Any] = {"aligner": aligner, "rows": self.rows, "renormalize": self.softmax == "picture"}
         settings |= {"heads": self.heads}
         of_questions = {"question_rows": self.question_rows, "question_heads": self.question_heads}
-        settings |= {name: value for name, value in of_questions.items() if value != "same"}
+        settings |= {name: None if value == "same" else value for name, value in of_questions.items()}
         return AlignmentConfig(weight=WEIGHT, hidden_channels=4, **settings)
 
     @property

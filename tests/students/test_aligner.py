@@ -28,12 +28,12 @@ def attention(seed: int = 0, layers: int = L) -> torch.Tensor:
 
 def alignment(**settings) -> Alignment:
     torch.manual_seed(0)
-    return Alignment(AlignmentConfig(**settings), L, H, 16).double()
+    return Alignment(AlignmentConfig(**({"weight": 10.0, "aligner": "sim", "question_rows": None} | settings)), L, H, 16).double()
 
 
 @pytest.mark.parametrize(("kind", "count"), [("light", 18_465), ("sim", 27_681), ("deep", 46_113)])
 def test_the_published_numbers_of_weights(kind, count):
-    assert sum(p.numel() for p in Aligner(AlignmentConfig(aligner=kind), 32).parameters()) == count
+    assert sum(p.numel() for p in Aligner(AlignmentConfig(aligner=kind, weight=10.0), 32).parameters()) == count
 
 
 def by_formula(name: str, maps: torch.Tensor, project, mixture: torch.Tensor) -> torch.Tensor:
@@ -171,7 +171,7 @@ def test_the_loss_is_the_chosen_one(normalization, distance):
 
 @pytest.mark.parametrize("aggregation", get_args(Aggregation))
 def test_means_over_heads_are_taken_early_only_where_that_is_the_same(aggregation):
-    config = AlignmentConfig(aggregation=aggregation, aligner="identity")
+    config = AlignmentConfig(aggregation=aggregation, aligner="identity", weight=10.0)
     if aggregation == "parallel":
         assert keeps_heads(config)
         return
@@ -217,7 +217,7 @@ def test_a_student_trains_by_parallel_attention(student, training_batch, checkpo
     batch = {k: v for k, v in training_batch.items() if k != "labels"}
     if checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    config = AlignmentConfig(aggregation="parallel", parallel_heads=2, parallel_width=8, weight=1.0, layers=(1, 3))
+    config = AlignmentConfig(aggregation="parallel", parallel_heads=2, parallel_width=8, weight=1.0, layers=(1, 3), aligner="sim")
     with lavender.patch(student, config) as patch:
         student(**batch).loss.backward()
         assert all(p.grad is not None and p.grad.any() for p in student.lavender.parameters())
@@ -232,7 +232,7 @@ def test_a_student_trains_by_parallel_attention(student, training_batch, checkpo
 
 def test_parallel_attention_reads_the_layers_inputs(student, training_batch):
     """Against the hidden states that transformers itself gives out."""
-    config = AlignmentConfig(aggregation="parallel", parallel_heads=2, parallel_width=8, rows="reads")
+    config = AlignmentConfig(aggregation="parallel", parallel_heads=2, parallel_width=8, rows="reads", weight=10.0, aligner="sim")
     inputs = {k: v for k, v in without_lavender(training_batch).items() if k != "labels"}
     words = words_of_batch(training_batch)
     with lavender.patch(student, config) as patch, torch.no_grad():

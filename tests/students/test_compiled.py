@@ -16,7 +16,7 @@ from lavender.errors import CaptureError
 from ..conftest import with_targets, without_lavender
 from .zoo import built
 
-CONFIG = AlignmentConfig(weight=2.0)
+CONFIG = AlignmentConfig(weight=2.0, aligner="sim")
 
 
 @pytest.fixture(autouse=True)

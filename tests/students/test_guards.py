@@ -106,7 +106,10 @@ def test_a_layer_that_runs_twice_is_recorded_once(student, batch):
 def test_reentrant_checkpointing_in_training_is_refused(student, training_batch):
     student.train()
     student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    with lavender.patch(student, AlignmentConfig()), pytest.raises(CaptureError, match="'use_reentrant': False"):
+    with (
+        lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim")),
+        pytest.raises(CaptureError, match="'use_reentrant': False"),
+    ):
         student(**training_batch)
 
 
@@ -178,7 +181,7 @@ def test_a_family_of_ones_own(processor, samples):
 
 def test_data_parallel_is_refused_with_the_remedy(student, training_batch):
     """nn.DataParallel marks its copies so; it needs two GPUs to make any."""
-    with lavender.patch(student, AlignmentConfig()):
+    with lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim")):
         replica = student._replicate_for_data_parallel()
         replica._is_replica = True
         with pytest.raises(CaptureError, match=r"one process per GPU \(torchrun"):
@@ -187,18 +190,21 @@ def test_data_parallel_is_refused_with_the_remedy(student, training_batch):
 
 def test_split_sequences_are_refused(student, training_batch):
     """transformers' context and sequence parallelism give labels that are shifted already."""
-    with lavender.patch(student, AlignmentConfig()), pytest.raises(CaptureError, match="sequence is split over processes"):
+    with (
+        lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim")),
+        pytest.raises(CaptureError, match="sequence is split over processes"),
+    ):
         student(**training_batch, shift_labels=training_batch["labels"])
 
 
 def test_a_batch_of_another_models_processor_is_named(student, training_batch):
     """Its image positions hold other tokens: found at the first forward of a training."""
-    with lavender.patch(student, AlignmentConfig()):
+    with lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim")):
         student(**training_batch)
     positions = words_of_batch(training_batch).image_positions
     training_batch = changed(training_batch, image_positions=torch.where(positions >= 0, positions + 1, positions))
     told = r"made for another model: 4 of its image positions .* LlavaForConditionalGeneration's image token \d+"
-    with lavender.patch(student, AlignmentConfig()), pytest.raises(CaptureError, match=told):
+    with lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim")), pytest.raises(CaptureError, match=told):
         student(**training_batch)
 
 
@@ -220,7 +226,7 @@ def test_no_batch_sees_anything_of_another(student, processor, samples, checkpoi
     first, between, second = targeted(samples[:4]), targeted(samples[4:7]), targeted(samples[7:9])
     if checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    with lavender.patch(student, AlignmentConfig(aggregation=aggregation, parallel_heads=2)) as patch:
+    with lavender.patch(student, AlignmentConfig(aggregation=aggregation, parallel_heads=2, weight=10.0, aligner="sim")) as patch:
         alone = gradients_of_a_step(student.train(), second)
         gradients_of_a_step(student, first)
         with torch.no_grad():
@@ -237,7 +243,7 @@ def test_no_batch_sees_anything_of_another(student, processor, samples, checkpoi
 def test_a_compiled_student_trains_the_same(student, training_batch):
     """torch.compile around the patched model: same loss and gradients."""
     student.train()
-    with lavender.patch(student, AlignmentConfig()):
+    with lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim")):
         plain = gradients_of_a_step(student, training_batch)
         loss = student(**training_batch).loss
         compiled = torch.compile(student, backend="aot_eager")

@@ -52,7 +52,9 @@ def scores_by_definition(student, batches, rows, role):
 
 @pytest.mark.parametrize("rows", ["predicts", "both", "last"])
 def test_scores_are_their_definition(student, batches, rows):
-    found = lavender.choose_heads(student, AlignmentConfig(rows=rows, heads="best:3"), batches)
+    found = lavender.choose_heads(
+        student, AlignmentConfig(rows=rows, heads="best:3", weight=10.0, aligner="sim", question_rows=None), batches
+    )
     heads, layers = scores_by_definition(student, batches, rows, None)
     assert found.scores.keys() == {"answer"}
     np.testing.assert_allclose(found.scores["answer"].heads, heads, rtol=1e-4, atol=1e-6)
@@ -64,7 +66,15 @@ def test_scores_are_their_definition(student, batches, rows):
 
 
 def test_questions_are_scored_apart_where_their_settings_differ(student, batches):
-    config = AlignmentConfig(rows="predicts", question_rows="reads", layers="best:2", heads="best:2", question_layers="best:1")
+    config = AlignmentConfig(
+        rows="predicts",
+        question_rows="reads",
+        layers="best:2",
+        heads="best:2",
+        question_layers="best:1",
+        weight=10.0,
+        aligner="sim",
+    )
     found = lavender.choose_heads(student, config, batches)
     for role, rows, count in (("answer", "predicts", 2), ("question", "reads", 1)):
         heads, layers = scores_by_definition(student, batches, rows, role)
@@ -103,16 +113,22 @@ def test_a_planted_head_is_found(student, batches):
     with torch.no_grad(), lavender.patch(student) as patch:
         for batch in batches:
             planted.append(changed(batch, targets=patch.capture("both", **batch)[:, 2, 1]))
-    found = lavender.choose_heads(student, AlignmentConfig(rows="both", heads="best:1"), planted)
+    found = lavender.choose_heads(
+        student, AlignmentConfig(rows="both", heads="best:1", weight=10.0, aligner="sim", question_rows=None), planted
+    )
     assert found.config.heads == "2.1"
-    assert lavender.choose_heads(student, AlignmentConfig(rows="both", layers="best:1"), planted).config.layers == (2,)
+    assert lavender.choose_heads(
+        student, AlignmentConfig(rows="both", layers="best:1", weight=10.0, aligner="sim", question_rows=None), planted
+    ).config.layers == (2,)
 
 
 def test_of_equal_scores_the_first_is_better(student, batches):
     """Heads that look everywhere alike score nothing, all of them."""
     for layer in student.model.language_model.layers:
         layer.self_attn.q_proj.weight.data.zero_()
-    found = lavender.choose_heads(student, AlignmentConfig(heads="best:5", layers="best:3"), batches)
+    found = lavender.choose_heads(
+        student, AlignmentConfig(heads="best:5", layers="best:3", weight=10.0, aligner="sim", question_rows=None), batches
+    )
     assert not found.scores["answer"].heads.any()
     assert (found.config.layers, found.config.heads) == ((0, 1, 2), "0.0,0.1,0.2,0.3,1.0")
 
@@ -121,7 +137,7 @@ def test_the_model_is_left_as_it_was(student, batches):
     student.train()
     student.model.vision_tower.eval()
     modes = [module.training for module in student.modules()]
-    config = AlignmentConfig(heads="best:2", renormalize=True)
+    config = AlignmentConfig(heads="best:2", renormalize=True, weight=10.0, aligner="sim", question_rows=None)
     alone = lavender.choose_heads(student, config, batches)
     assert not hasattr(student, "_lavender_patch")
     assert [module.training for module in student.modules()] == modes
@@ -161,17 +177,24 @@ def test_what_is_not_chosen_does_not_train(student, batches):
 )
 def test_choices_that_cannot_be_made_are_refused(student, batches, settings, change, match):
     with pytest.raises(ConfigError, match=match):
-        lavender.choose_heads(student, AlignmentConfig(**settings), [changed(batch, **change) for batch in batches])
+        lavender.choose_heads(
+            student,
+            AlignmentConfig(**({"weight": 10.0, "aligner": "sim", "question_rows": None} | settings)),
+            [changed(batch, **change) for batch in batches],
+        )
 
 
 def test_layers_of_a_patch_in_training_are_no_choice(student, batches):
-    with lavender.patch(student, AlignmentConfig(layers=(1,))), pytest.raises(ModelError, match="some of its layers"):
-        lavender.choose_heads(student, AlignmentConfig(heads="best:2"), batches)
+    with (
+        lavender.patch(student, AlignmentConfig(layers=(1,), weight=10.0, aligner="sim", question_rows=None)),
+        pytest.raises(ModelError, match="some of its layers"),
+    ):
+        lavender.choose_heads(student, AlignmentConfig(heads="best:2", weight=10.0, aligner="sim", question_rows=None), batches)
 
 
 def test_answers_choice_is_the_questions_where_there_are_none(student, batches):
     """With rows of their own alone; who asks for a choice by name gets one, or an error."""
-    config = AlignmentConfig(heads="best:2", question_rows="reads")
+    config = AlignmentConfig(heads="best:2", question_rows="reads", weight=10.0, aligner="sim")
     answers = [changed(batch, roles=torch.full((4, 5), ROLES.index("answer"))) for batch in batches]
     found = lavender.choose_heads(student, config, answers)
     assert found.scores.keys() == {"answer"}

@@ -76,7 +76,7 @@ def step(model, batch):
 )
 def test_loss_maps_and_gradients_are_those_without_liger(liger, batch, patched, aggregation, checkpointing):
     plain = built("llava").copy().model.train()
-    config = AlignmentConfig(weight=2.0, aggregation=aggregation, parallel_heads=2)
+    config = AlignmentConfig(weight=2.0, aggregation=aggregation, parallel_heads=2, aligner="sim")
     torch.manual_seed(0)
     lavender.patch(plain, config)
     batch = {**batch, "num_items_in_batch": torch.tensor(12)}
@@ -106,7 +106,7 @@ def test_loss_maps_and_gradients_are_those_without_liger(liger, batch, patched, 
 def test_a_trainer_with_liger_takes_the_steps_of_one_without(liger, batch, tmp_path):
     plain = built("llava").copy().model
     torch.manual_seed(0)
-    lavender.patch(plain, AlignmentConfig(weight=2.0))
+    lavender.patch(plain, AlignmentConfig(weight=2.0, aligner="sim"))
     models = [plain, copy.deepcopy(plain)]
     for model, use_liger in zip(models, (False, True), strict=True):
         arguments = TrainingArguments(

@@ -114,7 +114,7 @@ def test_weights_without_a_place_are_named_and_an_aligners_are_not(damaged, stud
     ]
     assert not any("LOAD REPORT" in record.getMessage() for record in caplog.records)
     caplog.clear()
-    patch(student, AlignmentConfig())
+    patch(student, AlignmentConfig(weight=10.0, aligner="sim"))
     student.save_pretrained(tmp_path / "checkpoint-7")
     processor.save_pretrained(tmp_path / "checkpoint-7")
     assert any("lavender." in name for name in load_file(tmp_path / "checkpoint-7/model.safetensors"))

@@ -106,7 +106,7 @@ def test_unpatch_restores_the_very_objects(student):
     hooks_before = {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in student.named_modules()}
     original = ALL_ATTENTION_FUNCTIONS["sdpa"]
     state_before = list(student.state_dict())
-    patch = lavender.patch(student, AlignmentConfig())
+    patch = lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim"))
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not original
     patch.unpatch()
     patch.unpatch()
@@ -131,16 +131,16 @@ def test_an_exception_leaves_nothing_behind(student, batch):
 def test_patching_twice_is_one_patch(student):
     patch = lavender.patch(student)
     assert lavender.patch(student) is patch
-    trained = lavender.patch(student, AlignmentConfig())
+    trained = lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim"))
     assert not patch.is_patched
     assert trained.is_patched
-    assert lavender.patch(student, AlignmentConfig()) is trained
+    assert lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim")) is trained
     trained.unpatch()
 
 
 def test_looking_at_a_model_in_training_leaves_its_patch(student, training_batch):
     plain = student(**without_lavender(training_batch)).loss
-    patch = lavender.patch(student, AlignmentConfig(weight=1))
+    patch = lavender.patch(student, AlignmentConfig(weight=1, aligner="sim"))
     with lavender.patch(student) as looking:
         looking.capture(**training_batch)
     assert patch.is_patched
@@ -184,12 +184,12 @@ def test_a_dropped_model_lets_go_of_the_registry(processor):
 def test_chosen_layers_are_captured(student, batch):
     with torch.no_grad(), lavender.patch(student) as patch:
         everything = patch.capture(**batch)
-    with torch.no_grad(), lavender.patch(student, AlignmentConfig(layers=(3, 1))) as patch:
+    with torch.no_grad(), lavender.patch(student, AlignmentConfig(layers=(3, 1), weight=10.0, aligner="sim")) as patch:
         assert torch.equal(patch.capture(**batch), everything[:, [3, 1]])
 
 
 def test_renormalized_maps_sum_to_one(student, batch):
-    with torch.no_grad(), lavender.patch(student, AlignmentConfig(renormalize=True)) as patch:
+    with torch.no_grad(), lavender.patch(student, AlignmentConfig(renormalize=True, weight=10.0, aligner="sim")) as patch:
         sums = patch.capture(**batch).sum((-2, -1))
     expected = batch["lavender_present"].float()[:, None, None].expand_as(sums)
     torch.testing.assert_close(sums, expected, rtol=0, atol=1e-5)
@@ -240,7 +240,7 @@ def test_the_alignment_gradient_reaches_q_and_k_of_every_layer(student, training
     no_labels = {k: v for k, v in training_batch.items() if k != "labels"}
     if checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    with lavender.patch(student, AlignmentConfig()):
+    with lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim")):
         student(**no_labels).loss.backward()  # no labels: the loss is the alignment alone
         gradients = language_gradients(student)
         assert len(gradients) == 8
@@ -257,7 +257,7 @@ def test_the_gradient_equals_that_of_eager_attention(student, training_batch):
     """The whole chain - capture, aligner, loss - against the same chain on eager attention, in float64."""
     student = student.double()
     batch = {k: v.double() if v.is_floating_point() else v for k, v in training_batch.items() if k != "labels"}
-    with lavender.patch(student, AlignmentConfig(weight=1.0)):
+    with lavender.patch(student, AlignmentConfig(weight=1.0, aligner="sim")):
         student(**batch).loss.backward()
         captured = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
         alignment = student.lavender
@@ -288,21 +288,21 @@ def test_the_gradient_equals_that_of_eager_attention(student, training_batch):
 def test_reentrant_checkpointing_is_refused(student, training_batch):
     student.train()
     student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    with lavender.patch(student, AlignmentConfig()), pytest.raises(CaptureError, match="use_reentrant"):
+    with lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim")), pytest.raises(CaptureError, match="use_reentrant"):
         student(**training_batch)
 
 
 def test_no_matched_word_adds_exactly_zero(student, training_batch):
     training_batch = changed(training_batch, present=torch.zeros_like(words_of_batch(training_batch).present))
     plain = student(**without_lavender(training_batch)).loss
-    with lavender.patch(student, AlignmentConfig(weight=1000)) as patch:
+    with lavender.patch(student, AlignmentConfig(weight=1000, aligner="sim")) as patch:
         assert torch.equal(student(**training_batch).loss, plain)
         assert patch.last.loss == 0
 
 
 def test_a_weight_of_zero_leaves_the_loss(student, training_batch):
     plain = student(**without_lavender(training_batch)).loss
-    with lavender.patch(student, AlignmentConfig(weight=0)):
+    with lavender.patch(student, AlignmentConfig(weight=0, aligner="sim")):
         assert torch.equal(student(**training_batch).loss, plain)
 
 
@@ -311,7 +311,7 @@ def test_the_term_is_scaled_as_the_trainer_expects(student, training_batch):
     plain = without_lavender(training_batch)
     total = 4 * (training_batch["labels"] != -100).sum()
     expected = student(**plain, num_items_in_batch=total).loss
-    with lavender.patch(student, AlignmentConfig(weight=2)) as patch:
+    with lavender.patch(student, AlignmentConfig(weight=2, aligner="sim")) as patch:
         loss = student(**training_batch, num_items_in_batch=total).loss
         torch.testing.assert_close(loss, expected + 2 * patch.last.loss / 4)
 
@@ -319,7 +319,11 @@ def test_the_term_is_scaled_as_the_trainer_expects(student, training_batch):
 def test_half_precision_students_are_captured(student, training_batch):
     half = copy.deepcopy(student).bfloat16()
     batch = {k: v.bfloat16() if k == "pixel_values" else v for k, v in training_batch.items()}
-    with torch.no_grad(), lavender.patch(student) as exact, lavender.patch(half, AlignmentConfig()) as patch:
+    with (
+        torch.no_grad(),
+        lavender.patch(student) as exact,
+        lavender.patch(half, AlignmentConfig(weight=10.0, aligner="sim")) as patch,
+    ):
         maps, reference = patch.capture(**batch), exact.capture(**training_batch)
         assert maps.dtype == torch.float32
         assert (maps - reference).norm() / reference.norm() < 0.02
@@ -330,7 +334,7 @@ def test_frozen_aligners_are_refused_with_the_remedy(student, training_batch):
     from peft import LoraConfig, get_peft_model
 
     student.train()
-    lavender.patch(student, AlignmentConfig())
+    lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim"))
     wrapped = get_peft_model(student, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(CaptureError, match=r"modules_to_save=\['lavender'\]"):
         wrapped(**training_batch)
@@ -341,7 +345,7 @@ def test_a_peft_model_trains_adapter_and_aligner(student, training_batch):
     from peft import LoraConfig, get_peft_model
 
     student.train()
-    patch = lavender.patch(student, AlignmentConfig())
+    patch = lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim"))
     wrapped = get_peft_model(student, LoraConfig(target_modules=["q_proj"], modules_to_save=["lavender"]))
     assert lavender.patch(wrapped) is patch
     wrapped(**{k: v for k, v in training_batch.items() if k != "labels"}).loss.backward()
@@ -393,7 +397,7 @@ def test_models_that_cannot_be_patched_are_named(student):
         lavender.patch(student)
     student.model.language_model.config._attn_implementation = "sdpa"
     with pytest.raises(ModelError, match="layers 0 to 3"):
-        lavender.patch(student, AlignmentConfig(layers=(4,)))
+        lavender.patch(student, AlignmentConfig(layers=(4,), weight=10.0, aligner="sim"))
     with pytest.raises(ModelError, match="qwen9_vl"):
         student_family("qwen9_vl")
 
@@ -405,9 +409,9 @@ def test_a_with_around_the_patch_ends_it_whoever_asked_for_it_again(student):
 
 
 def test_an_aligner_in_training_is_not_thrown_away(student):
-    patch = lavender.patch(student, AlignmentConfig())
+    patch = lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim"))
     with pytest.raises(ModelError, match="aligner would be lost"):
-        lavender.patch(student, AlignmentConfig(weight=3.0))
+        lavender.patch(student, AlignmentConfig(weight=3.0, aligner="sim"))
     assert patch.is_patched
     patch.unpatch()
     with pytest.raises(CaptureError, match="patch was undone"):
@@ -427,5 +431,5 @@ def test_an_encoder_decoder_is_captured_and_not_trained():
 
     florence = built("florence2")
     with pytest.raises(ModelError, match="encoder-decoder"):
-        lavender.patch(florence.model, AlignmentConfig())
+        lavender.patch(florence.model, AlignmentConfig(weight=10.0, aligner="sim"))
     assert not student_family("florence2").collates

@@ -17,7 +17,7 @@ from ..conftest import with_targets, without_lavender, words_of_batch
 from .definition import alignment_loss, attention_weights, compared_maps, word_maps
 from .zoo import built
 
-CONFIG = AlignmentConfig(weight=3.0)
+CONFIG = AlignmentConfig(weight=3.0, aligner="sim")
 
 
 def quantization(kind: str) -> Any:

@@ -130,7 +130,7 @@ def some(cases, count):
 
 @pytest.mark.parametrize(("answer", "question"), some(product(get_args(Rows), get_args(Rows)), 5))
 def test_rows_are_those_of_a_words_role(student, role_batch, answer, question):
-    config = AlignmentConfig(aligner="identity", rows=answer, question_rows=None if question == answer else question)
+    config = AlignmentConfig(aligner="identity", rows=answer, question_rows=None if question == answer else question, weight=10.0)
     require_equal(student, role_batch, config, {"answer": {"rows": answer}, "question": {"rows": question}})
 
 
@@ -195,7 +195,7 @@ def test_captured_words_of_both_rows_have_the_mean_of_their_maps(student, role_b
     ends = (words.roles == END)[:, None, None, :, None, None].expand_as(maps["both"])
     for rows in get_args(Rows):
         assert torch.equal(maps[rows][ends], maps["reads"][ends])
-    config = AlignmentConfig(rows="both", question_rows="last", heads="3.1,0.2", aligner="identity")
+    config = AlignmentConfig(rows="both", question_rows="last", heads="3.1,0.2", aligner="identity", weight=10.0)
     with torch.no_grad(), lavender.patch(student, config) as patch:
         by_role = patch.capture(**role_batch)
         asked = patch.capture("reads", **role_batch)
@@ -207,7 +207,7 @@ def test_captured_words_of_both_rows_have_the_mean_of_their_maps(student, role_b
 
 
 def test_without_roles_all_words_are_answers(student, role_batch):
-    config = AlignmentConfig(rows="last", question_rows="reads", question_heads="0.0", aligner="identity")
+    config = AlignmentConfig(rows="last", question_rows="reads", question_heads="0.0", aligner="identity", weight=10.0)
     with lavender.patch(student, config) as patch:
         student(**changed(role_batch, roles=None))
         alone = patch.last.loss
@@ -237,7 +237,9 @@ def test_parallel_attention_has_layers_by_role(student, role_batch):
     """A question's words read the projections of their layers alone: the others get no gradient of theirs."""
     settings = {"aggregation": "parallel", "aligner": "identity", "parallel_heads": 2, "parallel_width": 4}
     student.train()
-    with lavender.patch(student, AlignmentConfig(rows="both", layers=(1,), question_layers=(3, 1), **settings)) as patch:
+    with lavender.patch(
+        student, AlignmentConfig(rows="both", question_rows=None, layers=(1,), question_layers=(3, 1), **settings)
+    ) as patch:
         of_one = changed(role_batch, roles=torch.full((4, 5), ANSWER))
         student(**{k: v for k, v in of_one.items() if k != "labels"}).loss.backward()
         grads = [p.weight.grad for p in student.lavender.parallel.queries]
@@ -258,13 +260,16 @@ def test_parallel_attention_has_layers_by_role(student, role_batch):
     ],
 )
 def test_roles_that_are_none_are_refused(student, role_batch, roles, match):
-    with lavender.patch(student, AlignmentConfig()), pytest.raises(CaptureError, match=match):
+    with (
+        lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim", question_rows=None)),
+        pytest.raises(CaptureError, match=match),
+    ):
         student(**changed(role_batch, roles=roles))
 
 
 def test_absent_words_may_have_no_role(student, role_batch):
     words = words_of_batch(role_batch)
-    with lavender.patch(student, AlignmentConfig(question_rows="both")) as patch:
+    with lavender.patch(student, AlignmentConfig(question_rows="both", weight=10.0, aligner="sim")) as patch:
         student(**role_batch)
         loss = patch.last.loss
         student(**changed(role_batch, roles=words.roles.where(words.present, -1)))
@@ -303,14 +308,16 @@ def test_a_token_beyond_the_text_can_only_be_predicted(student, role_batch, rows
 )
 def test_heads_that_a_model_does_not_have_are_named(student, settings, error, match):
     if error is None:
-        with lavender.patch(student, AlignmentConfig(**settings)) as patch:
+        with lavender.patch(
+            student, AlignmentConfig(**({"weight": 10.0, "aligner": "sim", "question_rows": None} | settings))
+        ) as patch:
             first = next(student.lavender.aligner.parameters())
             kept_apart = settings.get("aggregation") is None
             assert first.shape[1] == (len(settings.get("heads", "0,0,0,0").split(",")) if kept_apart else 1)
             assert patch.trains
         return
     with pytest.raises(error, match=match):
-        lavender.patch(student, AlignmentConfig(**settings))
+        lavender.patch(student, AlignmentConfig(**({"weight": 10.0, "aligner": "sim", "question_rows": None} | settings)))
     assert not hasattr(student, "_lavender_patch")
     assert not any(m._forward_pre_hooks for m in student.modules())
 
@@ -335,7 +342,7 @@ def test_no_heads_are_kept_that_nobody_needs(student, role_batch, monkeypatch, s
         return attention(self)
 
     monkeypatch.setattr(Forward, "attention", noted)
-    with lavender.patch(student, AlignmentConfig(**settings)):
+    with lavender.patch(student, AlignmentConfig(**({"weight": 10.0, "aligner": "sim", "question_rows": None} | settings))):
         student(**role_batch)
     assert kept == recorded
 

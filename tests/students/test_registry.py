@@ -30,7 +30,7 @@ def captured(student, batch, config=None):
 
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_eager_attention_gives_its_own_weights(student, batch, renormalize):
-    config = AlignmentConfig(renormalize=renormalize)
+    config = AlignmentConfig(renormalize=renormalize, weight=10.0, aligner="sim")
     by_sdpa = captured(student, batch, config)
     student.set_attn_implementation("eager")
     with torch.no_grad():
@@ -278,10 +278,10 @@ def test_dropout_in_the_weights_of_eager_attention_is_refused(student, training_
     """sdpa's maps are those before dropout; eager attention returns what is left of them."""
     for layer in student.model.language_model.layers:
         layer.self_attn.attention_dropout = 0.5
-    with lavender.patch(student.train(), AlignmentConfig()):
+    with lavender.patch(student.train(), AlignmentConfig(weight=10.0, aligner="sim")):
         student(**training_batch)
     student.set_attn_implementation("eager")
-    with lavender.patch(student, AlignmentConfig()):
+    with lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim")):
         with pytest.raises(CaptureError, match=r"dropout of 0\.5.*attention_dropout=0"):
             student(**training_batch)
         student.eval()(**training_batch)

@@ -79,7 +79,7 @@ def test_inputs_in_one_mapping_are_captured_and_trained_alike(monkeypatch):
     model, batch = student.model, student.batch()
     training, inputs = with_targets(batch, 8), without_lavender(batch)
     original = type(model).forward
-    with lavender.patch(model, AlignmentConfig()) as patch, torch.no_grad():
+    with lavender.patch(model, AlignmentConfig(weight=10.0, aligner="sim")) as patch, torch.no_grad():
         expected, loss = patch.capture(**batch), model(**training).loss
         monkeypatch.setattr(type(model), "forward", lambda self, data, **kwargs: original(self, **data, **kwargs))
         beside = {key: value for key, value in training.items() if key not in inputs}

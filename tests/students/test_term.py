@@ -63,7 +63,7 @@ class OwnLossAndTerm(Trainer):
     ids=["label_smoothing_factor", "compute_loss_func", "compute_loss"],
 )
 def test_a_trainer_that_drops_the_models_loss_is_stopped_in_its_first_step(student, training_batch, tmp_path, how, accumulation):
-    lavender.patch(student, AlignmentConfig())
+    lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim"))
     before = copy.deepcopy(student.state_dict())
     trainer = trainer_of(student, training_batch, tmp_path, gradient_accumulation_steps=accumulation, **how)
     with pytest.raises(CaptureError, match=r"does not hold the alignment.*label_smoothing_factor.*patch\.term"):
@@ -78,14 +78,18 @@ def test_a_loss_of_ones_own_takes_the_term(student, training_batch, tmp_path):
     for kind in (Trainer, OwnLossAndTerm):
         twin = copy.deepcopy(student)
         torch.manual_seed(0)
-        lavender.patch(twin, AlignmentConfig())
+        lavender.patch(twin, AlignmentConfig(weight=10.0, aligner="sim"))
         trainer_of(twin, training_batch, tmp_path, kind).train()
         trained.append(twin.state_dict())
     for name, value in trained[0].items():
         torch.testing.assert_close(trained[1][name], value, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("config", [AlignmentConfig(), AlignmentConfig(aggregation="learned", aligner="identity")], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [AlignmentConfig(weight=10.0, aligner="sim"), AlignmentConfig(aggregation="learned", aligner="identity", weight=10.0)],
+    ids=str,
+)
 @pytest.mark.parametrize("left_out", ["all", "last"])
 def test_an_aligner_that_no_optimizer_has_is_noticed(student, training_batch, config, left_out):
     """Made before the patch, an optimizer has none of its weights; made by hand, it may lack some."""
@@ -105,7 +109,7 @@ def test_an_aligner_that_no_optimizer_has_is_noticed(student, training_batch, co
 
 def test_a_frozen_student_may_stay_as_it_is(student, training_batch):
     student.train().requires_grad_(False)
-    with lavender.patch(student, AlignmentConfig()):
+    with lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim")):
         optimizer = torch.optim.SGD(student.lavender.parameters(), lr=1e-2)
         losses = []
         for _ in range(3):
@@ -126,7 +130,7 @@ def test_a_loss_of_shares_is_refused(student, training_batch, monkeypatch):
         output.loss = output.loss.expand(4)
         return output
 
-    with lavender.patch(student, AlignmentConfig()):
+    with lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim")):
         monkeypatch.setattr(type(student), "forward", per_sample)
         with pytest.raises(CaptureError, match=r"loss is of shape \(4,\)"):
             student(**training_batch)
@@ -137,7 +141,7 @@ def test_a_tuple_without_a_loss_stays_as_it_is(student, training_batch, trains):
     student.train(trains)
     batch = {name: value for name, value in training_batch.items() if name != "labels"}
     plain = student(**without_lavender(batch), return_dict=False)
-    with lavender.patch(student, AlignmentConfig(weight=1000.0)) as patch:
+    with lavender.patch(student, AlignmentConfig(weight=1000.0, aligner="sim")) as patch:
         output = student(**batch, return_dict=False)
         assert patch.last.loss > 0
         assert len(output) == len(plain)
@@ -151,7 +155,7 @@ def test_a_batch_without_label_tokens_has_the_term_alone(student, training_batch
     """The mean over no tokens is NaN."""
     batch = training_batch | {"labels": torch.full_like(training_batch["labels"], -100)}
     assert student(**without_lavender(batch)).loss.isnan()
-    with lavender.patch(student, AlignmentConfig(weight=2.0)) as patch:
+    with lavender.patch(student, AlignmentConfig(weight=2.0, aligner="sim")) as patch:
         student.train()
         loss = student(**batch).loss
         torch.testing.assert_close(loss, 2 * patch.last.loss)
@@ -163,7 +167,7 @@ def test_a_batch_without_label_tokens_has_the_term_alone(student, training_batch
 
 def test_a_training_without_targets_is_noticed_once(student, batch, caplog):
     student.train()
-    with lavender.patch(student, AlignmentConfig()), caplog.at_level(logging.WARNING, "lavender"):
+    with lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim")), caplog.at_level(logging.WARNING, "lavender"):
         student.eval()(**without_lavender(batch))
         assert not caplog.records
         student.train()(**without_lavender(batch))
@@ -184,7 +188,7 @@ def test_an_aligner_patched_onto_a_peft_model_is_trained_saved_and_loaded(studen
     import peft
 
     wrapped = peft.get_peft_model(student, PEFT_KINDS[kind](peft))
-    patch = lavender.patch(wrapped, AlignmentConfig())
+    patch = lavender.patch(wrapped, AlignmentConfig(weight=10.0, aligner="sim"))
     wrapped.train()
     optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2)
     wrapped(**training_batch).loss.backward()
@@ -205,14 +209,14 @@ def test_an_aligner_beside_an_adapter_that_would_not_save_it_is_refused(student,
 
     wrapped = get_peft_model(student, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ModelError, match="pass the PeftModel"):
-        lavender.patch(wrapped.get_base_model(), AlignmentConfig())
+        lavender.patch(wrapped.get_base_model(), AlignmentConfig(weight=10.0, aligner="sim"))
     assert not hasattr(student, "lavender")
     wrapped.add_adapter("more", LoraConfig(target_modules=["v_proj"]))
     wrapped.base_model.set_adapter(["default", "more"])
     with pytest.raises(ModelError, match=r"'default' \(LORA\), 'more' \(LORA\)"):
-        lavender.patch(wrapped, AlignmentConfig())
+        lavender.patch(wrapped, AlignmentConfig(weight=10.0, aligner="sim"))
     # No weights, nothing to save.
-    lavender.patch(wrapped, AlignmentConfig(aligner="identity")).unpatch()
+    lavender.patch(wrapped, AlignmentConfig(aligner="identity", weight=10.0)).unpatch()
 
 
 def test_an_adapter_of_transformers_is_refused(student):
@@ -220,13 +224,13 @@ def test_an_adapter_of_transformers_is_refused(student):
 
     student.add_adapter(LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ModelError, match="modules_to_save"):
-        lavender.patch(student, AlignmentConfig())
+        lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim"))
 
 
 def test_an_aligner_unfrozen_beside_an_adapter_is_refused(student, training_batch):
     from peft import LoraConfig, get_peft_model
 
-    lavender.patch(student, AlignmentConfig())
+    lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim"))
     wrapped = get_peft_model(student, LoraConfig(target_modules=["q_proj"])).train()
     student.lavender.requires_grad_(True)
     with pytest.raises(CaptureError, match=r"does not save it.*modules_to_save=\['lavender'\]"):
@@ -236,7 +240,7 @@ def test_an_aligner_unfrozen_beside_an_adapter_is_refused(student, training_batc
 def test_a_patched_model_generates_from_a_collated_batch(student, training_batch):
     inputs = {name: training_batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
     plain = student.generate(**inputs, max_new_tokens=4, do_sample=False)
-    with lavender.patch(student, AlignmentConfig()):
+    with lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim")):
         assert torch.equal(student.generate(**training_batch, max_new_tokens=4, do_sample=False), plain)
         twin = copy.deepcopy(student)
         torch.nn.init.zeros_(twin.lm_head.weight)
@@ -251,7 +255,7 @@ def test_a_saved_model_is_plain_and_its_aligner_lies_beside_it(student, processo
     def trainer(folder):
         torch.manual_seed(3)
         twin = copy.deepcopy(student)
-        lavender.patch(twin, AlignmentConfig())
+        lavender.patch(twin, AlignmentConfig(weight=10.0, aligner="sim"))
         collator = Collator(processor)
         torch.manual_seed(4)
         batches = [with_targets(collator(samples[n : n + 2]), 8) for n in range(0, 8, 2)]
@@ -272,7 +276,7 @@ def test_a_saved_model_is_plain_and_its_aligner_lies_beside_it(student, processo
     loaded, report = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not report["unexpected_keys"]
     assert not report["missing_keys"]
-    fresh = lavender.patch(loaded, AlignmentConfig())
+    fresh = lavender.patch(loaded, AlignmentConfig(weight=10.0, aligner="sim"))
     load_aligner(fresh, tmp_path / "saved")
     for name, value in whole.model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
@@ -282,12 +286,15 @@ def test_a_saved_model_is_plain_and_its_aligner_lies_beside_it(student, processo
 def test_a_batch_that_goes_around_the_patched_model_is_refused(student, training_batch, around):
     """Its loss, to which the term is added, would not be there."""
     batch = {name: value for name, value in training_batch.items() if name != "labels"}
-    with lavender.patch(student, AlignmentConfig()), pytest.raises(CaptureError, match="went around the patched Llava"):
+    with (
+        lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim")),
+        pytest.raises(CaptureError, match="went around the patched Llava"),
+    ):
         student.forward(**batch) if around == "forward" else student.model(**batch)
 
 
 def test_what_is_dropped_in_eval_mode_or_behind_a_frozen_tower_is_noticed(student, training_batch):
-    with lavender.patch(student, AlignmentConfig()):
+    with lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim")):
         with pytest.raises(CaptureError, match="does not hold the alignment"):
             cross_entropy(student.eval()(**training_batch), training_batch["labels"]).backward()
         student.requires_grad_(False)
@@ -303,20 +310,20 @@ def test_an_aligner_that_an_adapter_was_saved_with_is_not_replaced(student, trai
 
     plain = copy.deepcopy(student)
     wrapped = get_peft_model(student, LoraConfig(target_modules=["q_proj"]))
-    lavender.patch(wrapped, AlignmentConfig())
+    lavender.patch(wrapped, AlignmentConfig(weight=10.0, aligner="sim"))
     torch.nn.init.normal_(student.lavender.modules_to_save["default"].aligner.blocks[0].weight)
     wrapped.save_pretrained(tmp_path)
     late = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path, is_trainable=True)
     with pytest.raises(ModelError, match=r"patch the model before get_peft_model or PeftModel\.from_pretrained"):
-        lavender.patch(late, AlignmentConfig())
-    lavender.patch(plain, AlignmentConfig())
+        lavender.patch(late, AlignmentConfig(weight=10.0, aligner="sim"))
+    lavender.patch(plain, AlignmentConfig(weight=10.0, aligner="sim"))
     again = PeftModel.from_pretrained(plain, tmp_path, is_trainable=True)
     assert torch.equal(again.train()(**training_batch).loss, wrapped.train()(**training_batch).loss)
 
 
 @pytest.mark.parametrize("folder", ["checkpoints", "checkpoint-final", "final"])
 def test_only_a_trainers_checkpoints_hold_the_aligner_among_the_weights(student, tmp_path, folder):
-    with lavender.patch(student, AlignmentConfig()) as patch:
+    with lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim")) as patch:
         student.save_pretrained(tmp_path / folder)
         load_aligner(patch, tmp_path / folder)
     assert not any(name.startswith("lavender.") for name in load_file(tmp_path / folder / "model.safetensors"))

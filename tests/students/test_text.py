@@ -163,7 +163,7 @@ def other_word(batch):
 @pytest.mark.parametrize("spoil", [cut, cut_at_the_start, shift, swap_samples, pack, other_word])
 def test_a_forward_over_another_text_is_refused(student, training_batch, spoil):
     """Whatever stands between the collator and the model: a trainer's `max_length`, packing, augmentation."""
-    with lavender.patch(student.train(), AlignmentConfig()):
+    with lavender.patch(student.train(), AlignmentConfig(weight=10.0, aligner="sim")):
         student(**training_batch)
         training_batch["input_ids"] = training_batch["input_ids"].clone()
         spoil(training_batch)

@@ -65,7 +65,7 @@ def test_captures_of_several_threads_do_not_mix(student, processor, samples):
 
 def test_losses_of_several_threads_do_not_mix(student, processor, samples, training_batch):
     """Forwards with targets, beside the plain forwards of others."""
-    with torch.no_grad(), lavender.patch(student, AlignmentConfig()):
+    with torch.no_grad(), lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim")):
         loss, plain = student(**training_batch).loss, student(**without_lavender(training_batch)).loss
         assert loss != plain
 

@@ -36,7 +36,7 @@ def test_after_its_end_the_student_trains_alone(student, training_batch, calls):
     plain = copy.deepcopy(student)
     expected = plain(**without_lavender(training_batch)).loss
     expected.backward()
-    with lavender.patch(student, AlignmentConfig(aligner="identity", until=0.5)) as patch:
+    with lavender.patch(student, AlignmentConfig(aligner="identity", until=0.5, weight=10.0, question_rows=None)) as patch:
         with pytest.raises(ConfigError, match=r"until=0\.5.*LavenderCallback"):
             student(**training_batch)
         calls.clear()
@@ -58,7 +58,7 @@ def test_after_its_end_the_student_trains_alone(student, training_batch, calls):
             assert patch.last.loss > 0
             assert patch.align(**training_batch).any()
     empty = training_batch | {"labels": torch.full_like(training_batch["labels"], -100)}
-    with lavender.patch(student, AlignmentConfig(aligner="identity", until=0.5)) as patch:
+    with lavender.patch(student, AlignmentConfig(aligner="identity", until=0.5, weight=10.0, question_rows=None)) as patch:
         patch.progress = 0.9
         assert student(**empty).loss == 0  # and no 0 / 0
 
@@ -66,7 +66,7 @@ def test_after_its_end_the_student_trains_alone(student, training_batch, calls):
 def test_the_weights_of_an_aligner_stay_in_use(student, training_batch):
     """Engines that exchange gradients wait for those of every weight."""
     student.train()
-    with lavender.patch(student, AlignmentConfig(until=0.5)) as patch:
+    with lavender.patch(student, AlignmentConfig(until=0.5, weight=10.0, aligner="sim", question_rows=None)) as patch:
         patch.progress = 0.6
         loss = student(**training_batch).loss
         torch.testing.assert_close(loss, student(**without_lavender(training_batch)).loss)
@@ -76,7 +76,7 @@ def test_the_weights_of_an_aligner_stay_in_use(student, training_batch):
 
 @pytest.mark.parametrize("aligner", ["identity", "light"])
 def test_a_trainer_ends_the_alignment(student, training_batch, tmp_path, aligner):
-    lavender.patch(student, AlignmentConfig(aligner=aligner, until=0.5, weight=2.0))
+    lavender.patch(student, AlignmentConfig(aligner=aligner, until=0.5, weight=2.0, question_rows=None))
     arguments = TrainingArguments(
         tmp_path,
         max_steps=6,

@@ -144,7 +144,7 @@ def test_lambda_falls_with_the_optimizers_steps(tracked, schedule, expected):
 
 
 def test_a_lambda_that_falls_needs_to_know_how_far_the_training_is(tracked, student, training_batch):
-    config = AlignmentConfig(schedule="linear")
+    config = AlignmentConfig(schedule="linear", weight=10.0, aligner="sim")
     with pytest.raises(ConfigError, match=r"lavender.LavenderCallback\(trainer\)"):
         tracked(config, watched=False)
     with lavender.patch(student.train(), config) as patch:  # a loop of one's own sets it
@@ -163,7 +163,7 @@ def test_samples_without_targets_are_counted(tracked, caplog):
 
 
 def test_pictures_show_each_words_maps_under_its_name(student, processor, samples, training_batch):
-    with lavender.patch(student, AlignmentConfig(aligner="identity")) as patch:
+    with lavender.patch(student, AlignmentConfig(aligner="identity", weight=10.0)) as patch:
         student(**training_batch)
         figure = draw(patch.last, processor)
     words = [ax.get_title() for ax in figure.axes[:6]]
@@ -175,7 +175,7 @@ def test_pictures_show_each_words_maps_under_its_name(student, processor, sample
 
 
 def test_losses_that_drop_the_models_own_are_refused(student, tmp_path):
-    with lavender.patch(student, AlignmentConfig()):
+    with lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim")):
         for settings in ({"label_smoothing_factor": 0.1}, {}):
             arguments = TrainingArguments(tmp_path, report_to=[], use_cpu=True, **settings)
             trainer = Trainer(model=student, args=arguments, compute_loss_func=None if settings else lambda *_, **__: 0)
@@ -201,7 +201,7 @@ def test_the_callback_stands_before_the_trackers(tracked):
 def test_watch_is_deprecated_and_adds_the_callback(student, tmp_path, monkeypatch):
     monkeypatch.setattr(lavender.errors, "_warned", set())
     trainer = Trainer(model=student, args=TrainingArguments(tmp_path, report_to=[], use_cpu=True))
-    with lavender.patch(student, AlignmentConfig()):
+    with lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim")):
         with pytest.warns(FutureWarning, match=r"add_callback\(lavender.LavenderCallback\(trainer\)\)"):
             lavender.watch(trainer, picture_steps=3)
         assert trainer.callback_handler.callbacks[-1].picture_steps == 3

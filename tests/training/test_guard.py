@@ -208,7 +208,7 @@ def test_steps_that_are_skipped_for_ever_end_the_run(student_folder, samples, ta
 @pytest.mark.parametrize("aligned", [True, False])
 def test_a_trainer_of_ones_own_stops_too(aligned, student, processor, samples, targets, tmp_path):
     """It cannot know its samples; the callback knows the parts of the loss."""
-    patch = lavender.patch(student.train(), AlignmentConfig(weight=2.0))
+    patch = lavender.patch(student.train(), AlignmentConfig(weight=2.0, aligner="sim"))
     collator = Collator(processor, targets)
 
     def collate(batch_samples):
@@ -232,7 +232,7 @@ def test_a_trainer_of_ones_own_stops_too(aligned, student, processor, samples, t
 
 
 def test_a_model_that_is_not_finite_is_not_trained(student, samples, processor, tmp_path):
-    patch = lavender.patch(student, AlignmentConfig())
+    patch = lavender.patch(student, AlignmentConfig(weight=10.0, aligner="sim"))
     student.model.language_model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     arguments = TrainingArguments(tmp_path / "o", max_steps=1, report_to=[], use_cpu=True, remove_unused_columns=False)
     trainer = Trainer(model=student, args=arguments, train_dataset=samples, data_collator=Collator(processor))
@@ -278,7 +278,7 @@ def test_a_batch_without_label_tokens_is_a_step_of_zero(
     from transformers import LlavaForConditionalGeneration
 
     monkeypatch.setattr(LlavaForConditionalGeneration, "accepts_loss_kwargs", accepts, raising=False)
-    settings = {"targets": targets, "alignment": AlignmentConfig(weight=1.0)} if with_targets else {}
+    settings = {"targets": targets, "alignment": AlignmentConfig(weight=1.0, aligner="sim")} if with_targets else {}
 
     def train_on(name, long, arguments=None, **changes):
         training = replace(TRAINING, max_length=72, batch_size=1, **changes)

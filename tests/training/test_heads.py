@@ -21,7 +21,7 @@ from .test_train import write_targets
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 TRAINING = TrainingConfig(steps=2, batch_size=4, learning_rate=1e-3, save_steps=1)
-BEST = AlignmentConfig(aligner="light", heads="best:3", layers="best:2", rows="both")
+BEST = AlignmentConfig(aligner="light", heads="best:3", layers="best:2", rows="both", weight=10.0, question_rows=None)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_a_run_chooses_once_and_says_what(student_folder, processor, samples, ta
 
 
 def test_a_choice_that_cannot_be_made_ends_the_run_before_it_starts(student_folder, samples, targets, tmp_path):
-    alignment = AlignmentConfig(heads="best:99")
+    alignment = AlignmentConfig(heads="best:99", weight=10.0, aligner="sim", question_rows=None)
     with pytest.raises(ConfigError, match="best:99"):
         fine_tune(student_folder, samples, tmp_path / "run", TRAINING, targets=targets, alignment=alignment, progress=False)
     assert not (tmp_path / "run/run.json").exists()
@@ -97,7 +97,10 @@ def test_a_choice_that_cannot_be_made_ends_the_run_before_it_starts(student_fold
 
 def test_a_run_that_an_older_version_began_goes_on(student_folder, samples, targets, tmp_path):
     """It knows no heads, no roles and no end."""
-    out, alignment = tmp_path / "run", AlignmentConfig(aligner="identity", layers=(1, 3), rows="reads")
+    out, alignment = (
+        tmp_path / "run",
+        AlignmentConfig(aligner="identity", layers=(1, 3), rows="reads", weight=10.0, question_rows=None),
+    )
     fine_tune(student_folder, samples, out, TRAINING, targets=targets, alignment=alignment, progress=False)
     record = json.loads((out / "run.json").read_text())
     for name in ("heads", "question_rows", "question_layers", "question_heads", "until"):
@@ -116,7 +119,7 @@ def test_a_run_that_an_older_version_began_goes_on(student_folder, samples, targ
 @pytest.mark.parametrize("aligner", ["identity", pytest.param("light", marks=pytest.mark.full)])
 def test_an_alignment_that_ended_continues_as_ended(student_folder, samples, targets, tmp_path, aligner):
     """Killed after its end, and before it."""
-    alignment = AlignmentConfig(aligner=aligner, until=0.5)
+    alignment = AlignmentConfig(aligner=aligner, until=0.5, weight=10.0, question_rows=None)
     training = replace(TRAINING, steps=4, arguments={"save_total_limit": 4})
     histories = []
     for kept in (4, 3, 1):
@@ -139,7 +142,7 @@ def test_adapters_are_scored_with_what_they_changed(student_folder, samples, tar
     fine_tune(student_folder, samples, first, replace(TRAINING, learning_rate=1.0), progress=False)
     found = []
     for name, adapter in (("one", None), ("two", first / "adapter")):
-        alignment = AlignmentConfig(aligner="identity", heads="best:3")
+        alignment = AlignmentConfig(aligner="identity", heads="best:3", weight=10.0, question_rows=None)
         fine_tune(
             student_folder,
             samples,
@@ -156,7 +159,7 @@ def test_adapters_are_scored_with_what_they_changed(student_folder, samples, tar
 
 def test_words_of_questions_have_heads_of_their_own(student_folder, scenes, targets, tmp_path):
     asked = [Sample(str(i), s.image, f"is this right ? {s.caption}", s.caption) for i, s in enumerate(scenes[:6])]
-    alignment = AlignmentConfig(aligner="light", heads="best:2", question_rows="reads")
+    alignment = AlignmentConfig(aligner="light", heads="best:2", question_rows="reads", weight=10.0)
     words = WordsConfig(roles=("question", "answer"))
     fine_tune(student_folder, asked, tmp_path / "run", TRAINING, targets=targets, alignment=alignment, words=words, progress=False)
     written = json.loads((tmp_path / "run/heads.json").read_text())

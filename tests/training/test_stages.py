@@ -151,7 +151,7 @@ def test_adapters_and_aligners_that_do_not_fit_are_named(train, tmp_path):
         train("b", TRAINING, aligner=tmp_path / "nowhere")
     out = train("c", TRAINING)
     with pytest.raises(ModelError, match="another AlignmentConfig"):
-        train("d", TRAINING, aligner=out, alignment=AlignmentConfig(aligner="deep"))
+        train("d", TRAINING, aligner=out, alignment=AlignmentConfig(aligner="deep", weight=10.0))
     weights = adapter_of(out)
     weights.pop(min(weights))
     save_file(weights, out / "adapter/adapter_model.safetensors")
@@ -161,7 +161,7 @@ def test_adapters_and_aligners_that_do_not_fit_are_named(train, tmp_path):
 
 def test_a_first_stage_needs_something_to_train(train):
     with pytest.raises(ConfigError, match="has no weights that a first stage could train"):
-        train("run", replace(TRAINING, aligner_steps=2), alignment=AlignmentConfig(aligner="identity"))
+        train("run", replace(TRAINING, aligner_steps=2), alignment=AlignmentConfig(aligner="identity", weight=10.0))
 
 
 def test_samples_that_cannot_be_trained_on_are_named_first(student_folder, samples, tmp_path):

@@ -80,7 +80,7 @@ def test_a_run_writes_what_it_promises(student_folder, data, targets, tmp_path, 
     handle = lavender.patch(trained)
     with torch.no_grad():
         aligned = handle.align(**batch)
-    again = lavender.patch(loaded, AlignmentConfig())
+    again = lavender.patch(loaded, AlignmentConfig(weight=10.0, aligner="sim"))
     load_aligner(again, out)
     with torch.no_grad():
         torch.testing.assert_close(again.align(**batch), aligned)
@@ -92,7 +92,7 @@ def test_plain_transformers_trainer_with_two_added_lines(student, processor, sce
     """`patch` and `Collator` are all that a user's own Trainer script needs, here with full fine-tuning."""
     from transformers import Trainer, TrainingArguments
 
-    handle = lavender.patch(student, AlignmentConfig(weight=2.0))
+    handle = lavender.patch(student, AlignmentConfig(weight=2.0, aligner="sim"))
     before = student.model.language_model.layers[0].self_attn.q_proj.weight.clone()
     aligner_before = [p.clone() for p in student.lavender.parameters()]
     arguments = TrainingArguments(
@@ -248,7 +248,7 @@ def test_another_config_or_other_targets_are_refused(student_folder, scenes, dat
             tmp_path / "run",
             TRAINING,
             targets=targets,
-            alignment=AlignmentConfig(weight=1),
+            alignment=AlignmentConfig(weight=1, aligner="sim"),
             progress=False,
         )
 
@@ -256,7 +256,14 @@ def test_another_config_or_other_targets_are_refused(student_folder, scenes, dat
 def test_a_run_that_failed_at_once_does_not_lock_its_folder(student_folder, data, targets, tmp_path):
     samples = read_samples(data)
     with pytest.raises(ModelError, match="layers 0 to 3"):
-        fine_tune(student_folder, samples, tmp_path / "run", TRAINING, targets=targets, alignment=AlignmentConfig(layers=(99,)))
+        fine_tune(
+            student_folder,
+            samples,
+            tmp_path / "run",
+            TRAINING,
+            targets=targets,
+            alignment=AlignmentConfig(layers=(99,), weight=10.0, aligner="sim"),
+        )
     broken = [Sample(s.id, b"no picture", s.question, s.answer) for s in samples]
     with pytest.raises(DataError, match="cannot read the image"):
         fine_tune(student_folder, broken, tmp_path / "run", TRAINING, targets=targets, progress=False)

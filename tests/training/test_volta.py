@@ -39,7 +39,7 @@ def test_a_step_with_loss_scaling(student_folder, training_batch, lora, monkeypa
         model, _ = load_student(student_folder, "float16" if lora else "float32")
         layers = model.config.text_config.num_hidden_layers
         torch.manual_seed(0)  # the aligner's and the adapter's first weights
-        lavender.patch(model, lavender.AlignmentConfig(weight=1))
+        lavender.patch(model, lavender.AlignmentConfig(weight=1, aligner="sim"))
         trained = _with_lora(model, TrainingConfig(lora_rank=4, lora_dropout=0.0), None, aligned=True) if lora else model
         parameters = {name: p for name, p in trained.named_parameters() if p.requires_grad}
         assert {p.dtype for p in parameters.values()} == {torch.float32}  # else a GradScaler refuses them

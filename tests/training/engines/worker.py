@@ -126,7 +126,7 @@ def fine_tune(run, settings, arguments, kill_after=None):
         run["out"],
         TrainingConfig(**run["training"] | {"arguments": arguments | run["training"].get("arguments", {})}),
         targets=TargetStore(run["targets"]),
-        alignment=AlignmentConfig(weight=2.0, hidden_channels=8, **run["alignment"]),
+        alignment=AlignmentConfig(weight=2.0, hidden_channels=8, **({"aligner": "sim", "question_rows": None} | run["alignment"])),
         progress=False,
     )
     train._train = fit
