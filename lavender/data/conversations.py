@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import DataError
 from ..images import ImageSource, file_sha256, image_sha256, load_image, picture_in, with_file_paths
@@ -82,6 +82,7 @@ _MESSAGE_KEYS = ("role", "from", "content", "value", "parts", "is_learned")
 _UNREAD = ("tools", "system", "chat_template_kwargs", "video", "videos", "audio", "audios")
 """What would change a sample's text or add to its pictures, and is not read."""
 
+SampleT = TypeVar("SampleT", bound=Sample | Conversation)
 _Held = tuple[str, Any]
 """A picture that a part of a message holds, and under which key."""
 Locate = Callable[[str], str | Path]
@@ -167,6 +168,16 @@ def without_thinking(message: str) -> str:
     return message[max(ends) :].strip() if ends else message
 
 
+def with_sound_regions(sample: SampleT) -> SampleT:
+    """A sample whose regions are `sound_regions`."""
+    if isinstance(sample, Sample):
+        turns = (Message("user", sample.question), Message("assistant", sample.answer))
+        told = Conversation(sample.id, (sample.image,), turns, regions=sample.regions)
+    else:
+        told = sample
+    return replace(sample, regions=sound_regions(told))
+
+
 def sound_regions(conversation: Conversation) -> tuple[Region, ...]:
     """A conversation's regions, whose turns are counted from 0. Raises `DataError` for one that is no span of what is said, or that
     lies in no picture of the conversation."""
@@ -220,7 +231,8 @@ def _no_span(region: Region, length: int, name: str) -> DataError:
 
 
 def _in_content(region: Region, turns: Sequence[Message], name: str) -> Region:
-    """A region of a message that came in parts: characters of its texts become those of its content, where pictures are too."""
+    """A region of a message that came as a list of parts: characters of its texts become those of its content, where pictures are
+    too."""
     turn = turns[_turn_of(region, turns, name)]
     if region.start is None or region.end is None or PLACEHOLDER not in turn.parts:
         return region
@@ -345,10 +357,12 @@ def _of_mapping(sample: Mapping[str, Any], locate: Locate) -> Conversation:
     images = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
     counter = itertools.count()
     turns: list[Message] = []
+    listed: list[bool] = []  # whether its content came as a list of parts
     pictures: list[_Held | None] = []
     for n, (message, is_learned) in enumerate(_messages_of(sample, name), start=1):
         turn, held = _message_of(message, f"{name}, message {n}", counter)
         turns.append(turn if is_learned else replace(turn, is_learned=False))
+        listed.append(bool(turn.parts) and not message.get("parts"))
         pictures += held
     places = pictures.count(None)
     if places != len(images) and any(PLACEHOLDER in turn.parts for turn in turns):
@@ -357,12 +371,18 @@ def _of_mapping(sample: Mapping[str, Any], locate: Locate) -> Conversation:
             f'{name} has {places} parts {{"type": "image"}} without a picture{own}, but {len(images)} pictures under "images"; '
             "give one there for each part without one"
         )
+    regions = regions_of(sample.get("regions"), name)
+    if images and any(held is not None for held in pictures) and any(region.image is not None for region in regions):
+        raise DataError(
+            f'{name} has pictures in its messages and under "images", and regions that name one by its number; put all pictures '
+            'into the messages, or all under "images"'
+        )
     following = iter(images)
     placed = [next(following, None) if held is None else held[1] for held in pictures]
     images = [*(picture for picture in placed if picture is not None), *following]
     regions = tuple(
-        _in_content(region, turns, f"{name}, region {n}")
-        for n, region in enumerate(regions_of(sample.get("regions"), name), start=1)
+        _in_content(region, turns, f"{name}, region {n}") if listed[_turn_of(region, turns, f"{name}, region {n}")] else region
+        for n, region in enumerate(regions, start=1)
     )
     return replace(_identified(sample, images, tuple(turns), locate), regions=regions)
 
@@ -563,12 +583,15 @@ def _place_images(conversation: Conversation) -> Conversation:
     added, message = (PLACEHOLDER,) * (len(images) - placed), messages[first]
     parts = (*added, *message.parts) if message.parts else ()
     messages[first] = replace(message, content="".join(added) + message.content, parts=parts)
-    images = (*images[:before], *images[placed:], *images[before:placed])
+    order = [*range(before), *range(placed, len(images)), *range(before, placed)]
     shift = len("".join(added))
-    regions = tuple(
-        replace(region, start=region.start + shift, end=region.end + shift)
-        if region.turn == first and region.start is not None and region.end is not None
-        else region
-        for region in conversation.regions
-    )
-    return replace(conversation, images=images, messages=tuple(messages), regions=regions)
+
+    def moved(region: Region) -> Region:
+        if region.image is not None:
+            region = replace(region, image=order.index(region.image))
+        if region.turn == first and region.start is not None and region.end is not None:
+            region = replace(region, start=region.start + shift, end=region.end + shift)
+        return region
+
+    regions = tuple(map(moved, conversation.regions))
+    return replace(conversation, images=tuple(images[n] for n in order), messages=tuple(messages), regions=regions)

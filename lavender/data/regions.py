@@ -15,14 +15,17 @@ from numpy.typing import NDArray
 from ..errors import DataError
 from ..types import ROLES, WHOLE_PICTURE, Box
 from ..words import words_of
-from .run_lengths import mask_of_runs
+from .run_lengths import RunLengths
 
 POINT_SIZE = 0.05
 """Standard deviation of the soft disc (a Gaussian) that a point is drawn as, in fractions of the picture's height and width."""
 _SLACK = 1e-3
 """How far a box or a point may reach over the picture's border by rounding."""
+_LEAST = 0.01
+"""By how much of its highest value a region's map must differ within what is compared, to say where in it something lies."""
 PLACES = ("map", "box", "boxes", "mask", "points", "word")
 """The fields of a region that say where it is; one of them is given."""
+_NUMBERS = ("turn", "start", "end", "image")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,18 +36,19 @@ class Region:
 
     Attributes:
         turn: the number of the message, from 0, or from the end if it is negative. Of a `Sample` 0 is the question, 1 the answer.
-        start, end: the characters `[start, end)` of the message's content, or of its texts joined if it comes in parts; None for
-            all that it says. Thinking is no part of it.
-        role: `"prompt end"` for the last token before the answer `turn` instead, which is the first thing that an answer is made
-            of; None for what is said.
-        map: not negative [y, x], of any size, over the whole picture.
+        start, end: the characters `[start, end)` of the message's content; of a mapping's list of parts those of its texts joined.
+            None for all that it says. Thinking is no part of it.
+        role: `"prompt end"` for the token whose row predicts the first token of what the answer `turn` says, behind its thinking:
+            with most templates the prompt's last; None for what is said.
+        map: not negative [y, x], of any size and scale, over the whole picture.
         box, boxes: `(top, left, bottom, right)` in fractions of the picture; several of them together.
-        mask: bool [y, x] over the whole picture, or COCO's run lengths, `{"size", "counts"}`.
-        points: (y, x) in fractions of the picture, or several of them; each is drawn as a soft disc of `POINT_SIZE`.
+        mask: bool [y, x] over the whole picture, or COCO's run lengths, `{"size", "counts"}`, which stay `RunLengths`.
+        points: (y, x) in fractions of the picture, or several of them; each is drawn as a soft disc of `POINT_SIZE`. Of a part of
+            the picture those are drawn whose center lies in it.
         word: a word of the target's caption, or its characters `(start, end)` there: the place is the stored map. Of a word that
             repeats, the mean.
-        image: which picture, from 0, in the order in which they stand in the conversation; None for the only one, or with
-            `word`.
+        image: which picture, from 0, in the order of the sample's images, or in which the messages hold them; None for the only
+            one, or with `word`, which then is of whichever has targets.
     """
 
     turn: int
@@ -64,15 +68,36 @@ class Region:
         """Whether it says itself where it is, and needs no target."""
         return self.word is None
 
+    def target(self, size: int, crop: Box = WHOLE_PICTURE, shown: Box = WHOLE_PICTURE) -> NDArray[np.float32] | None:
+        """Its raster over `crop`, divided by its maximum: neither the size of what it shows nor the scale of a map decides.
+
+        None where it says nothing within `shown`, which is all of the crop that is compared: it lies outside, or is the same
+        all over it, to a hundredth of its highest value in the picture.
+        """
+        part = (max(crop[0], shown[0]), max(crop[1], shown[1]), min(crop[2], shown[2]), min(crop[3], shown[3]))
+        if part[0] >= part[2] or part[1] >= part[3]:
+            return None
+        raster = self._means(size, crop)
+        within = raster if part == crop else self._means(size, part)
+        highest = max(within.max(), self._means(size, WHOLE_PICTURE).max() if part != WHOLE_PICTURE else 0)
+        if not within.max() - within.min() > _LEAST * highest:
+            return None
+        return (raster / raster.max()).astype(np.float32)
+
     def raster(self, size: int, crop: Box = WHOLE_PICTURE) -> NDArray[np.float32]:
         """The map [size, size] of a sound region over a part of the picture: each cell's mean. All zero where none of it is there.
 
         Masks and boxes give the share of a cell that they cover, maps their mean over it, points that of their discs.
         """
+        return self._means(size, crop).astype(np.float32)
+
+    def _means(self, size: int, crop: Box) -> NDArray[np.float64]:
+        """`raster` in float64, in which the smallest box is more than nothing."""
         cells = [np.linspace(low, high, size + 1) for low, high in ((crop[0], crop[2]), (crop[1], crop[3]))]
         if self.points is not None:
-            discs = [[_disc_shares(cells[axis], point[axis]) for axis in (0, 1)] for point in self.points]
-            return np.sum([np.outer(*shares) for shares in discs], axis=0).astype(np.float32)
+            inside = [point for point in self.points if all(crop[i] <= point[i] <= crop[i + 2] for i in (0, 1))]
+            discs = [[_disc_shares(cells[axis], point[axis]) for axis in (0, 1)] for point in inside]
+            return sum((np.outer(*shares) for shares in discs), np.zeros((size, size)))
         if self.boxes is not None:
             edges = [np.unique([box[side] for box in self.boxes for side in sides]) for sides in ((0, 2), (1, 3))]
             values = np.zeros([max(len(axis) - 1, 0) for axis in edges])
@@ -83,11 +108,23 @@ class Region:
             values = np.asarray(self.map if self.mask is None else self.mask, dtype=np.float64)
             edges = [np.linspace(0, 1, side + 1) for side in values.shape]
         down, across = (_shares(*pair) for pair in zip(cells, edges, strict=True))
-        return (down @ values @ across.T).astype(np.float32)
+        return down @ values @ across.T
 
     def record(self) -> list[Any]:
         """What it says, in plain values: of a map and a mask their sizes and a hash."""
         return [_plain(getattr(self, field.name)) for field in fields(self)]
+
+
+def has_places(regions: Any) -> bool:
+    """Whether any of a sample's regions, sound or not, needs no target."""
+    listed = regions if isinstance(regions, list | tuple) else []
+    return any(isinstance(region, Region) and region.is_place for region in listed)
+
+
+def record_of(regions: Any) -> list[Any]:
+    """What a sample's regions say, in plain values, sound or not."""
+    listed = regions if isinstance(regions, list | tuple) else [] if regions is None else [regions]
+    return [region.record() if isinstance(region, Region) else str(region) for region in listed]
 
 
 def regions_of(value: Any, name: str) -> tuple[Region, ...]:
@@ -97,14 +134,16 @@ def regions_of(value: Any, name: str) -> tuple[Region, ...]:
     """
     if value is None:
         return ()
-    if not isinstance(value, list | tuple):
+    plain = value.tolist() if isinstance(value, np.ndarray) and value.ndim else value  # a table's row
+    if not isinstance(plain, list | tuple):
         raise DataError(f"{name}: its regions are a {type(value).__name__}; expected a list")
-    return tuple(_region_of(entry, f"{name}, region {n}") for n, entry in enumerate(value, start=1))
+    return tuple(_region_of(entry, f"{name}, region {n}") for n, entry in enumerate(plain, start=1))
 
 
 def _region_of(entry: Any, name: str) -> Region:
     if isinstance(entry, Mapping):
-        held = {key: value for key, value in entry.items() if value is not None}
+        held = {key: cell for key, value in entry.items() if (cell := _cell(value)) is not None}
+        held |= {key: int(value) for key in _NUMBERS if isinstance(value := held.get(key), float) and value.is_integer()}
         unknown = sorted(map(str, held.keys() - {field.name for field in fields(Region)}))
         if unknown or "turn" not in held:
             raise DataError(
@@ -114,7 +153,7 @@ def _region_of(entry: Any, name: str) -> Region:
         entry = Region(**held)
     if not isinstance(entry, Region):
         raise DataError(f"{name} is a {type(entry).__name__}; expected a Region, or a mapping of its fields")
-    for field in ("turn", "start", "end", "image"):
+    for field in _NUMBERS:
         number = getattr(entry, field)
         if not (_is_whole(number) or (number is None and field != "turn")):
             raise DataError(f"{name}: its {field} is {number!r}; expected a whole number")
@@ -134,6 +173,12 @@ def _region_of(entry: Any, name: str) -> Region:
     return replace(entry, mask=_mask(value, name)) if kind == "mask" else replace(entry, map=_array(value, "map", name))
 
 
+def _cell(value: Any) -> Any:
+    """What a cell of a table holds: a number may be an array of no axes, and what is missing NaN."""
+    plain = value.tolist() if getattr(value, "ndim", None) == 0 else value
+    return None if isinstance(plain, float) and math.isnan(plain) else plain
+
+
 def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
@@ -143,9 +188,10 @@ def _word(value: Any, name: str) -> str | tuple[int, int]:
         if [word.text for word in words_of(value)] != [value]:
             raise DataError(f"{name}: its word is {value!r}; expected one word of the target's caption, or its characters there")
         return value
-    if not isinstance(value, list | tuple) or len(value) != 2 or not all(map(_is_whole, value)) or not 0 <= value[0] < value[1]:
+    span = _items(value)
+    if len(span) != 2 or not all(map(_is_whole, span)) or not 0 <= span[0] < span[1]:
         raise DataError(f"{name}: its word is {value!r:.80}; expected a word of the target's caption, or its (start, end) there")
-    return int(value[0]), int(value[1])
+    return int(span[0]), int(span[1])
 
 
 def _numbers(value: Any, length: int) -> tuple[float, ...] | None:
@@ -179,7 +225,7 @@ def _points(value: Any, name: str) -> tuple[tuple[float, float], ...]:
     for point in points or [None]:
         if point is None or not all(-_SLACK <= v <= 1 + _SLACK for v in point):
             raise DataError(f"{name}: its points are {value!r:.80}; expected (y, x) in fractions of the picture, 0 to 1")
-    return tuple(points)  # type: ignore[arg-type]  # two numbers each
+    return tuple((min(max(y, 0.0), 1.0), min(max(x, 0.0), 1.0)) for y, x in points)  # type: ignore[misc]  # two numbers each
 
 
 def _array(value: Any, what: str, name: str) -> NDArray[np.float64]:
@@ -187,24 +233,30 @@ def _array(value: Any, what: str, name: str) -> NDArray[np.float64]:
         array = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError):
         array = np.empty(0)
-    if array.ndim != 2 or not array.size or not np.isfinite(array).all() or (array < 0).any():
+    if array.ndim != 2 or not array.size or not (array <= np.finfo(np.float32).max).all() or (array < 0).any():
         shape = f"of the shape {list(array.shape)}" if array.size else f"{value!r:.80}"
         raise DataError(f"{name}: its {what} is {shape}; expected [y, x] over the whole picture, finite and not negative")
     if not array.any():
-        raise DataError(f"{name}: its {what} is empty, it is nowhere in the picture; leave the region out")
+        raise _nowhere(what, name)
     return array
 
 
-def _mask(value: Any, name: str) -> NDArray[np.bool_]:
-    array = _array(mask_of_runs(_lists_in(value), name) if isinstance(value, Mapping) else value, "mask", name)
+def _nowhere(what: str, name: str) -> DataError:
+    return DataError(f"{name}: its {what} is empty, it is nowhere in the picture; leave the region out")
+
+
+def _mask(value: Any, name: str) -> NDArray[np.bool_] | RunLengths:
+    if isinstance(value, RunLengths | Mapping):
+        runs = value if isinstance(value, RunLengths) else RunLengths.of(value, name)
+        if runs.is_empty():
+            raise _nowhere("mask", name)
+        return runs
+    if isinstance(value, np.ndarray) and value.dtype == np.bool_ and value.ndim == 2 and value.any():
+        return value
+    array = _array(value, "mask", name)
     if not np.isin(array, (0, 1)).all():
         raise DataError(f"{name}: its mask has values other than 0 and 1; expected bools [y, x] (a map may have others)")
     return array.astype(bool)
-
-
-def _lists_in(runs: Mapping[str, Any]) -> dict[str, Any]:
-    """Run lengths whose numbers lie in arrays or tuples, as tables have them, in lists."""
-    return {key: value if isinstance(value, str) else np.asarray(value).tolist() for key, value in runs.items()}
 
 
 def _shares(cells: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -225,6 +277,8 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, Real):
         return float(value)
+    if isinstance(value, RunLengths):
+        return value.record()
     if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

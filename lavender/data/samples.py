@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +26,8 @@ from .conversations import (
     is_conversation,
     require_answer,
     require_unicode,
-    sound_regions,
     source_of,
+    with_sound_regions,
     written_path,
 )
 from .folders import open_folder
@@ -95,8 +96,8 @@ def read_samples(
             (`"caption"` serves as answer), or conversations `{"id", "image", "conversations"}` as published and as LLaVA writes
             them, or with `"messages"`, or `"prompt"` and `"completion"` (see `as_conversation`; an image path serves as id, and
             pictures may lie in the file in base64), both maybe with `"regions"` (see `Region`); or Karpathy's JSON of Flickr30k or
-            COCO, whose captions are answers to `DEFAULT_QUESTION`. What a file is shows in its content. Of several entries about
-            one picture that have no id, the first has its path, and the others have that and a hash of what they say.
+            COCO, whose captions are answers to `DEFAULT_QUESTION`. What a file is shows in its content. Several entries about one
+            picture that have no id have its path and a hash of what they say.
         split, images, captions: as `read_pairs` has them.
 
     Raises:
@@ -124,15 +125,16 @@ def read_samples(
 
 def _told_apart(samples: Sequence[Sample | Conversation], named: Sequence[bool]) -> list[Sample | Conversation]:
     """The samples of a file, which may ask several questions about a picture: those that have no id and whose picture's path calls
-    another one already are called by what they say too."""
-    seen: set[str] = set()
+    others too are all called by what they say as well."""
+    times = Counter(sample.id for sample in samples)
     apart: list[Sample | Conversation] = []
     for sample, is_named in zip(samples, named, strict=True):
-        if not is_named and sample.id in seen:
-            messages = as_conversation(sample).messages
-            said = json.dumps([[message.role, message.content] for message in messages])
-            sample = replace(sample, id=f"{sample.id}#{hashlib.sha256(said.encode()).hexdigest()[:16]}")
-        seen.add(sample.id)
+        if not is_named and times[sample.id] > 1:
+            conversation = as_conversation(sample)
+            said: list[Any] = [[message.role, message.content] for message in conversation.messages]
+            said += [region.record() for region in conversation.regions]
+            digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+            sample = replace(sample, id=f"{sample.id}#{digest[:16]}")
         apart.append(sample)
     return apart
 
@@ -244,12 +246,12 @@ def _sample_of(place: str, entry: Mapping[str, Any], folder: str | Path) -> Samp
         require_unicode(text, f"{place}: the {name}")
     image = _image_of(place, entry, folder)
     sample_id = _id_of(place, entry, image, [question, answer])
-    turns = (Message("user", question), Message("assistant", answer))
+    has_id = entry.get("id") is not None or isinstance(image, str | Path)
+    sample = Sample(sample_id, image, question, answer, has_id, entry.get("regions"))  # type: ignore[arg-type]  # made sound here
     try:
-        regions = sound_regions(Conversation(sample_id, (image,), turns, regions=entry.get("regions") or ()))
+        return with_sound_regions(sample)
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
-    return Sample(sample_id, image, question, answer, entry.get("id") is not None or isinstance(image, str | Path), regions)
 
 
 def _conversation_of(place: str, entry: Mapping[str, Any], folder: str | Path) -> Conversation:

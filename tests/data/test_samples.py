@@ -86,9 +86,14 @@ def test_several_questions_about_a_picture_need_no_ids(tmp_path):
         path = written(tmp_path / folder / "data.jsonl", "\n".join(map(json.dumps, [*lines, talk])))
         found.append([sample.id for sample in read_samples(path)])
     assert found[0] == found[1]
-    assert found[0][0] == "1.jpg"
     assert len({*found[0]}) == 4
-    assert all(sample_id.startswith("1.jpg#") for sample_id in found[0][1:])
+    assert all(sample_id.startswith("1.jpg#") for sample_id in found[0])  # none of them is the picture's own, as in other files
+    regions = [{"turn": 1, "box": [0, 0, 0.5, 0.5]}]
+    apart = [*lines, lines[1] | {"regions": regions}, {"image": "2.jpg", "question": "What?", "answer": "A cat"}]
+    ids = [sample.id for sample in read_samples(written(tmp_path / "apart.jsonl", "\n".join(map(json.dumps, apart))))]
+    assert ids[:3] == found[0][:3]
+    assert len({*ids}) == 5
+    assert ids[4] == "2.jpg"
     with pytest.raises(DataError, match="twice"):
         read_samples(written(tmp_path / "twice.jsonl", "\n".join(map(json.dumps, [*lines, lines[1]]))))
     with pytest.raises(DataError, match="the id '1' twice"):
