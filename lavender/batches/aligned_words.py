@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from ..data.conversations import PLACEHOLDER, Conversation, Message, without_thinking
 from ..data.regions import Region
 from ..errors import TargetError
-from ..types import WHOLE_PICTURE, Span, Word
+from ..types import WHOLE_PICTURE, Box, Span, Word
 from ..words import FUNCTION_WORDS, Caption, tokens_of, words_of
 from .chat_template import ChatText
 from .word_selection import WordSelector
@@ -34,7 +35,7 @@ class AlignedWord:
         word: its letters, and its characters of the message's content. Of a region it is all of its span; a prompt's end has no
             letters.
         tokens: the texts of its tokens, as the tokenizer cuts the conversation; none if the chat template does not show the
-            message once and to the letter.
+            message once and to the letter. Of a prompt's end it is the one whose row predicts the answer's first.
     """
 
     turn: int
@@ -49,10 +50,11 @@ class TurnWord:
 
     Attributes:
         turn, role, word: see `AlignedWord`.
-        said: what the message says; the word's characters of it are those of `word`, less `offset`.
+        said: what the message says, without white space around it; the word's characters of it are those of `word`, less `offset`.
         offset: where `said` begins in the message's content.
         spans: its characters in the conversation's text; none if the template does not show them. Of a prompt's end they are
-            those of the answer behind it.
+            those of what the answer says.
+        num_images: the number of pictures before it.
         region: what says where it lies; None of a word whose map is found in the targets by its letters.
     """
 
@@ -62,6 +64,7 @@ class TurnWord:
     said: str
     offset: int
     spans: tuple[Span, ...]
+    num_images: int
     region: Region | None = None
 
     @property
@@ -70,14 +73,12 @@ class TurnWord:
         return Word(self.word.text, self.word.start - self.offset, self.word.end - self.offset)
 
     def tokens(self, offsets: Sequence[Span], text: str) -> list[int]:
-        """The indices of its tokens; of a prompt's end of the answer's."""
-        if self.role == "prompt end":
-            return [t for t, (left, right) in enumerate(offsets) for start, end in self.spans if start <= left < right <= end][:1]
-        tokens = []
+        """The indices of its tokens; of a prompt's end that of the answer's first."""
+        tokens: list[int] = []
         for start, end in self.spans:
             near = [t for t, (left, right) in enumerate(offsets) if right > start and left < end]
             tokens += [near[t] for t in tokens_of((start, end), [offsets[t] for t in near], text)]
-        return tokens
+        return tokens[:1] if self.role == "prompt end" else tokens
 
 
 def content_words(text: str) -> tuple[Word, ...]:
@@ -101,6 +102,7 @@ def turn_words(conversation: Conversation, chat: ChatText, roles: Collection[str
     Words that share characters with a region's give way to it.
     """
     found: list[TurnWord] = []
+    before = [0, *accumulate(message.content.count(PLACEHOLDER) for message in conversation.messages)]
     for n in aligned_turns(conversation, roles):
         message, role = conversation.messages[n], _ROLES[conversation.messages[n].role]
         said, offset = _said(message)
@@ -109,16 +111,18 @@ def turn_words(conversation: Conversation, chat: ChatText, roles: Collection[str
         spans = [_span_of(region, message, offset, said) for region in regions]
         words = []
         for region, (start, end) in zip(regions, spans, strict=True):
+            num_images = before[n] + message.content.count(PLACEHOLDER, 0, start)
             if region.role == "prompt end":
-                shown = tuple((turn.start, turn.end) for turn in chat.turns if turn.message == n)
-                words.append(TurnWord(n, region.role, Word("", start, end), said, offset, shown, region))
+                shown = tuple((passage.at, passage.at + passage.end - passage.start) for passage in passages)
+                words.append(TurnWord(n, region.role, Word("", start, end), said, offset, shown, num_images, region))
             else:
                 shown = tuple(
                     (passage.at + max(start, passage.start) - passage.start, passage.at + min(end, passage.end) - passage.start)
                     for passage in passages
                     if max(start, passage.start) < min(end, passage.end)
                 )
-                words.append(TurnWord(n, role, Word(message.content[start:end], start, end), said, offset, shown, region))
+                word = Word(message.content[start:end], start, end)
+                words.append(TurnWord(n, role, word, said, offset, shown, num_images, region))
         is_aligned = role in roles and (role == "question" or message.is_learned)
         for word in content_words(said) if is_aligned else ():
             start, end = word.start + offset, word.end + offset
@@ -129,7 +133,8 @@ def turn_words(conversation: Conversation, chat: ChatText, roles: Collection[str
                 for passage in passages
                 if passage.start <= start and end <= passage.end
             )
-            words.append(TurnWord(n, role, Word(word.text, start, end), said, offset, shown))
+            num_images = before[n] + message.content.count(PLACEHOLDER, 0, start)
+            words.append(TurnWord(n, role, Word(word.text, start, end), said, offset, shown, num_images))
         found += sorted(words, key=lambda word: (word.role != "prompt end", word.word.start))
     return tuple(found)
 
@@ -139,14 +144,14 @@ def _span_of(region: Region, message: Message, offset: int, said: str) -> Span:
     if region.role == "prompt end":
         return offset, offset
     if region.start is None or region.end is None:
-        return offset + len(said) - len(said.lstrip()), offset + len(said.rstrip())
+        return offset, offset + len(said)
     return region.start, region.end
 
 
 def _said(message: Message) -> tuple[str, int]:
-    """What a message says without thinking and pictures, and where that begins in its content."""
+    """What a message says without thinking, pictures and white space around it, and where that begins in its content."""
     if message.role == "assistant":
-        said = without_thinking(message.content)
+        said = without_thinking(message.content).strip()
         return said, message.content.rindex(said)
     blank = message.content.replace(PLACEHOLDER, " " * len(PLACEHOLDER))
     return blank.strip(), len(blank) - len(blank.lstrip())
@@ -161,6 +166,8 @@ class CaptionMaps:
         if len(known.maps) != len(known.words):
             raise TargetError(f"the targets {target.id!r} are damaged: {len(known.maps)} maps for {len(known.words)} words")
         self.caption = Caption.of(known.caption)
+        self.said = known.caption.strip()
+        self._offset = known.caption.index(self.said)
         self._selector = selector
         self._dense = [
             (word, values)
@@ -175,6 +182,10 @@ class CaptionMaps:
             self.of_places([(word.start, word.end) for word in occurrences])
             for occurrences in self._selector.occurrences(self.caption, text, words)
         ]
+
+    def of_said(self, words: Sequence[Word]) -> list[NDArray[np.float32] | None]:
+        """Per word of what the caption says its own map."""
+        return [self.of_places([(word.start + self._offset, word.end + self._offset)]) for word in words]
 
     def of_places(self, spans: Sequence[Span]) -> NDArray[np.float32] | None:
         """The mean [y, x] over the words that hold one of these characters of the caption."""
@@ -193,12 +204,12 @@ class CaptionMaps:
 
 
 def target_maps(
-    words: Sequence[TurnWord], targets: Sequence[Target], size: int, selector: WordSelector
+    words: Sequence[TurnWord], targets: Sequence[Target], size: int, selector: WordSelector, shown: Box = WHOLE_PICTURE
 ) -> dict[int, NDArray[np.float32]]:
     """The map [size, size] of every word that has one.
 
-    Of a region its own, cut to what the targets show. In an answer that is a caption, a word's own; else the mean over the captions
-    that have the word.
+    Of a region its own, cut to what the targets show, if it says something in the part of the picture that is `shown`. In an answer
+    that is a caption, a word's own; else the mean over the captions that have the word.
     """
     captions = [CaptionMaps(target, selector) for target in targets]
     crop = targets[0].word_maps.crop if targets else WHOLE_PICTURE
@@ -208,15 +219,14 @@ def target_maps(
         if word.region is None:
             by_turn.setdefault(word.turn, []).append(w)
         elif word.region.is_place:
-            raster = word.region.raster(size, crop)
-            found[w] = [raster if raster.any() else None]
+            found[w] = [word.region.target(size, crop, shown)]
         elif isinstance(word.region.word, str) or len(captions) == 1:  # characters of several captions say nothing
             found[w] = [maps.of_region(word.region.word) for maps in captions]
     for indices in by_turn.values():
         first, places = words[indices[0]], [words[w].in_said for w in indices]
-        own = next((maps for maps in captions if first.role == "answer" and maps.caption.text == first.said), None)
+        own = next((maps for maps in captions if first.role == "answer" and maps.said == first.said), None)
         if own is not None:
-            found |= {w: [own.of_places([(place.start, place.end)])] for w, place in zip(indices, places, strict=True)}
+            found |= {w: [values] for w, values in zip(indices, own.of_said(places), strict=True)}
         else:
             of_captions = [maps.of_text(first.said, places) for maps in captions]
             found |= {w: [maps[k] for maps in of_captions] for k, w in enumerate(indices)}

@@ -20,7 +20,7 @@ from ..images import image_sha256, load_image
 from ..students.boxes import boxes_within
 from ..students.families import ProcessedImages, student_family
 from ..students.image_tokens import image_token_of, model_type_of, place_image_tokens, require_pair
-from ..types import ROLES, WHOLE_PICTURE, Span, Word, WordBatch
+from ..types import ROLES, WHOLE_PICTURE, Box, Span, Word, WordBatch
 from ..words import collate_rows, locate_tokens
 from .aligned_words import AlignedWord, TurnWord, aligned_turns, content_words, target_maps, turn_words
 from .chat_template import Turn, apply_chat_template
@@ -69,11 +69,14 @@ class Collator:
     the last one before the last answer. Words that do not stand behind it are never compared.
 
     A sample's regions (`lavender.data.Region`) are words too, in the place of those that they share characters with and whatever
-    the roles. They name the picture that is compared, and need no targets.
+    the roles. They name the picture that is compared, and need no targets. Their maps have a maximum of one; a region that lies
+    outside of what student and targets show of the picture, or is the same all over that, is not compared.
 
     A sample's target is that of its id; without one, those that were made from its picture, whatever their ids: ten questions
     about one picture share its maps. An answer that is the caption of a target takes each word's own map. Every other word has
     the mean map of the caption's words that are the same, averaged over the captions that have it if the picture has several.
+    Where targets are found by one of several pictures (the one whose caption is an answer, else the first that has any), a word
+    is compared only if this picture is the last one before it, its answer is the caption, or its region names the picture.
 
     `lavender_outcomes` are
 
@@ -239,7 +242,7 @@ class Collator:
             for b, (item, spans, at, positions) in enumerate(zip(items, offsets, places, image_positions, strict=True))
         ]
         rows = collate_rows([words.tokens for words in found])
-        present, outcomes, targets = self._compare(items, found, rows.num_words)
+        present, outcomes, targets = self._compare(items, found, rows.num_words, boxes)
         roles = torch.full_like(present, ROLES.index("answer"), dtype=torch.long)
         for b, item in enumerate(items):
             roles[b, : len(item.words)] = torch.tensor([ROLES.index(word.role) for word in item.words])
@@ -316,7 +319,7 @@ class Collator:
             )
         roles = self.words_config.roles
         chat = apply_chat_template(self.processor, conversation, aligned_turns(conversation, {*roles} - {"answer"}))
-        named = {region.image or 0 for region in conversation.regions if region.is_place}
+        named = {region.image or 0 for region in conversation.regions if region.is_place or region.image is not None}
         if len(named) > 1:
             raise DataError(
                 f"{name} has regions in {len(named)} of its pictures; a sample compares words with one picture, make one of each"
@@ -324,7 +327,8 @@ class Collator:
         targets, image = self._targets(conversation, images, next(iter(named), None))
         if image is None and chat.turns[-1].num_images:
             image = chat.turns[-1].num_images - 1
-        item = Item(conversation.id, images, chat, targets, image, turn_words(conversation, chat, roles))
+        by_picture = self.targets is not None and len(images) > 1 and conversation.id not in self.targets
+        item = Item(conversation.id, images, chat, targets, image, turn_words(conversation, chat, roles), by_picture)
         item.require_shown()
         return item
 
@@ -339,11 +343,12 @@ class Collator:
         if conversation.id in self.targets:
             targets = [self.targets[conversation.id]]
         else:
-            answers = [message.content for message in conversation.messages if message.role == "assistant"]
+            answers = [without_thinking(message.content) for message in conversation.messages if message.role == "assistant"]
             found = self.targets.of_pictures(known, answers)
             if found is None:
+                self._require_no_word(conversation, digests, named)
                 return (), named
-            targets = self.targets.made_from(found.image_sha256)
+            targets = self.targets.beside(found)
         from ..targets.soundness import store_problems  # here, since pyarrow comes with it, which a batch without targets can lack
 
         config, is_attention = self.targets.config, "weights" in self.targets.source
@@ -364,6 +369,16 @@ class Collator:
             f"the targets of sample {conversation.id!r} in {self.targets.folder} were made from another picture than "
             f"{'its own' if len(images) == 1 else f'its {len(images)}'}; extract them into a new folder"
         )
+
+    def _require_no_word(self, conversation: Conversation, digests: Sequence[str], named: int | None) -> None:
+        """Raises `DataError` if regions name one picture, and the word of one of them is of another picture's targets."""
+        words = [region.word for region in conversation.regions if not region.is_place]
+        other = self.targets.of_pictures(digests, ()) if words and self.targets is not None else None
+        if other is not None:
+            raise DataError(
+                f"sample {conversation.id!r} has regions in its picture {named}, and the targets with a map for the region's word "
+                f"{words[0]!r} are of picture {digests.index(other.image_sha256)}; give that as its image, or make a sample of each"
+            )
 
     def _process(self, items: Sequence[Item], texts: list[str]) -> dict[str, torch.Tensor]:
         images = [item.images for item in items]
@@ -458,10 +473,12 @@ class Collator:
                 at = [at[0] - 1]
             if is_there:  # what was cut off stands behind all pictures
                 # Text that reads by cross-attention may see the latest picture alone: [B, T, pictures, tiles] of mllama.
-                sees = min(at) >= last if mask is None else bool(mask[b, at, item.image].any())
+                sees = min(at) >= last if mask is None else bool(mask[b, at, item.image].any(dim=-1).all())
             tokens.append(at if is_there else [])
-            selected.append(is_wanted and sees)
-            if not (is_there and sees):
+            selected.append(is_wanted and sees and item.shows(word))
+            if not item.shows(word):
+                self._outcomes.note_other_picture(item, word)
+            elif not (is_there and sees):
                 self._outcomes.note_region(item, word, sees=False)
         return _Tokens(tokens, selected)
 
@@ -480,10 +497,9 @@ class Collator:
         boxes = list(self._family.boxes(ProcessedImages(self.processor, batch, sizes, self.model_config))) if sizes else []
         first = 0
         for item in items:
-            crop = item.targets[0].word_maps.crop if item.targets else WHOLE_PICTURE
-            if item.image is not None and crop != WHOLE_PICTURE:
+            if item.image is not None and item.crop != WHOLE_PICTURE:
                 # The student's maps show what the teacher's do.
-                boxes[first + item.image] = boxes_within(boxes[first + item.image], crop)
+                boxes[first + item.image] = boxes_within(boxes[first + item.image], item.crop)
             first += len(item.images)
         shown = [(len(item.images), item.image) for item in items]
         try:
@@ -492,7 +508,7 @@ class Collator:
             raise DataError(f"{_named(items)}: {error}") from None
 
     def _compare(
-        self, items: Sequence[Item], found: Sequence[_Tokens], num_words: int
+        self, items: Sequence[Item], found: Sequence[_Tokens], num_words: int, boxes: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The words that are compared, bool [B, W], the samples' outcomes [B], and with targets the teacher's maps [B, W, y, x]."""
         present = torch.zeros(len(items), num_words, dtype=torch.bool)
@@ -502,7 +518,7 @@ class Collator:
         for b, (item, words) in enumerate(zip(items, found, strict=True)):
             selected = words.selected
             if size:
-                maps = target_maps(item.words, item.targets, size, self._selector)
+                maps = target_maps(item.words, item.targets, size, self._selector, _shown(boxes[b], item.crop))
                 for w, word_map in maps.items():
                     targets[b, w] = torch.from_numpy(word_map)
                 for w, (word, wanted) in enumerate(zip(item.words, selected, strict=True)):
@@ -547,6 +563,16 @@ def _id_of(sample: Any) -> str:
 def _named(items: Sequence[Item]) -> str:
     ids = [repr(item.id) for item in items if not item.skipped] or [repr(item.id) for item in items]
     return f"sample{'s' * (len(ids) > 1)} {', '.join(ids)}"
+
+
+def _shown(boxes: torch.Tensor, crop: Box) -> Box:
+    """The part of a picture that its image tokens show, by their boxes [M, 4] of a crop: a processor may cut its edges off."""
+    placed = boxes[~boxes.isnan().any(dim=1)]
+    if not len(placed):
+        return crop
+    edges = torch.cat([placed[:, :2].amin(dim=0), placed[:, 2:].amax(dim=0)]).tolist()
+    top, left, bottom, right = (crop[i % 2] + round(edge, 5) * (crop[i % 2 + 2] - crop[i % 2]) for i, edge in enumerate(edges))
+    return top, left, bottom, right
 
 
 def _tokens_in(turn: Turn, offsets: Sequence[Span]) -> list[int]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..config import WordsConfig
 from ..errors import DataError
-from ..types import OUTCOMES, WordBatch
+from ..types import OUTCOMES, WHOLE_PICTURE, Box, WordBatch
 from .aligned_words import TurnWord
 from .chat_template import ChatText, Turn
 
@@ -31,6 +31,7 @@ class Item:
         targets: the teacher's maps of one picture, per caption.
         image: index of the picture that words are looked for in; None without one.
         words: the words that may be compared.
+        by_picture: whether the targets were found by one of several pictures, and not by the sample's id.
         skipped: whether it stands for a sample that was skipped.
     """
 
@@ -40,12 +41,25 @@ class Item:
     targets: tuple[Target, ...]
     image: int | None
     words: tuple[TurnWord, ...]
+    by_picture: bool = False
     skipped: bool = False
 
     @property
     def answers(self) -> list[Turn]:
         """The answers that the picture stands before."""
         return [turn for turn in self.chat.turns if self.image is not None and self.image < turn.num_images]
+
+    @property
+    def crop(self) -> Box:
+        """The part of the picture that the targets show."""
+        return self.targets[0].word_maps.crop if self.targets else WHOLE_PICTURE
+
+    def shows(self, word: TurnWord) -> bool:
+        """Whether a word is of the compared picture and not of another, as far as the sample tells."""
+        if not self.by_picture or (word.region is not None and (word.region.is_place or word.region.image is not None)):
+            return True
+        is_caption = word.role != "question" and any(word.said == target.word_maps.caption.strip() for target in self.targets)
+        return is_caption or word.num_images - 1 == self.image
 
     @property
     def has_maps(self) -> bool:
@@ -115,13 +129,15 @@ class Outcomes:
 
     def note_region(self, item: Item, word: TurnWord, sees: bool) -> None:
         """Logs a region that is not compared."""
-        region, where = word.region, f"the region of {word.word.text!r} in message {word.turn + 1} of sample {item.id!r}"
+        region = word.region
         if region is None:
             return
+        what = f"{word.word.text!r} in" if word.word.text else "the prompt's end before"
+        where = f"the region of {what} message {word.turn + 1} of sample {item.id!r}"
         if not sees:
             lack = "its picture does not stand before it, max_length cuts it off, or the template does not show it to the letter"
         elif region.is_place:
-            lack = "it lies outside of the part of the picture that the sample's targets show"
+            lack = "it lies outside of the part of the picture that student and targets show, or is the same all over that part"
         elif not item.targets:
             lack = f"the sample has no targets, which would have a map for its word {region.word!r}"
         elif not isinstance(region.word, str) and len(item.targets) > 1:
@@ -129,6 +145,15 @@ class Outcomes:
         else:
             lack = f"the targets' caption {item.targets[0].word_maps.caption!r} has no map for its word {region.word!r}"
         self._warn("region", f"{where} is not compared: {lack}. (Logged once.)")
+
+    def note_other_picture(self, item: Item, word: TurnWord) -> None:
+        """Logs a word that is not compared since it may be of another picture."""
+        self._warn(
+            "other picture",
+            f"sample {item.id!r} has {len(item.images)} pictures, and targets that were found by picture {(item.image or 0) + 1}; "
+            f"another stands before {word.word.text!r} in message {word.turn + 1}, and words behind others are not compared. "
+            "Make a sample of each picture, or give regions their image. (Logged once.)",
+        )
 
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self._warned:
@@ -139,9 +164,13 @@ class Outcomes:
         if not item.answers:
             return "no picture stands before its answer; put one into a message of the user's before it"
         answer, captions = item.answers[-1].answer, [target.word_maps.caption for target in item.targets]
+        if any(word.region is not None for word in item.words):
+            return "its regions cannot be compared, or have no maps (the first of such is named by a line of its own)"
+        if not all(map(item.shows, item.words)):
+            return f"they may be of other pictures than picture {(item.image or 0) + 1}, which has targets; make a sample of each"
         if not captions:
             return f"its answer {answer!r} has no words that name something, or {self.words} leaves them out"
-        if any(turn.answer in captions for turn in item.answers):
+        if any(turn.answer.strip() in {caption.strip() for caption in captions} for turn in item.answers):
             return f"its words have no maps, do not see the target's picture, or are left out by {self.words}; loosen that"
         return (
             f"its answer is {answer!r}, and its target was made from {captions[0]!r}; extract targets "

@@ -513,18 +513,19 @@ class TargetStore:
 
     def of_pictures(self, images: Sequence[str], captions: Sequence[str]) -> Target | None:
         """The targets that were made from one of these pictures, by `image_sha256`: of several the first with one of these
-        captions, else the first; None if there are none."""
+        captions, white space around them not counted, else the first; None if there are none."""
         made = [sample for image in images for sample in self._samples_of.get(image, ())]
-        chosen = next((sample_id for sample_id, caption in made if caption in captions), made[0][0] if made else None)
+        said = {caption.strip() for caption in captions}
+        chosen = next((sample_id for sample_id, caption in made if caption.strip() in said), made[0][0] if made else None)
         return None if chosen is None else self[chosen]
 
-    def made_from(self, image: str) -> list[Target]:
-        """All targets that were made from a picture, by `image_sha256`, in the order of the store: one for each of its captions.
+    def beside(self, target: Target) -> list[Target]:
+        """All targets that were made from a target's picture, in the order of the store: one for each of its captions.
 
-        Targets that show another part of the picture than the first one are left out: no place in them is one in its maps.
+        Those that show another part of the picture are left out: no place in them is one in its maps.
         """
-        targets = [self[sample_id] for sample_id, _ in self._samples_of.get(image, ())]
-        return [target for target in targets if target.word_maps.crop == targets[0].word_maps.crop]
+        targets = [self[sample_id] for sample_id, _ in self._samples_of[target.image_sha256]]
+        return [other for other in targets if other.word_maps.crop == target.word_maps.crop]
 
     @cached_property
     def _samples_of(self) -> dict[str, list[tuple[str, str]]]:
