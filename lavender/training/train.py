@@ -19,6 +19,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -40,6 +41,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..batches.collator import Collator
 from ..config import AlignmentConfig, TrainingConfig, WordsConfig, from_dict, to_dict
+from ..data.conversations import with_sound_regions
+from ..data.regions import has_places, record_of
 from ..data.samples import Conversation, Sample, as_conversation
 from ..errors import ConfigError, DataError, LavenderError, ModelError, TargetError, first_line
 from ..files import is_url, own_path, read_file, write_within
@@ -116,7 +119,7 @@ def fine_tune(
     """
     training = training or TrainingConfig()
     out = Path(out)
-    known = [sample if isinstance(sample, Sample | Conversation) else as_conversation(sample) for sample in samples]
+    known = [_known(sample) for sample in samples]
     _require_images(known)
     if adapter is not None and not training.lora_rank:
         raise ConfigError(
@@ -366,10 +369,9 @@ class _Run:
 def _texts(sample: Sample | Conversation) -> list[Any]:
     """What a run's record knows of a sample; of pictures their paths and sizes."""
     pictures = [[str(path), path.stat().st_size] for path in _paths(sample)]
-    regions = [region.record() for region in sample.regions]
     if isinstance(sample, Sample):
-        return [sample.id, pictures, sample.question, sample.answer, *regions]
-    return [sample.id, pictures, *([message.role, message.content] for message in sample.messages), *regions]
+        return [sample.id, pictures, sample.question, sample.answer, *record_of(sample.regions)]
+    return [sample.id, pictures, *([message.role, message.content] for message in sample.messages), *record_of(sample.regions)]
 
 
 def _paths(sample: Sample | Conversation) -> list[Path]:
@@ -467,20 +469,30 @@ def _arguments(folder: Path, training: TrainingConfig, progress: bool) -> Traini
         raise ConfigError(f"transformers.TrainingArguments refuses the training's arguments ({first_line(error)})") from error
 
 
+def _known(sample: Sample | Conversation | Mapping[str, Any]) -> Sample | Conversation:
+    if not isinstance(sample, Sample | Conversation):
+        return as_conversation(sample)
+    with suppress(DataError):  # the collator names it, and skips it
+        return with_sound_regions(sample)
+    return sample
+
+
 def _require_targets(samples: Sequence[Sample | Conversation], targets: TargetStore) -> None:
     missing = [sample for sample in samples if sample.id not in targets]
     if not missing:
         return
-    message = f"{targets.folder} has no targets for {len(missing)} of {len(samples)} samples (first: {missing[0].id!r})"
-    if len(missing) == len(samples) and not any(_has_known_picture(sample, targets) for sample in missing):
-        raise TargetError(f"{message}; extract them, or give the samples the ids that they were extracted by")
-    logger.warning("%s; these train the language loss alone, but for those whose picture it has", message)
+    message = (
+        f"{targets.folder} has no targets for {len(missing)} of {len(samples)} samples by their ids (first: {missing[0].id!r})"
+    )
+    if len(missing) == len(samples) and not any(_has_maps(sample, targets) for sample in missing):
+        raise TargetError(f"{message} or pictures; extract them, or give the samples the ids that they were extracted by")
+    logger.warning("%s; these train the language loss alone, but for those whose picture it has, and for regions", message)
 
 
-def _has_known_picture(sample: Sample | Conversation, targets: TargetStore) -> bool:
+def _has_maps(sample: Sample | Conversation, targets: TargetStore) -> bool:
     images = (sample.image,) if isinstance(sample, Sample) else sample.images
     try:
-        return any(targets.of_pictures([Picture.open(image).sha256], ()) for image in images)
+        return has_places(sample.regions) or any(targets.of_pictures([Picture.open(image).sha256], ()) for image in images)
     except DataError:  # the collator names it
         return False
 
