@@ -45,8 +45,10 @@ def main():
     collator = lavender.Collator(processor, lavender.TargetStore(args.targets), words, model_config=model.config)
 
     samples = read_samples(args.data)
-    for word in collator.aligned_words(samples[0]):  # what will be compared, in the order of lavender's keys
-        print(f"{word.role}: {word.word.text}")
+    compared = collator(samples[:1])["lavender_present"][0].tolist()
+    for word, is_compared in zip(collator.aligned_words(samples[0]), compared, strict=True):
+        if is_compared:
+            print(f"{word.role}: {word.word.text}")
     arguments = TrainingArguments(
         args.out,
         max_steps=args.steps,

@@ -8,7 +8,7 @@ import pytest
 
 from lavender.cli.presets import PRESETS, preset
 from lavender.cli.settings import override
-from lavender.config import TrainingConfig, WordsConfig
+from lavender.config import AlignmentConfig, TrainingConfig, WordsConfig
 from lavender.errors import ConfigError
 
 
@@ -52,6 +52,11 @@ def test_settings_are_changed_by_texts():
     assert override(TrainingConfig(), ['lora_targets=["q_proj"]']).lora_targets == ("q_proj",)
     assert override(WordsConfig(), ["exclude=red"]).exclude == ("red",)
     assert override(WordsConfig(), ['exclude=["red", "blue"]']).exclude == ("red", "blue")
+    assert override(WordsConfig(), ["exclude=red, blue", "roles=question,answer"]) == WordsConfig(
+        exclude=("red", "blue"), roles=("question", "answer")
+    )
+    assert override(AlignmentConfig(), ["layers=1,3"]).layers == (1, 3)
+    assert override(TrainingConfig(), ["lora_targets=.*(q|v){1,2}_proj"]).lora_targets == ".*(q|v){1,2}_proj"
     chosen = preset("small-world").with_settings(["alignment.heads=best:8", "alignment.layers=best:2", "alignment.until=0.5"])
     assert (chosen.alignment.heads, chosen.alignment.layers, chosen.alignment.until) == ("best:8", "best:2", 0.5)
     one = preset("small-world").with_settings(["alignment.heads=3.10", "alignment.question_heads= 1.0", "alignment.layers=3"])
