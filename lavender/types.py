@@ -30,8 +30,9 @@ OUTCOMES = ("matched", "no target", "no word matched", "cut off", "skipped")
 """What becomes of a training sample, by the numbers in `WordBatch.outcomes`."""
 
 ROLES = ("question", "answer", "prompt end")
-"""Where a word stands, by the numbers in `WordBatch.roles`: in what the user says, in what the assistant says, or the last token
-before an answer, which is no word: it is read at its own row, and is the answer's otherwise."""
+"""Where a word stands, by the numbers in `WordBatch.roles`: in what the user says, in what the assistant says, or the token before
+what an answer says, behind its thinking, which is no word: it is read at its own row, which predicts the answer's first token, and
+is the answer's otherwise."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -288,3 +289,177 @@ def test_regions_are_sound_once_and_for_all():
     (again,) = sound_regions(conversation)
     assert again.turn == 1
     assert np.array_equal(again.mask, conversation.regions[0].mask)
+
+
+@pytest.mark.parametrize("crop", CROPS)
+def test_a_target_has_a_maximum_of_one_whatever_the_size_and_the_scale(crop):
+    values = np.random.default_rng(0).random((32, 32))
+    fine = np.kron(values, np.ones((4, 4)))
+    expected = sound(map=values).raster(8, crop).astype(np.float64)
+    for given_map in (
+        values,
+        values * 1e-35,
+        values * 1e35,
+        values / values.sum(),
+        fine,
+        fine / fine.sum(),
+        values[..., None][..., 0],
+    ):
+        np.testing.assert_allclose(sound(map=given_map).target(8, crop), expected / expected.max(), rtol=1e-5)
+    for place in (
+        {"box": (0.5, 0.5, 0.5001, 0.5001)},
+        {"box": (0.4, 0.4, 0.45, 0.6)},
+        {"points": (0.5, 0.5)},
+        {"mask": values > 0.99},
+    ):
+        target, raster = sound(**place).target(8, crop), sound(**place).raster(8, crop).astype(np.float64)
+        assert target.dtype == np.float32
+        assert target.max() == 1
+        np.testing.assert_allclose(target, raster / raster.max(), rtol=1e-4)
+
+
+def test_what_is_the_same_all_over_what_is_compared_is_no_target():
+    whole, right = (0.0, 0.0, 1.0, 1.0), (0.0, 0.5, 1.0, 1.0)
+    gradient = np.arange(64.0).reshape(8, 8)
+    same = [
+        {"box": whole}, {"box": (0, 0, 1, 0.999)}, {"mask": np.ones((9, 7))}, {"map": np.full((5, 5), 3e-9)},
+        {"map": 1e6 + gradient}, {"boxes": [(0, 0, 1, 0.5), (0, 0.5, 1, 1)]},
+    ]  # fmt: skip
+    for place in same:
+        assert sound(**place).target(8) is None, place
+    for place in ({"box": (0, 0, 1, 0.9)}, {"map": 10 + gradient}, {"points": (0.5, 0.5)}):
+        assert sound(**place).target(8) is not None, place
+    # Within a crop, and within what a student's processor shows of it.
+    for place in ({"box": (0, 0.4, 1, 1)}, {"box": (0, 0, 1, 0.5)}, {"map": np.eye(8)[:1]}, {"mask": np.eye(2)[[0]]}):
+        assert sound(**place).target(8) is not None
+        assert sound(**place).target(8, right) is None
+        assert sound(**place).target(8, whole, right) is None
+    left = sound(box=(0, 0, 1, 0.25))
+    assert left.target(8, whole, right) is None
+    assert np.array_equal(left.target(8), left.raster(8))
+    assert sound(box=BOX).target(8, (0.0, 0.0, 0.4, 1.0), (0.6, 0.0, 1.0, 1.0)) is None
+
+
+def test_a_point_is_where_its_center_is():
+    """The tail of a disc in another part of the picture is no place in this one."""
+    crop = (0.5, 0.0, 1.0, 1.0)
+    for y in (0.45, 0.3, 0.0):
+        assert sound(points=(y, 0.5)).target(8, crop) is None
+        assert not sound(points=(y, 0.5)).raster(8, crop).any()
+        both = sound(points=[(y, 0.5), (0.75, 0.25)])
+        assert np.array_equal(both.target(8, crop), sound(points=(0.75, 0.25)).target(8, crop))
+    assert sound(points=(0.5, 0.5)).target(8, crop).argmax() // 8 == 0
+    for corner in ((0, 0), (1, 1), (-0.0005, 1.0005)):
+        assert sound(points=corner).target(8) is not None
+
+
+@pytest.mark.parametrize("value", [[[1e39, 0.0]], [[float("inf"), 0.0]], np.full((2, 2), np.finfo(np.float64).max)])
+def test_maps_that_float32_cannot_hold_are_refused(value):
+    with pytest.raises(DataError, match=r"its map is of the shape \[\d, 2\]; expected \[y, x\] over the whole picture, finite"):
+        sound(map=value)
+
+
+def compressed(counts) -> str:
+    """COCO's text of run lengths, as pycocotools writes it: from the fourth on differences, five bits a character."""
+    text = ""
+    for n, count in enumerate(counts):
+        value = count - (counts[n - 2] if n > 2 else 0)
+        while True:
+            bits, value = value & 0x1F, value >> 5
+            more = value != -1 if bits & 0x10 else value != 0
+            text += chr((bits | 0x20 if more else bits) + 48)
+            if not more:
+                break
+    return text
+
+
+def test_run_lengths_stay_compressed_until_they_are_drawn():
+    mask = np.zeros((480, 640), bool)
+    mask[100:220, 300:400] = True
+    runs = run_lengths(mask)
+    counts = runs["counts"]
+    forms = [
+        runs, {"size": (480, 640), "counts": tuple(counts)}, {"size": np.array([480, 640]), "counts": np.array(counts, np.uint32)},
+        {"size": torch.tensor([480, 640]), "counts": torch.tensor(counts)}, {"size": [480, 640], "counts": compressed(counts)},
+        {"size": [480, 640], "counts": compressed(counts).encode()},
+    ]  # fmt: skip
+    drawn = sound(mask=mask).target(16)
+    for form in forms:
+        region = sound(mask=form)
+        assert len(pickle.dumps(region)) < 10_000 < mask.nbytes
+        assert np.array_equal(region.mask, mask)
+        assert np.array_equal(region.target(16), drawn)
+        assert region.record() == sound(mask=runs).record()
+        (again,) = as_conversation(Sample("x", RED, QUESTION, ANSWER, regions=(region,))).regions
+        assert again.mask is region.mask
+    with pytest.raises(DataError, match="its mask is empty, it is nowhere in the picture"):
+        sound(mask=run_lengths(np.zeros((4, 4), bool)))
+    with pytest.raises(DataError, match="the runs of a mask are"):
+        sound(mask={"size": [4, 4], "counts": b"\xff\xfe"})
+
+
+def test_rows_of_tables_have_arrays_for_lists_and_numbers():
+    nan = float("nan")
+    entries = [
+        {"turn": 1.0, "start": 0.0, "end": 4.0, "box": np.array(BOX), "word": None, "image": nan},
+        {"turn": np.array(1), "start": np.array(10), "end": torch.tensor(13), "points": torch.tensor([[0.5, 0.5]]), "role": None},
+        {"turn": torch.tensor(-2), "word": np.array([3, 5])},
+    ]
+    rows = np.empty(len(entries), dtype=object)
+    rows[:] = entries
+    for regions in (rows, entries, tuple(entries)):
+        found = as_conversation({"id": "x", "image": RED, "question": QUESTION, "answer": ANSWER, "regions": regions}).regions
+        assert [region.turn for region in found] == [1, 1, 0]
+        assert [(region.start, region.end) for region in found] == [(0, 4), (10, 13), (None, None)]
+        assert (found[0].boxes, found[1].points, found[2].word) == ((BOX,), ((0.5, 0.5),), (3, 5))
+    with pytest.raises(DataError, match=r"its start is 0\.5; expected a whole number"):
+        as_conversation({"id": "x", "image": RED, "question": QUESTION, "answer": ANSWER, "regions": [entries[0] | {"start": 0.5}]})
+
+
+def test_a_region_counts_pictures_as_they_are_given():
+    """Those that no message has a place for come first, whatever their number."""
+    messages = [
+        {"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."},
+        {"role": "user", "content": "<image>And here?"}, {"role": "assistant", "content": "There."},
+    ]  # fmt: skip
+    for n, picture in enumerate((RED, BLUE)):
+        given = {"id": "x", "images": [RED, BLUE], "messages": messages, "regions": [{"turn": 3, "box": BOX, "image": n}]}
+        conversation = as_conversation(given)
+        (region,) = conversation.regions
+        assert conversation.images[region.image] is picture
+        assert as_conversation(conversation).regions[0].image == region.image
+    held = [{"role": "user", "content": [{"type": "image", "image": RED}, {"type": "image"}, {"type": "text", "text": "Where?"}]}]
+    mixed = {"id": "x", "images": [BLUE], "messages": [*held, messages[1]]}
+    assert as_conversation(mixed).images == (RED, BLUE)
+    with pytest.raises(DataError, match=r'sample .x. has pictures in its messages and under "images", and regions that name one'):
+        as_conversation(mixed | {"regions": [{"turn": 1, "box": BOX, "image": 0}]})
+
+
+def test_characters_are_those_of_the_content_and_of_a_list_of_parts_its_texts():
+    content = "Is it <image>there a ring?"
+    message = Message("user", content, ("Is it ", "<image>", "there a ring?"))
+    answer, at = Message("assistant", "Yes."), content.index("ring")
+    listed = [{"type": "text", "text": "Is it "}, {"type": "image"}, {"type": "text", "text": "there a ring?"}]
+    samples = [Conversation("x", (RED,), (message, answer), regions=(Region(0, at, at + 4, box=BOX),))]
+    for said, start in ((message, at), (vars(message), at), ({"content": content}, at), ({"content": listed}, at - len("<image>"))):
+        said = said if isinstance(said, Message) else {"role": "user"} | said
+        regions = [Region(0, start, start + 4, box=BOX)]
+        samples.append({"id": "x", "images": [RED], "messages": [said, answer], "regions": regions})
+    for sample in samples:
+        for conversation in (as_conversation(sample), as_conversation(as_conversation(sample))):
+            (region,) = conversation.regions
+            assert conversation.messages[0].content[region.start : region.end] == "ring"
+
+
+@pytest.mark.parametrize("regions", [0, False, "", {}, {"turn": 1}, "all", 1.5])
+def test_a_files_regions_are_a_list_or_nothing(tmp_path, regions):
+    RED.save(tmp_path / "red.png")
+    plain = {"image": "red.png", "question": QUESTION, "answer": ANSWER}
+    talk = {"image": "red.png", "conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]}
+    for entry in (plain, talk):
+        for nothing in (None, []):
+            (tmp_path / "data.json").write_text(json.dumps([entry | {"regions": nothing}]))
+            assert read_samples(tmp_path / "data.json")[0].regions == ()
+        (tmp_path / "data.json").write_text(json.dumps([entry | {"regions": regions}]))
+        with pytest.raises(DataError, match=r"its regions are a \w+; expected a list"):
+            read_samples(tmp_path / "data.json")

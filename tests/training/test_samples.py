@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lavender.config import TrainingConfig
-from lavender.data.samples import Sample, as_conversation
+from lavender.data.regions import Region
+from lavender.data.samples import Conversation, Message, Sample, as_conversation
 from lavender.errors import DataError, ModelError, TargetError
 from lavender.images import image_sha256
 from lavender.students.patch import ALIGNER_FILE
@@ -38,7 +40,12 @@ def test_targets_of_samples_that_the_store_does_not_name_are_looked_for_by_pictu
         with caplog.at_level(logging.WARNING, "lavender"):
             _require_targets([known, blue], store)
         assert "has no targets for 2 of 2 samples" in caplog.text
-        assert "but for those whose picture it has" in caplog.text
+        assert "by their ids" in caplog.text
+        assert "but for those whose picture it has, and for regions" in caplog.text
+    placed = Sample("x", BLUE, "Who?", "A zebra.", regions=(Region(1, box=(0, 0, 0.5, 0.5)),))
+    _require_targets([placed, blue], store)
+    with pytest.raises(TargetError, match=r"2 of 2 samples by their ids .* or pictures; extract"):
+        _require_targets([blue, replace(placed, regions=(Region(1, word="zebra"),))], store)
     for samples in ([blue], [Sample("x", BLUE, "Who?", "A zebra.")], [as_conversation({"image": "nowhere.png", **ASKED})]):
         with pytest.raises(TargetError, match="has no targets for 1 of 1 samples"):
             _require_targets(samples, store)
@@ -48,6 +55,33 @@ def test_pictures_at_urls_are_no_files_that_are_missing():
     sample = as_conversation({"image": "https://host/a.png", **ASKED})
     assert sample.id == "https://host/a.png"
     assert _paths(sample) == []
+
+
+def test_a_run_takes_regions_as_the_collator_does(student_folder, tmp_path, caplog):
+    """As mappings in samples and conversations, or None; one that is no place costs its sample alone."""
+    red, blue = (image.resize((64, 64)) for image in (RED, BLUE))
+    words = words_of("A zebra.")
+    with TargetWriter(tmp_path / "t", {"model": "m"}, StoreConfig(map_size=8)) as writer:
+        writer.add(Target("other", image_sha256(blue), WordMaps("A zebra.", words, torch.rand(len(words), 8, 8).numpy())))
+        writer.close()
+    talk = (Message("user", "Who?"), Message("assistant", "Me."))
+    place = {"turn": -1, "box": (0, 0, 0.5, 0.5)}
+    digests = []
+    for regions in ([place], (Region(**place),)):
+        samples = [
+            Sample("a", red, "Who?", "Me.", regions=regions),
+            Conversation("b", (red,), talk, regions=regions),
+            Sample("c", red, "Who?", "Me.", regions=None),
+            Sample("d", red, "Who?", "Me.", regions=[{**place, "box": (0, 0, 0, 0)}]),
+        ]
+        out, config = tmp_path / f"run{len(digests)}", TrainingConfig(steps=1, batch_size=4)
+        fine_tune(student_folder, samples, out, config, targets=TargetStore(tmp_path / "t"), progress=False)
+        digests.append(json.loads((out / "run.json").read_text())["samples_sha256"])
+        (step,) = [entry for entry in json.loads((out / "history.json").read_text()) if "matched_words" in entry]
+        assert step["matched_words"] == 2
+        assert step["samples_skipped"] == step["samples_no_target"] == 1
+    assert digests[0] == digests[1]
+    assert "sample 'd', region 1: its boxes are" in caplog.text
 
 
 def test_a_run_takes_mappings(student_folder, tmp_path):
