@@ -96,8 +96,8 @@ class DemoConfig:
 
 
 def demo_config(seed: int = 0) -> DemoConfig:
-    """The settings of `lavender demo`, those of the study's main cell: in the last layer, the row that reads a word of the question,
-    and the row that predicts the answer; each student by the learning rate that is best for it."""
+    """The settings of `lavender demo`, those of the study's main cell: of the last layer the rows that read a question's words, and
+    the row that predicts the answer; for each student the learning rate that is best for it."""
     return DemoConfig(
         seed=seed,
         teacher=TeacherConfig(inversion="noise", timesteps=(151,), map_size=8),
