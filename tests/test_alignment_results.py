@@ -54,7 +54,7 @@ def test_differences_are_paired_by_seed_and_their_intervals_students(results):
 def test_steps_to_a_level_are_those_at_which_it_stays(results):
     def history(values):
         kinds = ("color", "shape", "count", "existence", "position", "place")
-        return [{"step": 100 * n, "in distribution": dict.fromkeys(kinds, [v, 10])} for n, v in enumerate(values, start=1)]
+        return [{"step": 100 * n, "in distribution": dict.fromkeys(kinds, (v, 10))} for n, v in enumerate(values, start=1)]
 
     assert results.steps_to(history([5, 9, 6, 9, 9, 7]), 0.9) == 400
     assert results.steps_to(history([5, 6, 7]), 0.9) is None
