@@ -63,7 +63,7 @@ def test_without_options_a_config_has_its_defaults(calls):
     run(*TRAIN, "--model", "m")
     (model, _, _, training), settings = calls["train"]
     assert (model, training) == ("m", TrainingConfig())
-    assert (settings["alignment"], settings["words"]) == (AlignmentConfig(weight=10.0, aligner="sim"), WordsConfig())
+    assert (settings["alignment"], settings["words"]) == (AlignmentConfig(), WordsConfig())
 
 
 def test_options_become_settings(calls):

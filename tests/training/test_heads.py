@@ -97,10 +97,7 @@ def test_a_choice_that_cannot_be_made_ends_the_run_before_it_starts(student_fold
 
 def test_a_run_that_an_older_version_began_goes_on(student_folder, samples, targets, tmp_path):
     """It knows no heads, no roles and no end."""
-    out, alignment = (
-        tmp_path / "run",
-        AlignmentConfig(aligner="identity", layers=(1, 3), rows="reads", weight=10.0, question_rows=None),
-    )
+    out, alignment = tmp_path / "run", AlignmentConfig(layers=(1, 3), rows="reads")
     fine_tune(student_folder, samples, out, TRAINING, targets=targets, alignment=alignment, progress=False)
     record = json.loads((out / "run.json").read_text())
     for name in ("heads", "question_rows", "question_layers", "question_heads", "until"):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import lavender
 from lavender.batches.collator import Collator
-from lavender.config import AlignmentConfig, TrainingConfig
+from lavender.config import PUBLISHED, AlignmentConfig, TrainingConfig
 from lavender.data.samples import Sample, read_samples
 from lavender.errors import DataError, ModelError, TargetError
 from lavender.images import image_sha256
@@ -59,7 +59,9 @@ def test_a_run_writes_what_it_promises(student_folder, data, targets, tmp_path, 
     from peft import PeftModel
 
     out = tmp_path / "run"
-    trained = fine_tune(student_folder, read_samples(data), out, TRAINING, targets=targets, progress=False).eval()
+    trained = fine_tune(
+        student_folder, read_samples(data), out, TRAINING, targets=targets, alignment=PUBLISHED, progress=False
+    ).eval()
     record = json.loads((out / "run.json").read_text())
     assert record["targets_fingerprint"] == [targets.fingerprint, targets.contents()]
     assert record["alignment"]["weight"] == 10.0
@@ -147,7 +149,7 @@ def test_gradient_checkpointing_trains_the_same(student_folder, data, targets, t
     for checkpointing in (False, True):
         out = tmp_path / str(checkpointing)
         training = TrainingConfig(steps=2, batch_size=4, lora_dropout=0.0, gradient_checkpointing=checkpointing)
-        fine_tune(student_folder, read_samples(data), out, training, targets=targets, progress=False)
+        fine_tune(student_folder, read_samples(data), out, training, targets=targets, alignment=PUBLISHED, progress=False)
         adapters.append(load_file(out / "adapter/adapter_model.safetensors"))
     for name, value in adapters[0].items():
         torch.testing.assert_close(adapters[1][name], value, rtol=1e-4, atol=1e-6)
@@ -155,7 +157,9 @@ def test_gradient_checkpointing_trains_the_same(student_folder, data, targets, t
 
 def test_full_fine_tuning_saves_a_plain_model(student_folder, data, targets, tmp_path):
     training = TrainingConfig(steps=2, batch_size=4, lora_rank=0)
-    trained = fine_tune(student_folder, read_samples(data), tmp_path / "run", training, targets=targets, progress=False)
+    trained = fine_tune(
+        student_folder, read_samples(data), tmp_path / "run", training, targets=targets, alignment=PUBLISHED, progress=False
+    )
     assert not any(name.startswith("lavender") for name in load_file(tmp_path / "run/model/model.safetensors"))
     model, own_processor = load_student(tmp_path / "run/model")
     assert own_processor.chat_template
@@ -170,14 +174,14 @@ def test_full_fine_tuning_saves_a_plain_model(student_folder, data, targets, tmp
 def test_resuming_by_hand_equals_an_undisturbed_run(student_folder, data, targets, tmp_path):
     """Stop after the first checkpoint, as a kill would, then continue: same losses, same weights, same aligner."""
     whole, halved = tmp_path / "whole", tmp_path / "halved"
-    fine_tune(student_folder, read_samples(data), whole, TRAINING, targets=targets, progress=False)
-    fine_tune(student_folder, read_samples(data), halved, TRAINING, targets=targets, progress=False)
+    fine_tune(student_folder, read_samples(data), whole, TRAINING, targets=targets, alignment=PUBLISHED, progress=False)
+    fine_tune(student_folder, read_samples(data), halved, TRAINING, targets=targets, alignment=PUBLISHED, progress=False)
     import shutil
 
     for name in ("adapter", "aligner.safetensors", "history.json", "checkpoints/checkpoint-4"):
         path = halved / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    fine_tune(student_folder, read_samples(data), halved, TRAINING, targets=targets, progress=False)
+    fine_tune(student_folder, read_samples(data), halved, TRAINING, targets=targets, alignment=PUBLISHED, progress=False)
     assert_same_run(whole, halved)
 
 
@@ -186,7 +190,7 @@ def test_a_finished_run_stays_as_it_is(student_folder, data, targets, tmp_path):
     training = TrainingConfig(steps=3, batch_size=4, learning_rate=1e-3)
     once, twice = tmp_path / "once", tmp_path / "twice"
     for out in (once, twice, twice):
-        trained = fine_tune(student_folder, read_samples(data), out, training, targets=targets, progress=False)
+        trained = fine_tune(student_folder, read_samples(data), out, training, targets=targets, alignment=PUBLISHED, progress=False)
     assert_same_run(once, twice)
     adapter = load_file(once / "adapter/adapter_model.safetensors")
     for name, parameter in trained.named_parameters():
@@ -219,10 +223,13 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
 def test_kill_9_and_the_same_command_end_as_an_undisturbed_run(student_folder, data, targets, tmp_path):
     command = [
         *(sys.executable, "-m", "lavender", "train", "--model", str(student_folder), "--data", str(data)),
-        *("--targets", str(targets.folder), "--steps", "30", "--batch-size", "4", "--save-steps", "5", "--out"),
+        *("--targets", str(targets.folder), "--weight", "10", "--aligner", "sim"),
+        *("--steps", "30", "--batch-size", "4", "--save-steps", "5", "--out"),
     ]
     training = TrainingConfig(steps=30, batch_size=4, save_steps=5)
-    fine_tune(student_folder, read_samples(data), tmp_path / "whole", training, targets=targets, progress=False)
+    fine_tune(
+        student_folder, read_samples(data), tmp_path / "whole", training, targets=targets, alignment=PUBLISHED, progress=False
+    )
     process = subprocess.Popen([*command, str(tmp_path / "run")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (tmp_path / "run/checkpoints/checkpoint-10").exists():
         time.sleep(0.01)
@@ -236,9 +243,11 @@ def test_kill_9_and_the_same_command_end_as_an_undisturbed_run(student_folder, d
 
 def test_another_config_or_other_targets_are_refused(student_folder, scenes, data, targets, tmp_path):
     samples = read_samples(data)
-    fine_tune(student_folder, samples, tmp_path / "run", TRAINING, targets=targets, progress=False)
+    fine_tune(student_folder, samples, tmp_path / "run", TRAINING, targets=targets, alignment=PUBLISHED, progress=False)
     with pytest.raises(TargetError, match="another training"):
-        fine_tune(student_folder, samples, tmp_path / "run", TrainingConfig(steps=5), targets=targets, progress=False)
+        fine_tune(
+            student_folder, samples, tmp_path / "run", TrainingConfig(steps=5), targets=targets, alignment=PUBLISHED, progress=False
+        )
     with pytest.raises(TargetError, match="another alignment, words, targets_fingerprint"):
         fine_tune(student_folder, samples, tmp_path / "run", TRAINING, progress=False)
     with pytest.raises(TargetError, match="another alignment"):
@@ -266,7 +275,7 @@ def test_a_run_that_failed_at_once_does_not_lock_its_folder(student_folder, data
         )
     broken = [Sample(s.id, b"no picture", s.question, s.answer) for s in samples]
     with pytest.raises(DataError, match="cannot read the image"):
-        fine_tune(student_folder, broken, tmp_path / "run", TRAINING, targets=targets, progress=False)
+        fine_tune(student_folder, broken, tmp_path / "run", TRAINING, targets=targets, alignment=PUBLISHED, progress=False)
     fine_tune(student_folder, samples, tmp_path / "run", TrainingConfig(steps=1, batch_size=2), progress=False)
 
 
