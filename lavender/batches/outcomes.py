@@ -132,8 +132,7 @@ class Outcomes:
         region = word.region
         if region is None:
             return
-        what = f"{word.word.text!r} in" if word.word.text else "the prompt's end before"
-        where = f"the region of {what} message {word.turn + 1} of sample {item.id!r}"
+        where = f"the region of {_place_of(word)} of sample {item.id!r}"
         if not sees:
             lack = "its picture does not stand before it, max_length cuts it off, or the template does not show it to the letter"
         elif region.is_place:
@@ -151,7 +150,7 @@ class Outcomes:
         self._warn(
             "other picture",
             f"sample {item.id!r} has {len(item.images)} pictures, and targets that were found by picture {(item.image or 0) + 1}; "
-            f"another stands before {word.word.text!r} in message {word.turn + 1}, and words behind others are not compared. "
+            f"another stands before {_place_of(word)}, and words behind others are not compared. "
             "Make a sample of each picture, or give regions their image. (Logged once.)",
         )
 
@@ -176,3 +175,9 @@ class Outcomes:
             f"its answer is {answer!r}, and its target was made from {captions[0]!r}; extract targets "
             f"from captions that share words with the answers, or loosen {self.words}"
         )
+
+
+def _place_of(word: TurnWord) -> str:
+    return (
+        f"{word.word.text!r} in message {word.turn + 1}" if word.word.text else f"the prompt's end before message {word.turn + 1}"
+    )

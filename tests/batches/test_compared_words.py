@@ -191,8 +191,10 @@ def test_a_region_that_the_processor_cuts_off_is_told(processor, caplog):
         assert ("the region of 'There.' in message 2 of sample 'x' is not compared" in caplog.text) != present[name]
     assert present == {"left": False, "middle": True, "right": False, "all of the middle": False}
     with caplog.at_level(logging.WARNING, "lavender"):
+        collator = Collator(processor, map_size=SIDE)
         collator([Sample("x", RED, QUESTION, ANSWER, regions=(Region(1, role="prompt end", box=(0, 0, 1, 1)),))])
     assert "no word of sample 'x' is compared: its regions cannot be compared" in caplog.text
+    assert "the region of the prompt's end before message 2 of sample 'x' is not compared" in caplog.text
 
 
 def test_small_regions_teach_as_large_ones(student, processor):
