@@ -47,7 +47,8 @@ from ..images import Picture
 from ..patching import patch
 from ..pretrained.names import split_revision
 from ..pretrained.weights import non_finite
-from ..students.channels import OVER_HEADS, is_chosen
+from ..students.channels import is_chosen, weighed_places
+from ..students.discovery import attention_modules
 from ..students.heads import choose_heads
 from ..students.loading import load_student as load_student  # importable from here
 from ..students.loading import pin_adapter, pin_student
@@ -159,7 +160,7 @@ def load_aligner(patch_handle: StudentPatch, run: str | Path) -> None:
     """Puts the aligner of a finished run into a model that was patched with the same `AlignmentConfig`.
 
     Raises `ModelError` if there is none, if it is damaged or holds NaN, or if it is one of another config: its weights have other
-    shapes, or its channels are other heads.
+    shapes, or belong to other layers or heads.
     """
     path = Path(run) / ALIGNER_FILE
     if not path.exists():
@@ -169,7 +170,7 @@ def load_aligner(patch_handle: StudentPatch, run: str | Path) -> None:
     except SafetensorError as error:
         raise ModelError(f"{path} is damaged ({error}); train the aligner again") from error
     _require_finite(weights, path)
-    _require_same_heads(patch_handle.config, Path(run) / "run.json")
+    _require_same_places(patch_handle, Path(run) / "run.json")
     aligner = patch_handle.model.lavender
     if hasattr(aligner, "modules_to_save"):  # beside an adapter PEFT trains a copy
         aligner = aligner.modules_to_save[aligner.active_adapters[0]]
@@ -179,20 +180,24 @@ def load_aligner(patch_handle: StudentPatch, run: str | Path) -> None:
         raise ModelError(f"the aligner of {run} belongs to another AlignmentConfig or model ({first_line(error)})") from error
 
 
-def _require_same_heads(config: AlignmentConfig, record: Path) -> None:
-    """Raises `ModelError` if the heads that a run's aligner has for channels are not the config's."""
-    if config.aggregation in OVER_HEADS or not record.is_file():
+def _require_same_places(patch_handle: StudentPatch, record: Path) -> None:
+    """Raises `ModelError` if the layers and heads that a run's aligner was trained for are not those of the patch."""
+    if not record.is_file():
         return
     try:
         present = _EARLIER["alignment"] | (json.loads(read_file(record))["alignment"] or {})
         theirs = from_dict(AlignmentConfig, present)
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise ModelError(f"{record} is damaged ({first_line(error)}), and does not say which heads its aligner is of") from error
-    for one, other in ((theirs.of_answer, config.of_answer), (theirs.of_question, config.of_question)):
-        if one.heads != other.heads:
+    config, num_layers = patch_handle.config, len(attention_modules(patch_handle.decoder))
+    if weighed_places(config, num_layers) == weighed_places(theirs, num_layers):
+        return
+    for name in ("heads", "layers", "question_heads", "question_layers"):
+        one, other = getattr(theirs, name), getattr(config, name)
+        if one != other:
+            what = f"{name} {one}" + " for channels" * ("heads" in name)
             raise ModelError(
-                f"the aligner of {record.parent} has the heads {one.heads} for channels, and this alignment {other.heads}; give "
-                f"heads={one.heads!r}, as {record} has it"
+                f"the aligner of {record.parent} has the {what}, and this alignment {other}; give {name}={one!r}, as {record} has it"
             )
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import lavender
 from lavender.batches.collator import Collator
@@ -167,3 +168,39 @@ def test_words_of_questions_have_heads_of_their_own(student_folder, scenes, targ
         assert written["config"][name] == ",".join(f"{n // 4}.{n % 4}" for n in best)
     history = json.loads((tmp_path / "run/history.json").read_text())
     assert all(entry["matched_words"] > 0 for entry in history)
+
+
+@pytest.mark.parametrize(
+    ("changes", "other", "match"),
+    [
+        ({"aggregation": "learned", "layers": (1, 3)}, {"layers": (3, 1)}, r"has the layers \(1, 3\).*layers=\(1, 3\)"),
+        ({"aggregation": "learned", "heads": "0.1,2.3"}, {"heads": "2.3,0.1"}, r"has the heads 0\.1,2\.3 .*heads='0\.1,2\.3'"),
+        (
+            {"aggregation": "learned", "question_layers": (0, 1)},
+            {"question_layers": (0, 2)},
+            r"question_layers=\(0, 1\)",
+        ),
+        ({"aggregation": "parallel", "layers": (1, 3)}, {"layers": (1, 2)}, r"has the layers \(1, 3\)"),
+        ({"aggregation": "parallel", "layers": (1,)}, {"layers": ()}, r"has the layers \(1,\), and this alignment \(\)"),
+    ],
+)
+def test_an_aligner_goes_to_the_layers_and_heads_it_is_of(student, tmp_path, changes, other, match):
+    alignment = AlignmentConfig(**changes)
+    with lavender.patch(student, alignment) as handle:
+        for parameter in handle.model.lavender.parameters():
+            parameter.data.fill_(0.25)
+        save_file(handle.model.lavender.state_dict(), tmp_path / "aligner.safetensors")
+    (tmp_path / "run.json").write_text(json.dumps({"alignment": to_dict(alignment)}))
+    with lavender.patch(student, replace(alignment, weight=2.0, rows="reads")) as handle:
+        load_aligner(handle, tmp_path)
+        assert all((parameter == 0.25).all() for parameter in handle.model.lavender.parameters())
+    with lavender.patch(student, replace(alignment, **other)) as handle, pytest.raises(ModelError, match=match):
+        load_aligner(handle, tmp_path)
+
+
+def test_all_layers_are_all_layers_however_said(student, tmp_path):
+    with lavender.patch(student, AlignmentConfig(aggregation="parallel", layers=(0, 1, 2, 3))) as handle:
+        save_file(handle.model.lavender.state_dict(), tmp_path / "aligner.safetensors")
+        (tmp_path / "run.json").write_text(json.dumps({"alignment": to_dict(handle.config)}))
+    with lavender.patch(student, AlignmentConfig(aggregation="parallel")) as handle:
+        load_aligner(handle, tmp_path)
