@@ -30,8 +30,8 @@ lint: $(STAMP)  ## Check format, style and types
 bench: $(STAMP)  ## Time attention capture against its alternatives
 	$(BIN)/python bench/attn_fusion.py
 
-study: $(STAMP)  ## Run the small world's study again (about an hour on one core)
-	$(BIN)/python bench/miniworld_study.py --out runs/study
+study: $(STAMP)  ## Run the alignment study again (about three hours on two cores)
+	$(BIN)/python bench/alignment_study.py --out runs/alignment
 
 clean:  ## Remove .venv and runs
 	rm -rf $(VENV) runs

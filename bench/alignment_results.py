@@ -273,7 +273,7 @@ def with_tables(page: str, found: Mapping[str, str]) -> str:
 def main() -> None:
     document = json.loads(RESULTS.read_text())
     PAGE.write_text(with_tables(PAGE.read_text(), tables(document)))
-    HEADLINE.write_text(json.dumps(headline(document["summary"]), indent=2) + "\n")
+    HEADLINE.write_text(json.dumps({"headline": headline(document["summary"])}, indent=2) + "\n")
     plot(document["summary"], RESULTS.with_suffix(".svg"))
 
 

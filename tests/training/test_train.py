@@ -223,7 +223,8 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
 def test_kill_9_and_the_same_command_end_as_an_undisturbed_run(student_folder, data, targets, tmp_path):
     command = [
         *(sys.executable, "-m", "lavender", "train", "--model", str(student_folder), "--data", str(data)),
-        *("--targets", str(targets.folder), "--steps", "30", "--batch-size", "4", "--save-steps", "5", "--out"),
+        *("--targets", str(targets.folder), "--weight", "10", "--aligner", "sim"),
+        *("--steps", "30", "--batch-size", "4", "--save-steps", "5", "--out"),
     ]
     training = TrainingConfig(steps=30, batch_size=4, save_steps=5)
     fine_tune(
