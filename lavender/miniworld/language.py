@@ -240,8 +240,8 @@ def train_language(
         raise TargetError(f"{folder} holds a training with other settings ({others}); choose another folder")
     if alignment is not None and not data.packed.has_targets:
         raise TargetError(
-            "an alignment was given, and no word of the questions has a target; give the Collator of the questions a target store of "
-            "their pictures, or leave the alignment out"
+            "an alignment was given, and no word of the questions has a target; give their Collator a target store of their "
+            "pictures, or leave the alignment out"
         )
     source = folder / STATE
     if not source.exists() and start is not None:
@@ -436,8 +436,8 @@ def right_answers(model: Any, data: QuestionSet, count: int | None = None) -> di
 def pointing(handle: StudentPatch, data: QuestionSet, count: int | None = None) -> dict[str, float]:
     """How often a word's attention, the mean over all layers and heads, is highest in its object: `{"question", "answer"}`.
 
-    The targets of `data` are the objects' exact masks, as shares of the places. The rows are the patch's. The first `count` pictures
-    are looked at.
+    The targets of `data` are the objects' exact masks, as shares of the places. The rows are the patch's. The first
+    `count` pictures are looked at.
 
     Raises:
         ModelError: the patch reads some of the layers alone.
@@ -463,8 +463,8 @@ def require_all_layers(handle: StudentPatch) -> None:
     num_layers = len(attention_modules(handle.decoder))
     if handle.num_layers < num_layers:
         raise ModelError(
-            f"the patch reads {handle.num_layers} of the model's {num_layers} layers, and attention is measured over all; measure after "
-            "unpatch(), by lavender.patch(model) without a config, or with one of all layers"
+            f"the patch reads {handle.num_layers} of the model's {num_layers} layers, and attention is measured over all; unpatch "
+            "it, and measure by lavender.patch(model), without a config or with one of all layers"
         )
 
 

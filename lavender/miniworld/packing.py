@@ -18,8 +18,9 @@ from ..batches.collator import Collator
 from ..data.samples import Conversation
 from ..errors import ConfigError, DataError
 from ..images import Picture
-from ..types import WordBatch
+from ..types import OUTCOMES, WordBatch
 
+_SKIPPED = OUTCOMES.index("skipped")
 _COLLATED = 50
 """Conversations per call of the collator."""
 
@@ -57,8 +58,7 @@ class PackedPictures:
             conversations: one picture each, and one or more questions with their answers.
 
         Raises:
-            DataError: there are no conversations.
-            LavenderError: one cannot be used, whether or not the collator skips it.
+            DataError: there are no conversations, or the collator had to skip one.
         """
         tokenizer = collator.processor.tokenizer
         self._image, self._user, self._padding = (
@@ -71,9 +71,9 @@ class PackedPictures:
         iterator = iter(conversations)
         while some := list(islice(iterator, _COLLATED)):
             batch = collator(some)
-            for error in collator.skipped.values():  # another picture stands in its place
-                raise error
             for b, conversation in enumerate(some):
+                if batch[WordBatch.KEYS["outcomes"]][b] == _SKIPPED:  # another picture stands in its place
+                    raise DataError(collator.skipped[conversation.id])
                 self.turns.append(self._cut({key: value[b] for key, value in batch.items()}))
                 self.pictures += [Picture.open(image).sha256 for image in conversation.images]
         if not self.turns:
@@ -89,10 +89,19 @@ class PackedPictures:
 
     def digest(self) -> str:
         """Sixteen hexadecimal digits that change with the pictures, their turns, the words that are compared and the targets."""
-        known = {"pictures": ",".join(self.pictures), "prefix": self.prefix, "boxes": self.boxes}
+        known: dict[str, torch.Tensor | str | None] = {
+            "pictures": ",".join(self.pictures),
+            "prefix": self.prefix,
+            "boxes": self.boxes,
+        }
         for picture, turns in enumerate(self.turns):
             for n, turn in enumerate(turns):
-                of_turn = {"ids": turn.ids, "labels": turn.labels, "roles": turn.roles, "targets": turn.targets}
+                of_turn: dict[str, torch.Tensor | None] = {
+                    "ids": turn.ids,
+                    "labels": turn.labels,
+                    "roles": turn.roles,
+                    "targets": turn.targets,
+                }
                 for w, (places, weights) in enumerate(turn.words):
                     of_turn |= {f"{w} places": places, f"{w} weights": weights}
                 known |= {f"{picture} {n} {name}": value for name, value in of_turn.items()}
@@ -209,7 +218,7 @@ def digest_of(values: Mapping[str, torch.Tensor | str | None]) -> str:
     for name, value in values.items():
         if isinstance(value, torch.Tensor):
             digest.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         else:
             digest.update(f"{name} {value} ".encode())
     return digest.hexdigest()[:16]

@@ -139,8 +139,8 @@ def num_channels(config: AlignmentConfig, num_heads: int) -> int:
 def weighed_places(config: AlignmentConfig, num_layers: int) -> list[tuple[tuple[int, ...], tuple[Place, ...]]]:
     """The layers and heads that the aligner's weights belong to, in their order; per role, the answer's first.
 
-    Weights of one channel belong to none, but for the shares of `learned`; `parallel` has projections of every layer, and convolutions
-    have channels of heads.
+    Weights of one channel belong to none, but for the shares of `learned`; `parallel` has projections of every layer, and
+    convolutions have channels of heads.
     """
     roles = (config.of_answer, config.of_question)
     if config.aggregation == "parallel":

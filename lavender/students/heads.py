@@ -70,10 +70,10 @@ class LocalizationHeads:
 def choose_heads(model: nn.Module, config: AlignmentConfig, batches: Iterable[Mapping[str, Any]]) -> LocalizationHeads:
     """Scores the layers and heads of a student, and resolves every `best:K` of a config: `lavender.patch` takes the config then.
 
-    Where a config's question words have other rows, layers or heads than the answers', each role's words are scored apart. Where the
-    batches have words of one role alone, the other takes what is chosen by these, unless it has layers or heads of its own. Of equal
-    scores the first layer and head is the better one. Some hundred words are enough. The model computes without gradient, as in
-    evaluation, and is left as it was.
+    Where a config's question words have other rows, layers or heads than the answers', each role's words are scored apart. Where
+    the batches have words of one role alone, the other takes what is chosen by these, if questions have no layers or heads of their
+    own. Of equal scores the first layer and head is the better one. Some hundred words are enough. The model computes without
+    gradient, as in evaluation, and is left as it was.
 
     Args:
         model: a student, maybe wrapped by PEFT, before it is patched for training.

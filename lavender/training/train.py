@@ -197,7 +197,8 @@ def _require_same_places(patch_handle: StudentPatch, record: Path) -> None:
         if one != other:
             what = f"{name} {one}" + " for channels" * ("heads" in name)
             raise ModelError(
-                f"the aligner of {record.parent} has the {what}, and this alignment {other}; give {name}={one!r}, as {record} has it"
+                f"the aligner of {record.parent} has the {what}, and this alignment {other}; give {name}={one!r}, as {record} "
+                "has it"
             )
 
 

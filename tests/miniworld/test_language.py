@@ -212,7 +212,7 @@ def test_pictures_that_there_are_not_are_refused(data):
         with pytest.raises(ConfigError, match=rf"count is {count}; there are 5 pictures"):
             right_answers(model, data, count)
     for pictures, turns in (([], []), ([5], [[0]]), ([-1], [[0]]), ([0], [[]]), ([0], [[99]]), ([0, 1], [[0]])):
-        with pytest.raises(ConfigError, match="asked for|were given"):
+        with pytest.raises(ConfigError, match=r"asked for|were given"):
             data.packed.batch(pictures, turns, with_words=True)
     with pytest.raises(DataError, match=r"5 pictures of \d+ turns"):
         replace(data, kinds=data.kinds[1:])
