@@ -9,13 +9,14 @@ from typing import get_args, get_type_hints
 
 from ..config import ConfigT, from_dict, to_dict
 from ..errors import ConfigError
+from .options import parse_items
 
 
 def override(config: ConfigT, assignments: Iterable[str]) -> ConfigT:
     """A config with some settings changed by texts like `weight=5`, `layers=[1, 2]` or `arguments.bf16=true`.
 
-    Values are parsed as JSON; anything that does not parse is kept as a string, and so is a number where a setting is a string
-    (`heads=3.10`). Raises `ConfigError` on an unknown setting, or a text without `=`.
+    Values are parsed as JSON; anything that does not parse is kept as a string, or as the items of a list (`layers=1,2`), and a
+    number is a string where a setting is one (`heads=3.10`). Raises `ConfigError` on an unknown setting, or a text without `=`.
     """
     values = to_dict(config)
     for assignment in assignments:
@@ -25,7 +26,8 @@ def override(config: ConfigT, assignments: Iterable[str]) -> ConfigT:
         try:
             value = json.loads(text)
         except json.JSONDecodeError:
-            value = text
+            hint = None if "." in name else get_type_hints(type(config)).get(name.strip())
+            value = parse_items(hint, text.strip(), name.strip()) if "," in text else text
         outer, _, inner = name.strip().partition(".")
         if isinstance(value, int | float) and not inner and _is_text(type(config), outer):
             value = text.strip()
