@@ -8,6 +8,6 @@ setup(
     package_data={
         "lavender": ["py.typed"],
         "lavender.csrc": ["*.cuh"],
-        "lavender.miniworld": ["report.html.jinja", "weights/**/*"],
+        "lavender.miniworld": ["report.html.jinja", "study.json", "weights/**/*"],
     },
 )
