@@ -116,8 +116,8 @@ def flag_of(name: str) -> str:
 def parse_items(hint: Any, value: str, shown: str) -> Any:
     """A text as a setting of this type: one with commas as a tuple where that is a list. Raises `ConfigError`, naming what is
     `shown`."""
-    item = _item_of(hint)
-    if item is None or (item is str and str in get_args(hint)):  # one text may have commas: a regular expression
+    item, takes_text = _item_of(hint), get_origin(hint) is not tuple and str in get_args(hint)
+    if item is None or (item is str and takes_text):  # one text may have commas: a regular expression
         return value
     parts = [part.strip() for part in value.split(",") if part.strip()]
     if item not in (int, float):
@@ -125,7 +125,7 @@ def parse_items(hint: Any, value: str, shown: str) -> Any:
     try:
         return tuple(item(part) for part in parts)
     except ValueError:
-        if str in get_args(hint):  # a text in place of the list: the config knows which
+        if takes_text:  # a text in place of the list: the config knows which
             return value
         kind, example = ("integers", "51,151,301") if item is int else ("numbers", "0.5,1")
         raise ConfigError(f"{shown} is {value!r}; give {kind} separated by commas, as in {example}") from None

@@ -80,8 +80,11 @@ class World:
             ("counts", _are(self.counts, Integral, 1, _MOST_OBJECTS), f"some integers from 1 to {_MOST_OBJECTS}"),
             (
                 "shares",
-                _are(self.shares, Real, 0, 1) and len(self.shares) == len(self.counts) and abs(sum(self.shares) - 1) < 1e-8,
-                f"as many numbers as counts, {len(self.counts)}, that sum to one",
+                _are(self.counts, Integral, 1, _MOST_OBJECTS)
+                and _are(self.shares, Real, 0, 1)
+                and len(self.shares) == len(self.counts)
+                and abs(sum(self.shares) - 1) < 1e-8,
+                f"as many numbers as counts is {self.counts!r}, that sum to one",
             ),
             ("radii", _are_radii(self.radii), f"pairs of small or large and a range of radii that fit into {IMAGE_SIZE} pixels"),
             ("pairs", self.pairs in get_args(Pairs), f"one of {', '.join(get_args(Pairs))}"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lavender.config import AlignmentConfig, TrainingConfig
+from lavender.config import PUBLISHED, AlignmentConfig, TrainingConfig
 from lavender.data.samples import read_samples
 from lavender.errors import ConfigError, DataError, ModelError, TargetError
 from lavender.miniworld import write_dataset
@@ -37,6 +37,7 @@ def train(student_folder, samples, targets, tmp_path):
     """Trains into a folder of the given name; returns the folder."""
 
     def run(name, training, **settings):
+        settings = {"alignment": PUBLISHED} | settings
         fine_tune(student_folder, samples, tmp_path / name, training, targets=targets, progress=False, **settings)
         return tmp_path / name
 
