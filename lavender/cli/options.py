@@ -65,7 +65,12 @@ def with_options(**groups: tuple[type, tuple[str, ...]]) -> Callable[[Callable[.
         def run(**values: Any) -> None:
             for group, (cls, names) in groups.items():
                 chosen = {name: values.pop(name) for name in names}
-                values[group] = {name: _parse(cls, name, value) for name, value in chosen.items() if value is not None}
+                hints = get_type_hints(cls)
+                values[group] = {
+                    name: parse_items(hints[name], value, flag_of(name)) if isinstance(value, str) else value
+                    for name, value in chosen.items()
+                    if value is not None
+                }
             command(**values)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -108,21 +113,22 @@ def flag_of(name: str) -> str:
     return _FLAGS.get(name, f"--{name.replace('_', '-')}")
 
 
-def _parse(cls: type, name: str, value: Any) -> Any:
-    """An option's value as the field's type: texts with commas become tuples."""
-    hint = get_type_hints(cls)[name]
-    item = _item_of(hint)
-    if item is None:
+def parse_items(hint: Any, value: str, shown: str) -> Any:
+    """A text as a setting of this type: one with commas as a tuple where that is a list. Raises `ConfigError`, naming what is
+    `shown`."""
+    item, takes_text = _item_of(hint), get_origin(hint) is not tuple and str in get_args(hint)
+    if item is None or (item is str and takes_text):  # one text may have commas: a regular expression
         return value
     parts = [part.strip() for part in value.split(",") if part.strip()]
-    if item is str:
+    if item not in (int, float):
         return tuple(parts)
     try:
-        return tuple(int(part) for part in parts)
+        return tuple(item(part) for part in parts)
     except ValueError:
-        if str in get_args(hint):  # a text in place of the list: the config knows which
+        if takes_text:  # a text in place of the list: the config knows which
             return value
-        raise ConfigError(f"{flag_of(name)} is {value!r}; give integers separated by commas, as in 51,151,301") from None
+        kind, example = ("integers", "51,151,301") if item is int else ("numbers", "0.5,1")
+        raise ConfigError(f"{shown} is {value!r}; give {kind} separated by commas, as in {example}") from None
 
 
 def _item_of(hint: Any) -> type | None:

@@ -34,6 +34,7 @@ from .experiment import (
     training_scenes,
     write_questions,
 )
+from .language import differing_settings
 from .measures import compare_targets
 from .report import RESULTS, TITLES, environment, headline, write_report
 from .stores import target_maps, teacher_targets
@@ -97,28 +98,17 @@ def _require_same(out: Path, config: DemoConfig) -> None:
     settings = {"layout": LAYOUT, "version": lavender, "torch": torch.__version__, **to_dict(config)}
     if (out / SETTINGS).exists():
         try:
-            known, given = dict(_flat(json.loads(read_file(out / SETTINGS)))), dict(_flat(settings))
+            known = json.loads(read_file(out / SETTINGS))
         except ValueError:
             raise TargetError(f"{out / SETTINGS} is damaged; choose another folder with --out") from None
-        others = [name for name in given | known if given.get(name) != known.get(name)]
-        if others:
-            differing = ", ".join(f"{name}={known.get(name)!r}, now {given.get(name)!r}" for name in others)
-            raise TargetError(f"{out} holds a demo of other settings ({differing}); choose another folder with --out")
+        if others := differing_settings(known, settings):
+            raise TargetError(f"{out} holds a demo of other settings ({others}); choose another folder with --out")
     elif old := [name for name in _FIRST_LAYOUT if (out / name).exists()]:
         raise TargetError(
             f"{out} holds a demo of an earlier version of lavender, or something else ({', '.join(old)}); its report.html stays as "
             "it is: choose another folder with --out"
         )
     write_within(out, SETTINGS, json.dumps(settings, indent=1) + "\n")
-
-
-def _flat(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings by their whole names."""
-    if isinstance(values, dict):
-        for key, value in values.items():
-            yield from _flat(value, f"{name}.{key}".lstrip("."))
-    else:
-        yield name, values
 
 
 def _run_arms(out: Path, config: DemoConfig, console: Console) -> None:

@@ -181,7 +181,7 @@ def run_arm(out: Path, arm: str, config: DemoConfig, tell: Callable[[str, float]
         return
     model, processor = small_student(config.seed)
     scenes = {world: fresh_scenes(world, config.num_fresh) for world in WORLDS}
-    every_word = WordsConfig(roles=("question", "answer"))
+    every_word = WordsConfig(roles=("question", "answer"), exclude=())
     fresh = {world: question_set(model, processor, some, every_word) for world, some in scenes.items()}
     aligned = arm == "aligned"
     data = training_questions(out, config, model, processor, aligned)

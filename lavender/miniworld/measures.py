@@ -23,6 +23,7 @@ from ..students.patch import StudentPatch
 from ..teachers.model import Teacher
 from ..words import Caption
 from . import HELD_OUT_SEED
+from .language import require_all_layers
 from .scenes import DESCRIBE, MEASURED_KINDS, QUESTION_TYPES, STUDY_TYPES, Scene, make_scenes
 
 BATCH_SIZE = 50
@@ -62,10 +63,12 @@ def teacher_maps(teacher: Teacher, scenes: Iterable[Scene]) -> list[SpanMaps]:
 def student_maps(
     handle: StudentPatch, processor: Any, scenes: Sequence[Scene], rows: Rows = "predicts"
 ) -> tuple[list[SpanMaps], list[SpanMaps]]:
-    """A patched student's maps of its captions' words, per scene: raw (mean over layers and heads), and aligned.
+    """A patched student's maps of its captions' words, per scene: raw (mean over all layers and heads), and aligned.
 
-    `rows` says which row of the attention speaks for a token. Without an aligner the aligned maps are the raw ones.
+    `rows` says which row of the attention speaks for a token. Without an aligner the aligned maps are the raw ones. Raises
+    `ModelError` if the patch reads some of the layers alone.
     """
+    require_all_layers(handle)
     model = handle.model
     collator = Collator(processor, model_config=model.config)
     raw: list[SpanMaps] = []

@@ -7,7 +7,8 @@ question is answered as if it stood alone behind the picture, and a step costs a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -15,8 +16,11 @@ import torch
 
 from ..batches.collator import Collator
 from ..data.samples import Conversation
-from ..types import WordBatch
+from ..errors import ConfigError, DataError
+from ..images import Picture
+from ..types import OUTCOMES, WordBatch
 
+_SKIPPED = OUTCOMES.index("skipped")
 _COLLATED = 50
 """Conversations per call of the collator."""
 
@@ -44,6 +48,7 @@ class PackedPictures:
 
     Attributes:
         turns: per picture, as given, its turns.
+        pictures: per picture its sha256.
     """
 
     def __init__(self, collator: Collator, conversations: Iterable[Conversation]) -> None:
@@ -51,22 +56,56 @@ class PackedPictures:
         Args:
             collator: of a student whose chat template begins a turn with `<|user|>`, and of targets, if words are compared.
             conversations: one picture each, and one or more questions with their answers.
+
+        Raises:
+            DataError: there are no conversations, or the collator had to skip one.
         """
         tokenizer = collator.processor.tokenizer
         self._image, self._user, self._padding = (
             tokenizer.convert_tokens_to_ids(token) for token in ("<image>", "<|user|>", tokenizer.pad_token)
         )
         self.turns: list[list[_Turn]] = []
+        self.pictures: list[str] = []
         self.prefix = torch.empty(0, dtype=torch.long)
         self.boxes = torch.empty(0)
         iterator = iter(conversations)
         while some := list(islice(iterator, _COLLATED)):
             batch = collator(some)
-            for b in range(len(some)):
+            for b, conversation in enumerate(some):
+                if batch[WordBatch.KEYS["outcomes"]][b] == _SKIPPED:  # another picture stands in its place
+                    raise DataError(collator.skipped[conversation.id])
                 self.turns.append(self._cut({key: value[b] for key, value in batch.items()}))
+                self.pictures += [Picture.open(image).sha256 for image in conversation.images]
+        if not self.turns:
+            raise DataError("there are no conversations to pack")
 
     def __len__(self) -> int:
         return len(self.turns)
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether a word at least has a target."""
+        return any(turn.targets is not None and len(turn.words) for turns in self.turns for turn in turns)
+
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits that change with the pictures, their turns, the words that are compared and the targets."""
+        known: dict[str, torch.Tensor | str | None] = {
+            "pictures": ",".join(self.pictures),
+            "prefix": self.prefix,
+            "boxes": self.boxes,
+        }
+        for picture, turns in enumerate(self.turns):
+            for n, turn in enumerate(turns):
+                of_turn: dict[str, torch.Tensor | None] = {
+                    "ids": turn.ids,
+                    "labels": turn.labels,
+                    "roles": turn.roles,
+                    "targets": turn.targets,
+                }
+                for w, (places, weights) in enumerate(turn.words):
+                    of_turn |= {f"{w} places": places, f"{w} weights": weights}
+                known |= {f"{picture} {n} {name}": value for name, value in of_turn.items()}
+        return digest_of(known)
 
     def _cut(self, row: dict[str, torch.Tensor]) -> list[_Turn]:
         ids, keys = row["input_ids"], WordBatch.KEYS
@@ -103,7 +142,10 @@ class PackedPictures:
         Returns:
             `input_ids`, `position_ids` and `labels` [B, T], `attention_mask` bool [B, 1, T, T], and with words the keys of
             `WordBatch`.
+
+        Raises `ConfigError` for no picture, one without turns, or numbers that there are not.
         """
+        self._require_there(pictures, chosen)
         first = len(self.prefix)
         rows = [[self.turns[picture][n] for n in turns] for picture, turns in zip(pictures, chosen, strict=True)]
         lengths = [first + sum(len(turn.ids) for turn in row) for row in rows]
@@ -133,6 +175,16 @@ class PackedPictures:
             batch |= self._words(rows, words, ids)
         return batch
 
+    def _require_there(self, pictures: Sequence[int], chosen: Sequence[Sequence[int]]) -> None:
+        if not len(pictures) or len(pictures) != len(chosen):
+            raise ConfigError(f"{len(pictures)} pictures and the turns of {len(chosen)} were given; expected as many, at least one")
+        for picture, turns in zip(pictures, chosen, strict=True):
+            if not 0 <= picture < len(self):
+                raise ConfigError(f"picture {picture} was asked for; there are {len(self)}, counted from 0")
+            count = len(self.turns[picture])
+            if not len(turns) or not all(0 <= n < count for n in turns):
+                raise ConfigError(f"turns {list(turns)} of picture {picture} were asked for; give some of its {count}, from 0")
+
     def _words(
         self, rows: list[list[_Turn]], words: list[list[tuple[torch.Tensor, torch.Tensor]]], ids: torch.Tensor
     ) -> dict[str, torch.Tensor]:
@@ -158,3 +210,15 @@ class PackedPictures:
         image = (ids == self._image).nonzero()[:, 1].view(len(rows), -1)
         boxes = self.boxes.expand(len(rows), -1, -1)
         return WordBatch(tokens, owners, weights, image, present, boxes, targets=targets, input_ids=ids, roles=roles).to_batch()
+
+
+def digest_of(values: Mapping[str, torch.Tensor | str | None]) -> str:
+    """Sixteen hexadecimal digits of tensors and texts, by their names."""
+    digest = hashlib.sha256()
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(f"{name} {value} ".encode())
+    return digest.hexdigest()[:16]

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Integral, Real
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
+
+from ..errors import ConfigError
 
 IMAGE_SIZE = 64
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -38,6 +41,9 @@ MEASURED_KINDS = ("color", "shape")
 
 _SUPERSAMPLING = 4
 _MARGIN = 2.0
+_MOST_OBJECTS = 5
+_MOST_TRIES = 10_000
+"""How often the objects of a scene are placed anew."""
 
 Size = Literal["small", "large"]
 Pairs = Literal["all", "common", "rare"]
@@ -57,6 +63,8 @@ class World:
         backgrounds: the textures.
         cue: how often the background is tinted after the first object's color, in [0, 1]; else it is tinted after a color that no
             object has. None tints at random, whatever the colors.
+
+    Raises `ConfigError` naming the first of these that cannot be.
     """
 
     counts: tuple[int, ...] = (1, 2, 3)
@@ -67,9 +75,54 @@ class World:
     backgrounds: tuple[Background, ...] = ("stripes", "dots", "checks", "clouds")
     cue: float | None = None
 
+    def __post_init__(self) -> None:
+        for name, is_sound, expected in (
+            ("counts", _are(self.counts, Integral, 1, _MOST_OBJECTS), f"some integers from 1 to {_MOST_OBJECTS}"),
+            (
+                "shares",
+                _are(self.counts, Integral, 1, _MOST_OBJECTS)
+                and _are(self.shares, Real, 0, 1)
+                and len(self.shares) == len(self.counts)
+                and abs(sum(self.shares) - 1) < 1e-8,
+                f"as many numbers as counts is {self.counts!r}, that sum to one",
+            ),
+            ("radii", _are_radii(self.radii), f"pairs of small or large and a range of radii that fit into {IMAGE_SIZE} pixels"),
+            ("pairs", self.pairs in get_args(Pairs), f"one of {', '.join(get_args(Pairs))}"),
+            ("noise", _are((self.noise,), Real, 0, 255), "a number from 0 to 255"),
+            (
+                "backgrounds",
+                isinstance(self.backgrounds, list | tuple)
+                and len(self.backgrounds)
+                and all(kind in get_args(Background) for kind in self.backgrounds),
+                f"some of {', '.join(get_args(Background))}",
+            ),
+            ("cue", self.cue is None or _are((self.cue,), Real, 0, 1), "a share in [0, 1], or None"),
+        ):
+            if not is_sound:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+
     def allows(self, shape: str, color: str) -> bool:
         """Whether a shape may have a color."""
         return self.pairs == "all" or is_rare(shape, color) == (self.pairs == "rare")
+
+
+def _are(values: Any, kind: type, low: float, high: float) -> bool:
+    """Whether these are numbers of a range, at least one."""
+    return (
+        isinstance(values, list | tuple)
+        and len(values) > 0
+        and all(isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high for value in values)  # type: ignore[operator]
+    )
+
+
+def _are_radii(radii: Any) -> bool:
+    """Whether these are ranges by size, whose circles have room."""
+    try:
+        sizes, ranges = zip(*radii, strict=True)
+        fit = all(_are(ends, Real, 1, IMAGE_SIZE / 2 - _MARGIN) and len(ends) == 2 and ends[0] <= ends[1] for ends in ranges)
+        return fit and {*sizes} <= {*get_args(Size)} and len({*sizes}) == len(sizes)
+    except (TypeError, ValueError):
+        return False
 
 
 _CUE = 20.0
@@ -149,7 +202,10 @@ class Scene:
 
 
 def make_scene(seed: int, index: int, world: World | None = None) -> Scene:
-    """Scene number `index` of the world with this `seed` (both non-negative)."""
+    """Scene number `index` of the world with this `seed` (both non-negative).
+
+    Raises `ConfigError` if as many objects as the world has find no room.
+    """
     world = world or World()
     rng = np.random.default_rng([seed, index])
     objects = _place_objects(rng, world)
@@ -174,7 +230,7 @@ def _place_objects(rng: np.random.Generator, world: World) -> tuple[SceneObject,
         if all(map(world.allows, shapes, colors)):
             break
     radii = dict(world.radii)
-    while True:
+    for _ in range(_MOST_TRIES):
         sizes = [str(rng.choice(list(radii))) for _ in range(count)]
         placed: list[SceneObject] = []
         for shape, color, size in zip(shapes, colors, sizes, strict=True):
@@ -187,6 +243,7 @@ def _place_objects(rng: np.random.Generator, world: World) -> tuple[SceneObject,
                     break
         if len(placed) == count:
             return tuple(placed)
+    raise ConfigError(f"counts is {world.counts} and radii {world.radii}: {count} such objects find no room; give fewer or smaller")
 
 
 def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:

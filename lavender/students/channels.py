@@ -136,6 +136,20 @@ def num_channels(config: AlignmentConfig, num_heads: int) -> int:
     return answer
 
 
+def weighed_places(config: AlignmentConfig, num_layers: int) -> list[tuple[tuple[int, ...], tuple[Place, ...]]]:
+    """The layers and heads that the aligner's weights belong to, in their order; per role, the answer's first.
+
+    Weights of one channel belong to none, but for the shares of `learned`; `parallel` has projections of every layer, and
+    convolutions have channels of heads.
+    """
+    roles = (config.of_answer, config.of_question)
+    if config.aggregation == "parallel":
+        return [(tapped_layers(config, num_layers), ())]
+    if config.aggregation == "learned":
+        return [(_layers_of(reading, num_layers), _chosen(reading)) for reading in roles]
+    return [((), () if config.aggregation in OVER_HEADS else _chosen(reading)) for reading in roles]
+
+
 def keeps_heads(config: AlignmentConfig) -> bool:
     """Whether the alignment needs attention per head, or a mean over heads will do."""
     linear = config.aligner == "identity" and config.aggregation in ("project_mean", "project_max", "mean_project")

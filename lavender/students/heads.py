@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import AlignmentConfig, num_best, to_dict
+from ..config import AlignmentConfig, num_best, require_kind, to_dict
 from ..errors import ConfigError, ModelError
 from ..kernels.map_loss.normalization import resample
 from ..types import ROLES, WordBatch
-from .channels import num_channels
+from .channels import num_channels, require_places, tapped_layers
 from .discovery import attention_modules
 from .patch import StudentPatch, patch_student
 
@@ -51,7 +51,8 @@ class LocalizationHeads:
     Attributes:
         config: the config, with layers and heads in place of every `best:K`.
         scores: by role, "answer" and "question"; by "answer" alone where both roles have the same rows, layers and heads, and are
-            scored together. A role with fewer than two words has none.
+            scored together, and by "question" alone where there are no words of answers and questions' take what is chosen for
+            these. A role with fewer than two words has none.
     """
 
     config: AlignmentConfig
@@ -69,37 +70,48 @@ class LocalizationHeads:
 def choose_heads(model: nn.Module, config: AlignmentConfig, batches: Iterable[Mapping[str, Any]]) -> LocalizationHeads:
     """Scores the layers and heads of a student, and resolves every `best:K` of a config: `lavender.patch` takes the config then.
 
-    Where a config's question words have other rows, layers or heads than the answers', each role's words are scored apart. Of equal
-    scores the first layer and head is the better one. Some hundred words are enough. The model computes without gradient, as in
-    evaluation, and is left as it was.
+    Where a config's question words have other rows, layers or heads than the answers', each role's words are scored apart. Where
+    the batches have words of one role alone, the other takes what is chosen by these, if questions have no layers or heads of their
+    own. Of equal scores the first layer and head is the better one. Some hundred words are enough. The model computes without
+    gradient, as in evaluation, and is left as it was.
 
     Args:
         model: a student, maybe wrapped by PEFT, before it is patched for training.
         config: with `best:K` in `layers`, `heads`, `question_layers` or `question_heads`; without any the scores are all there is.
-        batches: of a `lavender.Collator` that has targets.
+        batches: several of a `lavender.Collator` that has targets.
 
     Raises:
-        ConfigError: a batch has no targets; there are fewer than two words to score; K is more than there are; or numbers of heads
-            do not go together.
-        ModelError: the model cannot be read, or is patched for training with some of its layers.
+        ConfigError: a batch has no targets, or is none; there are fewer than two words to score; K is more than there are; or
+            numbers of heads do not go together.
+        ModelError: the model cannot be read, has no such layers or heads, or is patched for training with some of its layers.
         CaptureError: a batch was made for another model, or a layer did not record.
     """
+    require_kind("config", config, AlignmentConfig)
+    if isinstance(batches, Mapping):
+        raise ConfigError("batches is one batch; give a list of batches")
     apart = config.of_question != config.of_answer
     readings = {"answer": config.of_answer} | ({"question": config.of_question} if apart else {})
     with patch_student(model, None) as patch, _in_evaluation(model):
-        text = patch.decoder.config
-        if patch.num_layers < len(attention_modules(patch.decoder)):
+        num_layers, num_heads = len(attention_modules(patch.decoder)), patch.decoder.config.num_attention_heads
+        if patch.num_layers < num_layers:
             raise ModelError("the model is patched for training with some of its layers; choose among all of them before that")
-        num_channels(config, text.num_attention_heads)
-        for reading in readings.values():
-            _require_enough(reading, patch.num_layers, text.num_attention_heads)
+        require_places(config, num_layers, num_heads)
+        num_channels(config, num_heads)
+        for role in readings:
+            _require_enough(config, role, num_layers, num_heads)
+        # A patch for training has them in the order of its config.
+        recorded = tapped_layers(patch.config, num_layers)
+        order = [recorded.index(layer) for layer in range(num_layers)]
         sums = {role: _Sums() for role in readings}
         with torch.no_grad():
             for batch in batches:
-                _add(patch, config, readings, batch, sums)
-    # Where nobody asked for a choice of their own, words of the user's that are not there take the answer's.
-    if apart and not sums["question"].num_words and config.question_layers is None and config.question_heads is None:
-        del readings["question"]
+                _add(patch, config, readings, order, batch, sums)
+    # Where nobody asked for a choice of its own, a role without words takes the other's.
+    if apart and config.question_layers is None and config.question_heads is None:
+        if not sums["question"].num_words:
+            del readings["question"]
+        elif not sums["answer"].num_words:
+            del readings["answer"]
     chosen: dict[str, Any] = {}
     scores = {}
     for role, reading in readings.items():
@@ -107,7 +119,7 @@ def choose_heads(model: nn.Module, config: AlignmentConfig, batches: Iterable[Ma
         if is_open or sums[role].num_words > 1:
             scores[role] = sums[role].scores(role)
         layers, heads = _best(reading, scores[role]) if is_open else (reading.layers, reading.heads)
-        prefix = "" if role == "answer" else "question_"
+        prefix = "question_" if "answer" in readings and role == "question" else ""
         chosen |= {f"{prefix}layers": layers, f"{prefix}heads": heads}
     return LocalizationHeads(replace(config, **chosen), scores)
 
@@ -149,10 +161,13 @@ def _add(
     patch: StudentPatch,
     config: AlignmentConfig,
     readings: Mapping[str, AlignmentConfig],
+    order: list[int],
     batch: Mapping[str, Any],
     sums: Mapping[str, _Sums],
 ) -> None:
-    """Adds the words of one batch."""
+    """Adds the words of one batch. `order` has the place of each layer among the patch's."""
+    if not isinstance(batch, Mapping):
+        raise ConfigError(f"batches has a {type(batch).__name__}; expected batches of a lavender.Collator")
     device = patch.model.device
     batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     _, words = WordBatch.split(batch)
@@ -160,7 +175,7 @@ def _add(
         raise ConfigError("a batch has no targets to score heads by; make it with lavender.Collator(processor, targets)")
     rows = {role: ("reads", "predicts") if own.rows == "both" else (own.rows,) for role, own in readings.items()}
     captured = {
-        kind: patch._forward("maps", replace(config, rows=kind, question_rows=None), dict(batch))  # type: ignore[arg-type]
+        kind: patch._forward("maps", replace(config, rows=kind, question_rows=None), dict(batch))[:, order]  # type: ignore[arg-type]
         for kind in dict.fromkeys(kind for kinds in rows.values() for kind in kinds)
     }
     for b, w in words.present.nonzero().tolist():
@@ -182,14 +197,20 @@ def _unit(maps: torch.Tensor) -> torch.Tensor:
     return torch.where(norm > least, centered / norm.clamp_min(torch.finfo(maps.dtype).tiny), 0.0)
 
 
-def _require_enough(reading: AlignmentConfig, num_layers: int, num_heads: int) -> None:
+def _require_enough(config: AlignmentConfig, role: str, num_layers: int, num_heads: int) -> None:
+    reading = config.of_answer if role == "answer" else config.of_question
+
+    def named(setting: str) -> str:
+        own = role == "question" and getattr(config, f"question_{setting}") is not None
+        return f"{'question_' if own else ''}{setting} is {getattr(reading, setting)!r}"
+
     layers = num_best(reading.layers)
     if layers is not None and layers > num_layers:
-        raise ConfigError(f"layers is {reading.layers!r}; the model has {num_layers} attention layers")
+        raise ConfigError(f"{named('layers')}; the model has {num_layers} attention layers")
     available = (layers or len(reading.layers) or num_layers) * num_heads
     heads = num_best(reading.heads)
     if heads is not None and heads > available:
-        raise ConfigError(f"heads is {reading.heads!r}; there are {available} heads in the layers to choose from")
+        raise ConfigError(f"{named('heads')}; there are {available} heads in the layers to choose from")
 
 
 def _best(reading: AlignmentConfig, scores: RoleScores) -> tuple[tuple[int, ...], str]:

@@ -21,7 +21,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -45,12 +44,12 @@ from ..data.conversations import with_sound_regions
 from ..data.regions import has_places, record_of
 from ..data.samples import Conversation, Sample, as_conversation
 from ..errors import ConfigError, DataError, LavenderError, ModelError, TargetError, first_line
-from ..files import is_url, own_path, read_file, write_within
-from ..images import Picture
+from ..files import is_url, read_file, write_within
 from ..patching import patch
 from ..pretrained.names import split_revision
 from ..pretrained.weights import non_finite
-from ..students.channels import OVER_HEADS, is_chosen
+from ..students.channels import is_chosen, weighed_places
+from ..students.discovery import attention_modules
 from ..students.heads import choose_heads
 from ..students.loading import load_student as load_student  # importable from here
 from ..students.loading import pin_adapter, pin_student
@@ -59,20 +58,14 @@ from ..targets.store import TargetStore
 from .callback import LavenderCallback
 from .checkpoints import last_checkpoint as _last_checkpoint
 from .guard import FiniteGuard, of_all_processes
+from .record import EARLIER, HEADS_FILE, began_with, begin, has_known_picture, is_begun
 from .trainer import Batches, StudentTrainer
 
 logger = logging.getLogger("lavender")
 
 LOG_EVERY = 10
-HEADS_FILE = "heads.json"
-"""Where a run keeps the scores of layers and heads, and which it chose."""
 SCORED_SAMPLES = 256
 """Samples, from all over the data, whose words the scores are means over."""
-_EARLIER: dict[str, dict[str, Any]] = {
-    "alignment": {"heads": "mean", "question_rows": "reads", "question_layers": None, "question_heads": None, "until": 1.0},
-    "words": {"roles": ["answer"]},
-}
-"""Settings that runs of older versions do not know, with the values that these had; they had no words of questions."""
 
 
 def fine_tune(
@@ -128,6 +121,7 @@ def fine_tune(
     if targets is not None:
         alignment, words = alignment or AlignmentConfig(), words or WordsConfig()
         _require_targets(known, targets)
+        _warn_of_no_questions(known, alignment, words)
         if training.aligner_steps and training.freeze_student and not _has_weights(alignment):
             raise ConfigError(
                 "aligner='identity' has no weights that a first stage could train; choose another, or aligner_steps=0"
@@ -143,11 +137,14 @@ def fine_tune(
     # The same commit in every process and stage, whatever becomes of the hub's branch.
     model, adapter = pin_student(model), None if adapter is None else pin_adapter(adapter)
     run = _Run(model, known, out, training, targets, alignment, words, adapter, aligner, progress).with_heads()
-    if training.aligner_steps:
+    if training.aligner_steps and run.alignment is not None:
         rate = training.aligner_learning_rate or training.learning_rate
+        # Lambda is constant there, unless an older version began it.
+        constant = replace(run.alignment, schedule="constant", until=1.0)
         first = replace(
             run,
             out=out / "first_stage",
+            alignment=run.alignment if began_with(out / "first_stage", run.alignment) else constant,
             training=replace(training, steps=training.aligner_steps, aligner_steps=0, aligner_learning_rate=rate),
             frozen=training.freeze_student,
         )
@@ -162,7 +159,7 @@ def load_aligner(patch_handle: StudentPatch, run: str | Path) -> None:
     """Puts the aligner of a finished run into a model that was patched with the same `AlignmentConfig`.
 
     Raises `ModelError` if there is none, if it is damaged or holds NaN, or if it is one of another config: its weights have other
-    shapes, or its channels are other heads.
+    shapes, or belong to other layers or heads.
     """
     path = Path(run) / ALIGNER_FILE
     if not path.exists():
@@ -172,7 +169,7 @@ def load_aligner(patch_handle: StudentPatch, run: str | Path) -> None:
     except SafetensorError as error:
         raise ModelError(f"{path} is damaged ({error}); train the aligner again") from error
     _require_finite(weights, path)
-    _require_same_heads(patch_handle.config, Path(run) / "run.json")
+    _require_same_places(patch_handle, Path(run) / "run.json")
     aligner = patch_handle.model.lavender
     if hasattr(aligner, "modules_to_save"):  # beside an adapter PEFT trains a copy
         aligner = aligner.modules_to_save[aligner.active_adapters[0]]
@@ -182,20 +179,25 @@ def load_aligner(patch_handle: StudentPatch, run: str | Path) -> None:
         raise ModelError(f"the aligner of {run} belongs to another AlignmentConfig or model ({first_line(error)})") from error
 
 
-def _require_same_heads(config: AlignmentConfig, record: Path) -> None:
-    """Raises `ModelError` if the heads that a run's aligner has for channels are not the config's."""
-    if config.aggregation in OVER_HEADS or not record.is_file():
+def _require_same_places(patch_handle: StudentPatch, record: Path) -> None:
+    """Raises `ModelError` if the layers and heads that a run's aligner was trained for are not those of the patch."""
+    if not record.is_file():
         return
     try:
-        present = _EARLIER["alignment"] | (json.loads(read_file(record))["alignment"] or {})
+        present = EARLIER["alignment"] | (json.loads(read_file(record))["alignment"] or {})
         theirs = from_dict(AlignmentConfig, present)
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise ModelError(f"{record} is damaged ({first_line(error)}), and does not say which heads its aligner is of") from error
-    for one, other in ((theirs.of_answer, config.of_answer), (theirs.of_question, config.of_question)):
-        if one.heads != other.heads:
+    config, num_layers = patch_handle.config, len(attention_modules(patch_handle.decoder))
+    if weighed_places(config, num_layers) == weighed_places(theirs, num_layers):
+        return
+    for name in ("heads", "layers", "question_heads", "question_layers"):
+        one, other = getattr(theirs, name), getattr(config, name)
+        if one != other:
+            what = f"{name} {one}" + " for channels" * ("heads" in name)
             raise ModelError(
-                f"the aligner of {record.parent} has the heads {one.heads} for channels, and this alignment {other.heads}; give "
-                f"heads={one.heads!r}, as {record} has it"
+                f"the aligner of {record.parent} has the {what}, and this alignment {other}; give {name}={one!r}, as {record} "
+                "has it"
             )
 
 
@@ -246,13 +248,16 @@ class _Run:
 
     def _heads_of_before(self) -> AlignmentConfig | None:
         """What `heads.json` says, if the run was begun. Raises `TargetError` if other layers and heads were asked for then."""
-        if not any(_is_begun(out) for out in (self.out, self.out / "first_stage")):
+        if not any(is_begun(out) for out in (self.out, self.out / "first_stage")):
             return None
         path = self.out / HEADS_FILE
         try:
             present: dict[str, Any] = json.loads(read_file(path)) if path.exists() else {"asked": None}
             if present["asked"] == to_dict(self.alignment):
-                return from_dict(AlignmentConfig, present["config"])
+                config = from_dict(AlignmentConfig, present["config"])
+                if not is_chosen(config):
+                    raise ValueError("its config chooses nothing")
+                return config
         except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
             raise DataError(f"{path} is damaged ({error}); give --out a new folder") from None
         raise TargetError(
@@ -261,7 +266,9 @@ class _Run:
 
     def _choose_heads(self, device: torch.device) -> AlignmentConfig:
         assert self.alignment is not None
-        _begin(self.out, self.record(), self.targets, writes=False)  # a folder that cannot be written to is named before the work
+        begin(
+            self.out, self.record(), self.samples, self.targets, writes=False
+        )  # a folder that cannot be written to is named before the work
         student, processor = load_student(self.model, self.training.dtype)
         scored: Any = student
         if self.adapter is not None:
@@ -280,11 +287,11 @@ class _Run:
         # First of all: they start the process group, and from_pretrained asks whether ZeRO-3 shards what it loads.
         arguments = _arguments(out / "checkpoints", self.training, self.progress)
         with arguments.main_process_first():
-            finished = _begin(out, self.record(), self.targets, writes=False)
+            finished = begin(out, self.record(), self.samples, self.targets, writes=False)
         if finished:
             return replace(self, **self.saved()).build()[0]
         trained, student, processor = self.build()
-        _begin(out, self.record(), self.targets, writes=arguments.process_index == 0)
+        begin(out, self.record(), self.samples, self.targets, writes=arguments.process_index == 0)
         collator = Batches(self.collator(processor, student.config))
         rate, samples = self.training.aligner_learning_rate, list(self.samples)
         try:
@@ -477,6 +484,15 @@ def _known(sample: Sample | Conversation | Mapping[str, Any]) -> Sample | Conver
     return sample
 
 
+def _warn_of_no_questions(samples: Sequence[Sample | Conversation], alignment: AlignmentConfig, words: WordsConfig) -> None:
+    given = [name for name in ("question_layers", "question_heads") if getattr(alignment, name) is not None]
+    if given and "question" not in words.roles and not any(sample.regions for sample in samples):
+        logger.warning(
+            "%s: no word that the user says is compared; give WordsConfig(roles=('question', 'answer')), or leave it out",
+            ", ".join(f"{name}={getattr(alignment, name)!r}" for name in given),
+        )
+
+
 def _require_targets(samples: Sequence[Sample | Conversation], targets: TargetStore) -> None:
     missing = [sample for sample in samples if sample.id not in targets]
     if not missing:
@@ -484,65 +500,11 @@ def _require_targets(samples: Sequence[Sample | Conversation], targets: TargetSt
     message = (
         f"{targets.folder} has no targets for {len(missing)} of {len(samples)} samples by their ids (first: {missing[0].id!r})"
     )
-    if len(missing) == len(samples) and not any(_has_maps(sample, targets) for sample in missing):
+    if len(missing) == len(samples) and not any(
+        has_places(sample.regions) or has_known_picture(sample, targets) for sample in missing
+    ):
         raise TargetError(f"{message} or pictures; extract them, or give the samples the ids that they were extracted by")
     logger.warning("%s; these train the language loss alone, but for those whose picture it has, and for regions", message)
-
-
-def _has_maps(sample: Sample | Conversation, targets: TargetStore) -> bool:
-    images = (sample.image,) if isinstance(sample, Sample) else sample.images
-    try:
-        return has_places(sample.regions) or any(targets.of_pictures([Picture.open(image).sha256], ()) for image in images)
-    except DataError:  # the collator names it
-        return False
-
-
-def _begin(out: Path, record: dict[str, Any], targets: TargetStore | None, writes: bool) -> bool:
-    """Writes `run.json`, or compares it with the run that `out` holds already; whether that one is finished."""
-    path = out / "run.json"
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out} is a file; give --out a folder")
-    finished = (out / "history.json").exists()
-    if not finished:
-        _require_no_links(out)
-    if _is_begun(out):
-        try:
-            present = json.loads(read_file(path))
-            if not isinstance(present, dict):
-                raise ValueError("it is no JSON object")
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} is damaged ({error}); give --out a new folder") from None
-        # Runs of older versions do not know their commits.
-        present = {"model_commit": record["model_commit"], "adapter_commit": record["adapter_commit"]} | present
-        # Nor the digits that a teacher's weights have now, wherever they lie.
-        if targets is not None and present.get("targets_fingerprint") == [targets.earlier_fingerprint, targets.contents()]:
-            present["targets_fingerprint"] = record["targets_fingerprint"]
-        for name, settings in _EARLIER.items():
-            if isinstance(present.get(name), dict) and record[name]:
-                present[name] = {key: value for key, value in settings.items() if key in record[name]} | present[name]
-        changed = [key for key in record if present.get(key) != record[key]]
-        if changed:
-            raise TargetError(
-                f"{out} holds a run with another {', '.join(changed)}; give a new folder, or the settings of that run (see {path})"
-            )
-        return finished
-    if writes:
-        out.mkdir(parents=True, exist_ok=True)
-        write_within(out, path.name, json.dumps(record, indent=2) + "\n")
-    return False
-
-
-def _is_begun(out: Path) -> bool:
-    """Whether a folder holds a run that goes on: one that wrote no checkpoint may be begun anew with other settings."""
-    has_results = (out / "history.json").exists() or any((out / "checkpoints").glob("checkpoint-*"))
-    return (out / "run.json").exists() and has_results
-
-
-def _require_no_links(out: Path) -> None:
-    """Raises `DataError` for a link among what a run writes: transformers and PEFT would write through it."""
-    kept = [out / name for name in ("adapter", "model", "checkpoints", "first_stage")]
-    for path in (*kept, out / ALIGNER_FILE, out / HEADS_FILE, *chain.from_iterable(folder.rglob("*") for folder in kept[:3])):
-        own_path(out, str(path.relative_to(out)))
 
 
 def _train(trainer: Trainer, checkpoint: str | None) -> None:

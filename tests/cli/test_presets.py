@@ -8,7 +8,7 @@ import pytest
 
 from lavender.cli.presets import PRESETS, preset
 from lavender.cli.settings import override
-from lavender.config import AlignmentConfig, TrainingConfig, WordsConfig
+from lavender.config import AlignmentConfig, TeacherConfig, TrainingConfig, WordsConfig
 from lavender.errors import ConfigError
 
 
@@ -57,6 +57,13 @@ def test_settings_are_changed_by_texts():
     )
     assert override(AlignmentConfig(), ["layers=1,3"]).layers == (1, 3)
     assert override(TrainingConfig(), ["lora_targets=.*(q|v){1,2}_proj"]).lora_targets == ".*(q|v){1,2}_proj"
+    assert override(WordsConfig(), ["exclude=red, blue"]).exclude == ("red", "blue")
+    assert override(WordsConfig(), ["roles=question,answer"]).roles == ("question", "answer")
+    assert override(TrainingConfig(), ["lora_targets=.*q.{1,2}"]).lora_targets == ".*q.{1,2}"
+    lists = preset("small-world").with_settings(["alignment.question_layers=1,2", "alignment.layers= 3, 1", "words.roles=question"])
+    assert (lists.alignment.question_layers, lists.alignment.layers, lists.words.roles) == ((1, 2), (3, 1), ("question",))
+    assert preset("small-world").with_settings(["alignment.heads=3.1,0.2"]).alignment.heads == "3.1,0.2"
+    assert override(TeacherConfig(layers=("a", "b")), ["layer_weights=0.5,1"]).layer_weights == (0.5, 1.0)
     chosen = preset("small-world").with_settings(["alignment.heads=best:8", "alignment.layers=best:2", "alignment.until=0.5"])
     assert (chosen.alignment.heads, chosen.alignment.layers, chosen.alignment.until) == ("best:8", "best:2", 0.5)
     one = preset("small-world").with_settings(["alignment.heads=3.10", "alignment.question_heads= 1.0", "alignment.layers=3"])
@@ -73,6 +80,8 @@ def test_settings_are_changed_by_texts():
         ("training.arguments=5", "arguments is 5.*expected: Mapping"),
         ("training.arguments.a.b=5", "sets nothing"),
         ("alignment.layers=[1.5]", "layers is"),
+        ("alignment.question_layers=1,last", "question_layers is '1,last'; give integers"),
+        ("words.roles=question,user", "roles is .*choose from question, answer"),
         ("training.steps.x=1", "no settings below 'steps'"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -10,7 +10,7 @@ import torch
 import lavender
 from lavender.batches.collator import Collator
 from lavender.config import AlignmentConfig, WordsConfig
-from lavender.errors import TargetError
+from lavender.errors import ConfigError, DataError, ModelError, TargetError
 from lavender.evaluation.answers import generate
 from lavender.miniworld import language
 from lavender.miniworld.language import (
@@ -112,6 +112,115 @@ def test_a_folder_of_other_settings_is_refused(data, tmp_path):
     for stage, alignment in ((replace(STAGE, steps=2), None), (replace(STAGE, steps=1), ALIGNMENT)):
         with pytest.raises(TargetError, match="other settings"):
             train(data, tmp_path / "run", stage, alignment)
+
+
+def packed_of(asked, store, processor):
+    collator = Collator(processor, store, WordsConfig(roles=("question", "answer")), on_error="raise")
+    return PackedPictures(collator, (conversation_of(str(n), *each) for n, each in enumerate(asked)))
+
+
+def test_a_run_is_of_its_questions_targets_and_first_weights(asked, data, tmp_path):
+    """What would be another training is refused by name; to the last bit of a target, a label, a picture or a weight."""
+    stage, (_, processor) = replace(STAGE, steps=1), small_student(0)
+    train(data, tmp_path / "run", stage)
+    scenes = [scene for scene, _ in asked]
+    plain = replace(data, packed=packed_of(asked, None, processor))
+    moved = [replace(scene, masks=scene.masks[:, ::-1]) for scene in scenes]
+    shifted = replace(data, packed=packed_of(asked, exact_targets(tmp_path / "moved", moved, 8), processor))
+    noisy = [(replace(scene, pixels=scene.pixels ^ 1), questions) for scene, questions in asked]
+    pictured = replace(data, packed=packed_of(noisy, None, processor))
+    renamed = replace(data, kinds=[kinds[::-1] for kinds in data.kinds])
+    digests = {each.digest() for each in (data, plain, shifted, pictured, renamed)}
+    assert len(digests) == 5
+    again = replace(data, packed=packed_of(asked, exact_targets(tmp_path / "again", scenes, 8), processor))
+    assert again.digest() == data.digest()
+    with pytest.raises(TargetError, match=rf"other settings \(data='{data.digest()}', now '{shifted.digest()}'\)"):
+        train(shifted, tmp_path / "run", stage)
+    model, _ = small_student(2)
+    with pytest.raises(TargetError, match=r"other settings \(first weights='\w+', now '\w+'\)"):
+        train_language(model, data, stage, tmp_path / "run", alignment=ALIGNMENT, measure_every=4)
+    model, _ = small_student(1)
+    with pytest.raises(TargetError, match=r"measure_every=4, now 5"):
+        train_language(model, data, stage, tmp_path / "run", alignment=ALIGNMENT, measure_every=5)
+    with pytest.raises(TargetError, match="no word of the questions has a target"):
+        train(plain, tmp_path / "other", stage)
+    with pytest.raises(ConfigError, match="no targets to point at"):
+        pointing(lavender.patch(model), plain)
+    (tmp_path / "run/settings.json").unlink()
+    with pytest.raises(TargetError, match=r"settings\.json is damaged"):
+        train(data, tmp_path / "run", stage)
+
+
+def test_a_start_is_the_same_training(data, tmp_path):
+    short = tmp_path / "short"
+    train(data, short)
+    longer = replace(STAGE, steps=15)
+    with pytest.raises(TargetError, match=r"no training in .*nowhere"):
+        train(data, tmp_path / "new", longer, start=tmp_path / "nowhere")
+    for stage, alignment, name in (
+        (replace(longer, seed=1), ALIGNMENT, r"stage\.seed=5, now 1"),
+        (longer, None, r"alignment\.weight=1\.0, now None"),
+    ):
+        with pytest.raises(TargetError, match=rf"short holds a training with other settings \(.*{name}"):
+            train(data, tmp_path / "new", stage, alignment, start=short)
+    with pytest.raises(TargetError, match=r"is of step 6, and the rate of this training falls from step 5"):
+        train(data, tmp_path / "new", replace(STAGE, steps=8), start=short)
+    for changes in ({"until": 0.5}, {"schedule": "linear"}):
+        with pytest.raises(ConfigError, match="leave start out"):
+            train(data, tmp_path / "new", longer, replace(ALIGNMENT, **changes), start=short)
+    assert not (tmp_path / "new").exists()
+    train(data, tmp_path / "new", longer, start=short)
+    with pytest.raises(TargetError, match=r"other settings \(start=10, now None\)"):
+        train(data, tmp_path / "new", longer)
+
+
+def test_an_error_leaves_no_patch(data, tmp_path):
+    def dies(step):
+        raise Killed
+
+    model, _ = small_student(1)
+    names = model.state_dict().keys()
+    with pytest.raises(Killed):
+        train_language(model, data, STAGE, tmp_path, alignment=replace(ALIGNMENT, aligner="light"), on_step=dies)
+    assert model.state_dict().keys() == names
+    assert not hasattr(model, "_lavender_patch")
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"pictures": 0}, "pictures is 0"),
+        ({"questions": -1}, "questions is -1"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"learning_rate": math.nan}, "learning_rate is nan"),
+        ({"warmup_steps": -1}, "warmup_steps is -1"),
+        ({"falling": 1.5}, "falling is 1.5"),
+        ({"seed": -1}, "seed is -1"),
+        ({"steps": "10"}, "steps is '10'"),
+    ],
+)
+def test_a_stage_that_cannot_be_is_refused(settings, match):
+    with pytest.raises(ConfigError, match=match):
+        LanguageStage(**settings)
+    assert LanguageStage(warmup_steps=0).rate(0) == LanguageStage().learning_rate
+
+
+def test_pictures_that_there_are_not_are_refused(data):
+    model, _ = small_student(1)
+    for count in (0, 6, -1):
+        with pytest.raises(ConfigError, match=rf"count is {count}; there are 5 pictures"):
+            right_answers(model, data, count)
+    for pictures, turns in (([], []), ([5], [[0]]), ([-1], [[0]]), ([0], [[]]), ([0], [[99]]), ([0, 1], [[0]])):
+        with pytest.raises(ConfigError, match=r"asked for|were given"):
+            data.packed.batch(pictures, turns, with_words=True)
+    with pytest.raises(DataError, match=r"5 pictures of \d+ turns"):
+        replace(data, kinds=data.kinds[1:])
+    with (
+        lavender.patch(model, replace(ALIGNMENT, layers=(2,))) as handle,
+        pytest.raises(ModelError, match=r"reads 1 of the model's 3 layers"),
+    ):
+        pointing(handle, data)
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"x" * 100])

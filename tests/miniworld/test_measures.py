@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import lavender
+from lavender.errors import ModelError
 from lavender.miniworld import measures
 from lavender.miniworld.measures import compare_answers, compare_targets, evaluate_answers, evaluate_attention, student_maps
 from lavender.miniworld.scenes import Question, make_scene
@@ -48,6 +49,15 @@ def test_aligned_maps_come_from_the_aligner(student, processor, scenes):
     span = next(iter(raw[0]))
     assert raw[0][span].shape == aligned[0][span].shape == (8, 8)
     assert not np.allclose(raw[0][span], aligned[0][span])
+
+
+def test_some_layers_are_not_measured_as_all(student, processor, scenes):
+    for settings in ({"layers": (3,)}, {"heads": "3.1,0.2"}):
+        with (
+            lavender.patch(student, lavender.AlignmentConfig(**settings)) as patch,
+            pytest.raises(ModelError, match=r"reads [12] of the model's 4 layers"),
+        ):
+            student_maps(patch, processor, scenes[:1])
 
 
 def drawn_answers(num_pictures, share_plain, share_aligned, seed=1):

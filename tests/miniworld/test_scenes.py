@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lavender.errors import ConfigError
 from lavender.miniworld.scenes import (
     COLORS,
     IMAGE_SIZE,
@@ -214,3 +215,40 @@ def test_all_questions_follow_from_the_objects(numbers, world):
         about = question.type in ("color", "shape", "place") or (question.answer == "yes" and question.type == "existence")
         assert question.object_index == (named[0] if about else None)
     assert {question.answer for question in asked if question.type == "existence"} == {"yes", "no"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"counts": (0, 1), "shares": (0.5, 0.5)}, "counts is"),
+        ({"counts": (6,), "shares": (1.0,)}, "counts is"),
+        ({"counts": (), "shares": ()}, "counts is"),
+        ({"counts": 3, "shares": (1.0,)}, r"counts is 3"),
+        ({"counts": (1,)}, r"shares is .*as many numbers as counts"),
+        ({"counts": (2, 3), "shares": (0.5, 0.6)}, r"shares is"),
+        ({"counts": (2, 3), "shares": (1.5, -0.5)}, r"shares is"),
+        ({"radii": (("large", (33.0, 35.0)),)}, r"radii is"),
+        ({"radii": (("small", (9.0, 7.0)),)}, r"radii is"),
+        ({"radii": (("tiny", (3.0, 4.0)),)}, r"radii is"),
+        ({"radii": (("small", (3.0, 4.0)), ("small", (5.0, 6.0)))}, r"radii is"),
+        ({"radii": (("small", 7.0),)}, r"radii is"),
+        ({"radii": ()}, r"radii is"),
+        ({"pairs": "uncommon"}, r"pairs is 'uncommon'; expected one of all, common, rare"),
+        ({"noise": -3.0}, r"noise is"),
+        ({"noise": float("nan")}, r"noise is"),
+        ({"noise": "much"}, r"noise is"),
+        ({"backgrounds": ("fog",)}, r"backgrounds is"),
+        ({"backgrounds": ()}, r"backgrounds is"),
+        ({"cue": 2.0}, r"cue is"),
+    ],
+)
+def test_a_world_that_cannot_be_is_refused(settings, match):
+    with pytest.raises(ConfigError, match=match):
+        World(**settings)
+
+
+def test_objects_without_room_are_named():
+    with pytest.raises(ConfigError, match="3 such objects find no room"):
+        make_scene(3, 0, World(counts=(3,), shares=(1.0,), radii=(("large", (22.0, 25.0)),)))
+    crowded = World(counts=[np.int64(5)], shares=[1], radii=(("small", (7, 9)),), pairs="rare", cue=1)
+    assert len(make_scene(3, 0, crowded).objects) == 5

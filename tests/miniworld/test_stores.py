@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from lavender.config import TeacherConfig
+from lavender.errors import TargetError
 from lavender.images import image_sha256
 from lavender.miniworld.scenes import World, make_scenes
-from lavender.miniworld.stores import exact_targets, shuffled_targets, target_maps, teacher_targets
+from lavender.miniworld.stores import agnostic_targets, exact_targets, shuffled_targets, target_maps, teacher_targets
+from lavender.targets.store import TargetWriter
 
 CONFIG = TeacherConfig(inversion="noise", timesteps=(151,), map_size=8)
 
@@ -54,9 +58,20 @@ def test_shuffled_targets_belong_to_other_pictures(stores):
             assert sample_id not in owners[values.tobytes()]
 
 
-def test_stores_that_were_cut_off_end_the_same(stores, tmp_path):
+def test_stores_that_were_cut_off_end_the_same(stores, tmp_path, monkeypatch):
     scenes, teacher, exact, shuffled = stores
-    exact_targets(tmp_path / "exact", scenes[:3], 8)
+    add = TargetWriter.add
+
+    def dies(writer, target):
+        if len(writer.done) == 3:
+            raise KeyboardInterrupt
+        add(writer, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TargetWriter, "add", dies)
+        for make, *given in ((exact_targets, "exact", scenes, 8), (shuffled_targets, "shuffled", teacher, 0)):
+            with pytest.raises(KeyboardInterrupt):
+                make(tmp_path / given[0], *given[1:])
     again = exact_targets(tmp_path / "exact", scenes, 8)
     other = shuffled_targets(tmp_path / "other", teacher, 1)
     for one, two in ((exact, again), (shuffled, shuffled_targets(tmp_path / "shuffled", teacher, 0))):
@@ -64,3 +79,25 @@ def test_stores_that_were_cut_off_end_the_same(stores, tmp_path):
             np.testing.assert_array_equal(one[first].word_maps.maps, two[second].word_maps.maps)
     first = next(iter(teacher))
     assert not np.array_equal(other[first].word_maps.maps, shuffled[first].word_maps.maps)
+
+
+def test_a_folder_of_other_targets_is_refused(stores, tmp_path):
+    """By what decides about the maps: scenes, masks, seed, teacher."""
+    scenes, teacher, exact, shuffled = stores
+    moved = [replace(scenes[0], masks=scenes[0].masks[:, ::-1]), *scenes[1:]]
+    for others in (scenes[:4], scenes[::-1], moved):
+        with pytest.raises(TargetError, match="another teacher or config"):
+            exact_targets(exact.folder, others, 8)
+    for one, seed in ((teacher, 1), (exact, 0)):
+        with pytest.raises(TargetError, match="another teacher or config"):
+            shuffled_targets(shuffled.folder, one, seed)
+    agnostic_targets(tmp_path / "agnostic", exact_targets(tmp_path / "few", scenes[:2], 8))
+    with pytest.raises(TargetError, match="another teacher or config"):
+        agnostic_targets(tmp_path / "agnostic", exact)
+    assert exact_targets(exact.folder, scenes, 8).fingerprint == exact.fingerprint
+
+
+def test_one_picture_has_no_other_to_shuffle_with(stores, tmp_path):
+    one = exact_targets(tmp_path / "one", stores[0][:1], 8)
+    with pytest.raises(TargetError, match="of one picture"):
+        shuffled_targets(tmp_path / "shuffled", one, 0)

@@ -200,3 +200,48 @@ def test_answers_choice_is_the_questions_where_there_are_none(student, batches):
     assert found.scores.keys() == {"answer"}
     assert found.config.question_heads is None
     assert found.config.of_question.heads == found.config.heads
+
+
+@pytest.mark.parametrize("settings", [{"layers": (3, 2, 1, 0)}, {"heads": "3.1,0.2,1.0,2.2"}])
+def test_layers_keep_their_numbers_in_a_patch_of_another_order(student, batches, settings):
+    config = AlignmentConfig(heads="best:3", layers="best:2", question_rows=None)
+    alone = lavender.choose_heads(student, config, batches)
+    with lavender.patch(student, AlignmentConfig(**settings)):
+        found = lavender.choose_heads(student, config, batches)
+    assert found.to_dict() == alone.to_dict()
+
+
+def test_questions_alone_are_chosen_by(student, batches):
+    """For answers, of which there are none, it is their choice too; rows of their own are no choice."""
+    asked = [changed(batch, roles=torch.full((4, 5), QUESTION)) for batch in batches]
+    found = lavender.choose_heads(student, AlignmentConfig(heads="best:2", question_rows="reads"), asked)
+    heads, _ = scores_by_definition(student, asked, "reads", "question")
+    assert found.scores.keys() == {"question"}
+    np.testing.assert_allclose(found.scores["question"].heads, heads, rtol=1e-4, atol=1e-6)
+    best = sorted(np.argsort(-heads.ravel())[:2].tolist())
+    assert found.config.of_question.heads == ",".join(f"{n // 4}.{n % 4}" for n in best)
+    assert found.config.question_heads is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "match"),
+    [
+        ({"layers": (9,), "heads": "best:1"}, ModelError, r"layers \[9\] were asked for.*0 to 3"),
+        ({"heads": "best:1", "question_heads": "9.0"}, ModelError, r"heads 9\.0 were asked for"),
+        ({"layers": "best:1", "question_layers": (9,)}, ModelError, r"layers \[9\]"),
+        ({"question_layers": "best:5"}, ConfigError, r"^question_layers is 'best:5'"),
+        ({"question_heads": "best:17"}, ConfigError, r"^question_heads is 'best:17'"),
+    ],
+)
+def test_places_that_there_are_not_are_named(student, batches, settings, error, match):
+    with pytest.raises(error, match=match):
+        lavender.choose_heads(student, AlignmentConfig(**settings), batches)
+
+
+def test_what_is_no_batches_is_named(student, batches, samples):
+    config = AlignmentConfig(heads="best:2")
+    for given, match in ((batches[0], "is one batch"), (samples, "has a Sample"), ([], "0 words")):
+        with pytest.raises(ConfigError, match=match):
+            lavender.choose_heads(student, config, given)
+    with pytest.raises(ConfigError, match="config is a dict"):
+        lavender.choose_heads(student, {"heads": "best:2"}, batches)

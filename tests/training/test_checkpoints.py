@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lavender.config import TrainingConfig
+from lavender.config import PUBLISHED, TrainingConfig
 from lavender.data.samples import read_samples
 from lavender.errors import DataError
 from lavender.miniworld import write_dataset
@@ -72,7 +72,8 @@ def world(scenes, student_folder, tmp_path_factory):
     targets = write_targets(folder / "targets", scenes[:8], [sample.id for sample in samples])
 
     def train(out, training=TRAINING, **settings):
-        return fine_tune(student_folder, samples, out, training, **{"targets": targets, "progress": False, **settings})
+        defaults = {"targets": targets, "alignment": PUBLISHED, "progress": False}
+        return fine_tune(student_folder, samples, out, training, **defaults | settings)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lavender.training.callback.LavenderCallback._draw", lambda *_: None)

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import lavender
 from lavender.batches.collator import Collator
 from lavender.config import AlignmentConfig, TrainingConfig, WordsConfig, from_dict, to_dict
-from lavender.data.samples import Sample
+from lavender.data.samples import Conversation, Message, Sample
 from lavender.errors import ConfigError, DataError, ModelError, TargetError
 from lavender.miniworld.scenes import DESCRIBE
 from lavender.training import train
@@ -167,3 +168,107 @@ def test_words_of_questions_have_heads_of_their_own(student_folder, scenes, targ
         assert written["config"][name] == ",".join(f"{n // 4}.{n % 4}" for n in best)
     history = json.loads((tmp_path / "run/history.json").read_text())
     assert all(entry["matched_words"] > 0 for entry in history)
+
+
+@pytest.mark.parametrize(
+    ("changes", "other", "match"),
+    [
+        ({"aggregation": "learned", "layers": (1, 3)}, {"layers": (3, 1)}, r"has the layers \(1, 3\).*layers=\(1, 3\)"),
+        ({"aggregation": "learned", "heads": "0.1,2.3"}, {"heads": "2.3,0.1"}, r"has the heads 0\.1,2\.3 .*heads='0\.1,2\.3'"),
+        (
+            {"aggregation": "learned", "question_layers": (0, 1)},
+            {"question_layers": (0, 2)},
+            r"question_layers=\(0, 1\)",
+        ),
+        ({"aggregation": "parallel", "layers": (1, 3)}, {"layers": (1, 2)}, r"has the layers \(1, 3\)"),
+        ({"aggregation": "parallel", "layers": (1,)}, {"layers": ()}, r"has the layers \(1,\), and this alignment \(\)"),
+    ],
+)
+def test_an_aligner_goes_to_the_layers_and_heads_it_is_of(student, tmp_path, changes, other, match):
+    alignment = AlignmentConfig(**changes)
+    with lavender.patch(student, alignment) as handle:
+        for parameter in handle.model.lavender.parameters():
+            parameter.data.fill_(0.25)
+        save_file(handle.model.lavender.state_dict(), tmp_path / "aligner.safetensors")
+    (tmp_path / "run.json").write_text(json.dumps({"alignment": to_dict(alignment)}))
+    with lavender.patch(student, replace(alignment, weight=2.0, rows="reads")) as handle:
+        load_aligner(handle, tmp_path)
+        assert all((parameter == 0.25).all() for parameter in handle.model.lavender.parameters())
+    with lavender.patch(student, replace(alignment, **other)) as handle, pytest.raises(ModelError, match=match):
+        load_aligner(handle, tmp_path)
+
+
+def test_all_layers_are_all_layers_however_said(student, tmp_path):
+    with lavender.patch(student, AlignmentConfig(aggregation="parallel", layers=(0, 1, 2, 3))) as handle:
+        save_file(handle.model.lavender.state_dict(), tmp_path / "aligner.safetensors")
+        (tmp_path / "run.json").write_text(json.dumps({"alignment": to_dict(handle.config)}))
+    with lavender.patch(student, AlignmentConfig(aggregation="parallel")) as handle:
+        load_aligner(handle, tmp_path)
+
+
+def test_heads_of_a_run_that_was_never_begun_go(student_folder, samples, targets, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "_train", dies)
+        with pytest.raises(KeyboardInterrupt):
+            fine_tune(student_folder, samples, out, TRAINING, targets=targets, alignment=BEST, progress=False)
+        assert (out / "heads.json").exists()
+        with pytest.raises(KeyboardInterrupt):
+            fine_tune(
+                student_folder, samples, out, TRAINING, targets=targets, alignment=AlignmentConfig(heads="1.0"), progress=False
+            )
+    assert json.loads((out / "run.json").read_text())["alignment"]["heads"] == "1.0"
+    assert not (out / "heads.json").exists()
+
+
+def test_an_older_run_goes_on_only_with_the_words_it_had(student_folder, scenes, samples, targets, tmp_path):
+    """It compared one answer, and found targets by id alone."""
+    again = Conversation(
+        "0", (scenes[0].image,), tuple(Message(*each) for each in (("user", "<image>What?"), ("assistant", "One."))) * 2
+    )
+    one_answer = replace(again, messages=again.messages[:2])
+    unknown = replace(samples[0], id="another")
+    for name, first, match in (
+        ("several", again, "sample '0' has several answers"),
+        ("found", unknown, "sample 'another' has targets by its picture"),
+        ("same", one_answer, None),
+    ):
+        out, data = tmp_path / name, [first, *samples[1:]]
+        alignment, words = AlignmentConfig(), WordsConfig()
+        training = replace(TRAINING, steps=1)
+
+        def run(out=out, data=data, alignment=alignment, words=words, training=training):
+            fine_tune(student_folder, data, out, training, targets=targets, alignment=alignment, words=words, progress=False)
+
+        run()
+        record = json.loads((out / "run.json").read_text())
+        del record["words"]["roles"]
+        (out / "run.json").write_text(json.dumps(record))
+        run()  # finished, it is loaded
+        (out / "history.json").unlink()
+        if match is None:
+            run()
+        else:
+            with pytest.raises(TargetError, match=rf"older version began, and {match}.*give a new folder"):
+                run()
+
+
+def test_settings_of_questions_without_any_are_named(student_folder, samples, targets, tmp_path, caplog):
+    for words, count in ((WordsConfig(roles=("question", "answer")), 0), (None, 1)):
+        alignment = AlignmentConfig(question_layers=(1,))
+        training = replace(TRAINING, steps=1)
+        fine_tune(
+            student_folder,
+            samples,
+            tmp_path / str(count),
+            training,
+            targets=targets,
+            alignment=alignment,
+            words=words,
+            progress=False,
+        )
+        assert caplog.text.count("question_layers=(1,): no word that the user says is compared") == count

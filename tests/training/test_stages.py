@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lavender.config import AlignmentConfig, TrainingConfig
+from lavender.config import PUBLISHED, AlignmentConfig, TrainingConfig
 from lavender.data.samples import read_samples
 from lavender.errors import ConfigError, DataError, ModelError, TargetError
 from lavender.miniworld import write_dataset
@@ -37,6 +37,7 @@ def train(student_folder, samples, targets, tmp_path):
     """Trains into a folder of the given name; returns the folder."""
 
     def run(name, training, **settings):
+        settings = {"alignment": PUBLISHED} | settings
         fine_tune(student_folder, samples, tmp_path / name, training, targets=targets, progress=False, **settings)
         return tmp_path / name
 
@@ -206,3 +207,24 @@ def test_arguments_reach_transformers(train, tmp_path):
         train("b", replace(TRAINING, arguments={"no_such": 1}))
     with pytest.raises(ConfigError, match="max_steps, set elsewhere: steps"):
         TrainingConfig(arguments={"max_steps": 3})
+
+
+def test_lambda_is_constant_in_the_first_stage(train):
+    """The schedule, and the end, are of the main one; a first stage that an older version began keeps its own."""
+    alignment = AlignmentConfig(aligner="light", schedule="linear", until=0.5)
+    training = replace(TRAINING, steps=4, aligner_steps=2, arguments={"logging_steps": 1}, save_steps=1)
+    out = train("run", training, alignment=alignment)
+
+    def weights(folder):
+        return [entry["alignment_weight"] for entry in json.loads((folder / "history.json").read_text())]
+
+    assert weights(out / "first_stage") == [1, 1]
+    assert weights(out) == [1, 0.5, 0, 0]
+    assert json.loads((out / "first_stage/run.json").read_text())["alignment"]["schedule"] == "constant"
+    record = json.loads((out / "first_stage/run.json").read_text())
+    record["alignment"] = json.loads((out / "run.json").read_text())["alignment"]
+    (out / "first_stage/run.json").write_text(json.dumps(record))
+    train("run", training, alignment=alignment)
+    (out / "first_stage/history.json").unlink()
+    train("run", training, alignment=alignment)
+    assert json.loads((out / "first_stage/run.json").read_text()) == record
