@@ -153,7 +153,7 @@ def test_answers_are_those_of_greedy_generation(finished):
 
 
 def test_pointing_is_that_of_eager_attention(finished):
-    """Of every question alone: the mean over layers and heads of the row that reads a word, and of the row before an answer."""
+    """Of every question alone: the mean over the compared layers' heads, of the row that reads a word and of that before an answer."""
     found = json.loads((finished / "results.json").read_text())["attention"]
     for arm in ARMS:
         model, processor = load_student(str(finished / arm / "model"))
@@ -165,7 +165,8 @@ def test_pointing_is_that_of_eager_attention(finished):
                 inputs = processor(text=text, images=[scene.image], add_special_tokens=False, return_tensors="pt")
                 ids = inputs["input_ids"][0].tolist()
                 with torch.no_grad():
-                    attention = torch.stack(model(**inputs, output_attentions=True).attentions).mean(dim=(0, 2))[0]
+                    every = model(**inputs, output_attentions=True).attentions
+                attention = torch.stack([every[layer] for layer in CONFIG.alignment.layers]).mean(dim=(0, 2))[0]
                 places = [n for n, token in enumerate(ids) if token == model.config.image_token_index]
                 rows = []
                 for referent in question.referents:

@@ -121,12 +121,12 @@ def test_what_the_text_says_follows_from_the_figures():
             "the mean over all heads of all layers",
         ),
         (
-            AlignmentConfig(rows="last", layers=(1,), weight=10.0, aligner="sim"),
+            AlignmentConfig(rows="last", question_rows=None, layers=(1,), aligner="sim"),
             "of a word of the question the row that reads its last token, of an answer (→) the row that reads its last token; "
             "the mean over all heads of layer 1",
         ),
         (
-            AlignmentConfig(rows="both", layers=(0, 2), question_heads="0.1,2.3", weight=10.0, aligner="sim"),
+            AlignmentConfig(rows="both", question_rows=None, layers=(0, 2), question_heads="0.1,2.3"),
             "of a word of the question the rows that predict and read it, of an answer (→) the rows that predict and read it; "
             "the mean over heads 0.1,2.3; of an answer all heads of layers 0, 2",
         ),
