@@ -27,7 +27,7 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=4, help="samples per device")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
-    parser.add_argument("--weight", type=float, default=10.0, help="lambda, the weight of the alignment loss")
+    parser.add_argument("--weight", type=float, default=1.0, help="lambda, the weight of the alignment loss")
     args = parser.parse_args()
     if args.data and not args.targets:
         parser.error("--data needs --targets")

@@ -153,7 +153,7 @@ def test_answers_are_those_of_greedy_generation(finished):
 
 
 def test_pointing_is_that_of_eager_attention(finished):
-    """Of every question alone: the mean over the compared layers' heads, of the row that reads a word and of that before an answer."""
+    """Of every question alone: the mean over the compared layers' heads, of a word's row and of the one before an answer."""
     found = json.loads((finished / "results.json").read_text())["attention"]
     for arm in ARMS:
         model, processor = load_student(str(finished / arm / "model"))
