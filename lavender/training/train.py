@@ -497,13 +497,14 @@ def _require_targets(samples: Sequence[Sample | Conversation], targets: TargetSt
     missing = [sample for sample in samples if sample.id not in targets]
     if not missing:
         return
-    message = (
-        f"{targets.folder} has no targets for {len(missing)} of {len(samples)} samples by their ids (first: {missing[0].id!r})"
-    )
+    count = f"{len(missing)} of {len(samples)} samples"
+    message = f"{targets.folder} has no targets for {count} by their ids (first: {missing[0].id!r})"
     if len(missing) == len(samples) and not any(
         has_places(sample.regions) or has_known_picture(sample, targets) for sample in missing
     ):
-        raise TargetError(f"{message} or pictures; extract them, or give the samples the ids that they were extracted by")
+        raise TargetError(
+            f"{message} or pictures; extract them, or give the samples the ids that they were extracted by"
+        )
     logger.warning("%s; these train the language loss alone, but for those whose picture it has, and for regions", message)
 
 

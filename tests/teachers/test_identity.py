@@ -351,7 +351,7 @@ def test_numbers_that_overflow_are_named_before_the_run():
 
 def test_a_run_goes_on_with_targets_that_are_extracted_again(tmp_path):
     """It recorded the fingerprint by the digits of before; the same model gives it again, and another does not."""
-    from lavender.training.train import _begin
+    from lavender.training.record import begin
 
     pipe = built("sd")
     pipe.save_pretrained(tmp_path / "model")
@@ -364,10 +364,10 @@ def test_a_run_goes_on_with_targets_that_are_extracted_again(tmp_path):
     (tmp_path / "run" / "checkpoints" / "checkpoint-1").mkdir(parents=True)
     for fingerprint in (before, targets.fingerprint):
         (tmp_path / "run" / "run.json").write_text(json.dumps({"targets_fingerprint": [fingerprint, targets.contents()]}))
-        assert not _begin(tmp_path / "run", record, targets, writes=False)
+        assert not begin(tmp_path / "run", record, (), targets, writes=False)
     (tmp_path / "run" / "run.json").write_text(json.dumps({"targets_fingerprint": ["0" * 16, targets.contents()]}))
     with pytest.raises(TargetError, match="another targets_fingerprint"):
-        _begin(tmp_path / "run", record, targets, writes=False)
+        begin(tmp_path / "run", record, (), targets, writes=False)
 
 
 def test_weights_that_are_away_are_named():

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import lavender
 from lavender.batches.collator import Collator
 from lavender.cli import main
-from lavender.config import AlignmentConfig, TrainingConfig
+from lavender.config import PUBLISHED, AlignmentConfig, TrainingConfig
 from lavender.data.samples import read_samples
 from lavender.errors import ConfigError, DataError, ModelError
 from lavender.miniworld import write_dataset
@@ -244,7 +244,16 @@ def test_a_model_that_is_not_finite_is_not_trained(student, samples, processor, 
 
 def test_adapters_and_aligners_that_are_not_finite_or_damaged_are_refused_by_name(student_folder, samples, targets, tmp_path):
     def start(name, **settings):
-        fine_tune(student_folder, samples, tmp_path / name, replace(TRAINING, steps=1), targets=targets, progress=False, **settings)
+        fine_tune(
+            student_folder,
+            samples,
+            tmp_path / name,
+            replace(TRAINING, steps=1),
+            targets=targets,
+            alignment=PUBLISHED,
+            progress=False,
+            **settings,
+        )
         return tmp_path / name
 
     out = start("run")

@@ -320,7 +320,7 @@ def test_targets_of_other_pictures_are_refused(student_folder, scenes, data, tmp
 def test_targets_of_other_samples_are_refused_before_anything_is_loaded(scenes, data, tmp_path):
     samples = read_samples(data)
     others = write_targets(tmp_path / "others", scenes[8:10], ["a", "b"])
-    with pytest.raises(TargetError, match=r"8 of 8 samples \(first: 'images/00000.png'\)"):
+    with pytest.raises(TargetError, match=r"8 of 8 samples by their ids \(first: 'images/00000.png'\) or pictures"):
         fine_tune("no model is needed", samples, tmp_path / "run", TRAINING, targets=others, progress=False)
     assert not (tmp_path / "run").exists()
 
@@ -331,7 +331,9 @@ def test_training_goes_on_without_some_targets_and_counts_them(student_folder, s
     training = TrainingConfig(steps=2, batch_size=8, save_steps=1)
     fine_tune(student_folder, samples, tmp_path / "run", training, targets=few, progress=False)
     told = [record.message for record in caplog.records if record.name == "lavender"]
-    assert any("6 of 8 samples (first: 'images/00002.png'); these train the language loss alone" in line for line in told)
+    assert any(
+        "6 of 8 samples by their ids (first: 'images/00002.png'); these train the language loss alone" in line for line in told
+    )
     assert any("no target: 12" in line for line in told)
     history = json.loads((tmp_path / "run/history.json").read_text())
     assert [entry["samples_no_target"] for entry in history] == [6, 6]
