@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from alignment_results import CELLS, CURVES, area, by_type, plot, summarize, summary_line, title_of
+from filelock import FileLock
 from transformers import LlavaForConditionalGeneration
 
 from lavender import choose_heads, patch
@@ -239,9 +240,9 @@ def question_set(
 @cache
 def test_set(name: str, seed: int, count: int, out: Path) -> QuestionSet:
     """A test set, with exact masks for the words of questions and answers."""
-    store = exact_targets(
-        out / "tests" / f"{name.replace(' ', '_')}-{seed}-{count}", scenes_of(name, seed, count), TEACHER.map_size
-    )
+    folder = out / "tests" / f"{name.replace(' ', '_')}-{seed}-{count}"
+    with FileLock(out / "stores.lock"):  # every process asks for it
+        store = exact_targets(folder, scenes_of(name, seed, count), TEACHER.map_size)
     return question_set(name, seed, count, store, BASE)
 
 
@@ -253,9 +254,14 @@ def batches_of(data: QuestionSet, model: Any, count: int = 200) -> Iterator[dict
 
 
 def store_of(run: Run, out: Path) -> TargetStore | None:
-    """The targets of a run's arm."""
+    """The targets of a run's arm. Runs of several cells share them."""
     if run.arm in PLAIN:
         return None
+    with FileLock(out / "stores.lock"):
+        return _made(run, out)
+
+
+def _made(run: Run, out: Path) -> TargetStore:
     scenes = scenes_of(run.world, run.data_seed, run.pictures)
     folder = out / "data" / f"{run.world.replace(' ', '_')}-{run.data_seed}-{run.pictures}"
     if run.arm == "exact":
@@ -392,6 +398,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes; each uses one core")
     parser.add_argument("--cells", nargs="+", choices=list(cells()), default=list(cells()))
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     every = cells()
     groups: dict[tuple[str, int], list[Run]] = {}
     for cell in arguments.cells:
