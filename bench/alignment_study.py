@@ -208,8 +208,9 @@ def start_of(student: str, seed: int, out: Path) -> tuple[dict[str, torch.Tensor
         early = question_set("in distribution", EARLY_SEED, EARLY_PICTURES, None, BASE)
         stage = LanguageStage(steps=EARLY_STEPS * 5 // 4, seed=EARLY_SEED)
         model, _ = small_student(EARLY_SEED)
-        if not (out / "early" / BEFORE_FALL).exists():
-            train_language(model, early, stage, out / "early")
+        with FileLock(out / "early.lock"):
+            if not (out / "early" / BEFORE_FALL).exists():
+                train_language(model, early, stage, out / "early")
         weights = torch.load(out / "early" / BEFORE_FALL, weights_only=True)["weights"]
         model.load_state_dict(weights, strict=False)
     return {name: value.clone() for name, value in model.state_dict().items()}, model.config, processor
