@@ -96,7 +96,13 @@ def summarize(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     by_cell: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
     for result in results:
         by_cell.setdefault(result["cell"], {}).setdefault(title_of(result), {})[result["seed"]] = result
-    return {cell: _summarize_cell(arms) for cell, arms in by_cell.items()}
+    return {cell: _summarize_cell({title: by_cell[cell][title] for title in sorted(by_cell[cell], key=_order)}) for cell in by_cell}
+
+
+def _order(title: str) -> tuple[int, str]:
+    """Arms in the plan's order."""
+    known = [*COLORS_OF]
+    return (known.index(title) if title in known else len(known), title)
 
 
 def _summarize_cell(arms: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
@@ -251,11 +257,17 @@ def tables(document: Mapping[str, Any]) -> dict[str, str]:
     found["grid"] = _table(
         ["change", "figure by seed", "mean"],
         [
-            [name, " ".join(f"{value:.3f}" for value in values), f"{statistics.mean(values):.3f}"]
+            [_change(name), " ".join(f"{value:.3f}" for value in values), f"{statistics.mean(values):.3f}"]
             for name, values in document["grid"].items()
         ],
     )
     return found
+
+
+def _change(name: str) -> str:
+    """A choosing run's name as a reader wants it: `grid/teacher_weight_3` is `weight 3`."""
+    cell, _, change = name.replace("_", " ").rpartition("/")
+    return change.removeprefix("teacher ") if cell == "grid" else f"{change.split()[0]}, {cell.replace('/', ' ')}"
 
 
 def with_tables(page: str, found: Mapping[str, str]) -> str:
