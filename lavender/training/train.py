@@ -502,9 +502,7 @@ def _require_targets(samples: Sequence[Sample | Conversation], targets: TargetSt
     if len(missing) == len(samples) and not any(
         has_places(sample.regions) or has_known_picture(sample, targets) for sample in missing
     ):
-        raise TargetError(
-            f"{message} or pictures; extract them, or give the samples the ids that they were extracted by"
-        )
+        raise TargetError(f"{message} or pictures; extract them, or give the samples the ids that they were extracted by")
     logger.warning("%s; these train the language loss alone, but for those whose picture it has, and for regions", message)
 
 
