@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -286,9 +287,16 @@ def test_processes_that_are_killed_leave_what_ends_the_same(finished, tmp_path):
     script, out = tmp_path / "run.py", tmp_path / "demo"
     script.write_text(SCRIPT)
 
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+
     def start():
         return subprocess.Popen(
-            [sys.executable, script, out], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+            [sys.executable, script, out],
+            env=environment,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
         )
 
     def children(process):
