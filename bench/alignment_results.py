@@ -12,7 +12,8 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ UNASKED = {"clutter": ("count",)}
 """Types that are not counted in a world: no picture of the training has as many objects."""
 CELLS = ("main", "300", "3000", "early", "shipped", "cue")
 """What is summarized; the other runs choose."""
+LONGER = ("plain, 2800 steps", "plain, 4800 steps")
+"""The plain student with as much CPU time as the aligned one, and with twice its steps."""
+BESIDE = ("plain", "shuffled", *LONGER)
+"""Arms that the others are compared with."""
 LEVELS = (0.7, 0.8, 0.9)
 EARLIER = 800
 """The step of the screen's end, which the headline has beside the last one."""
@@ -109,20 +114,15 @@ def _summarize_cell(arms: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any
     summary: dict[str, Any] = {}
     for title, runs in arms.items():
         entry: dict[str, Any] = {"seeds": sorted(runs), "answers": {}}
-        for name in next(iter(runs.values()))["answers"]:
-            shares = {seed: share(run["answers"][name], name) for seed, run in runs.items()}
-            entry["answers"][name] = {"share": interval(list(shares.values()))}
-            for other in ("plain", "shuffled"):
-                both = sorted(shares.keys() & arms.get(other, {}).keys())
-                if title != other and len(both) > 1:
-                    differences = [shares[seed] - share(arms[other][seed]["answers"][name], name) for seed in both]
-                    entry["answers"][name][f"minus {other}"] = interval(differences)
-            kinds = next(iter(runs.values()))["answers"][name]
+        for name, kinds in next(iter(runs.values()))["answers"].items():
+            entry["answers"][name] = _beside(arms, title, lambda run, name=name: share(run["answers"][name], name))
             entry["answers"][name]["types"] = {
                 kind: interval([run["answers"][name][kind][0] / run["answers"][name][kind][1] for run in runs.values()])
                 for kind in kinds
             }
         first = next(iter(runs.values()))
+        if any(point["step"] == EARLIER for point in first["history"]):
+            entry["earlier"] = {name: _beside(arms, title, partial(_at, step=EARLIER, name=name)) for name in CURVES}
         entry["pointing"] = {
             name: {role: interval([run["pointing"][name][role] for run in runs.values()]) for role in first["pointing"][name]}
             for name in first["pointing"]
@@ -135,6 +135,24 @@ def _summarize_cell(arms: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any
         entry["steps_to"] = {str(level): [steps_to(run["history"], level) for run in runs.values()] for level in LEVELS}
         summary[title] = entry
     return summary
+
+
+def _beside(
+    arms: Mapping[str, Mapping[int, dict[str, Any]]], title: str, figure: Callable[[dict[str, Any]], float]
+) -> dict[str, Any]:
+    """An arm's figure over its seeds, and what it has more than other arms, paired by seed."""
+    values = {seed: figure(run) for seed, run in arms[title].items()}
+    found = {"share": interval(list(values.values()))}
+    for other in BESIDE:
+        both = sorted(values.keys() & arms.get(other, {}).keys())
+        if title != other and len(both) > 1:
+            found[f"minus {other}"] = interval([values[seed] - figure(arms[other][seed]) for seed in both])
+    return found
+
+
+def _at(run: Mapping[str, Any], step: int, name: str) -> float:
+    """The share at a step of the learning curve."""
+    return next(share(point[name], name) for point in run["history"] if point["step"] == step)
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:
@@ -170,6 +188,7 @@ def headline(summary: Mapping[str, Any]) -> dict[str, Any]:
         "teacher": aligned["share"]["mean"],
         "difference": aligned["minus plain"],
         "minus_shuffled": aligned["minus shuffled"],
+        "earlier": {"step": EARLIER} | arms["teacher"]["earlier"][name],
         "seeds": len(arms["teacher"]["seeds"]),
         "steps": arms["teacher"]["curve"][-1]["step"],
         "pictures": 1000,
@@ -184,6 +203,16 @@ def _cells(value: Mapping[str, float] | None, signed: bool = False) -> str:
     return f"{value['mean']:{form}} ({value['low']:{form}} to {value['high']:{form}})"
 
 
+def _compared(answers: Mapping[str, Any]) -> list[str]:
+    """The aligned arm minus plain, minus its shuffled control, and whether it helps by the plan: both intervals lie above zero."""
+    differences = [answers.get(f"minus {other}") for other in ("plain", "shuffled")]
+    if None in differences:
+        return ["", "", ""]
+    above = all(difference["low"] > 0 for difference in differences)
+    below = differences[0]["high"] < 0
+    return [*(_cells(difference, signed=True) for difference in differences), "yes" if above else "hurts" if below else "not shown"]
+
+
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
@@ -196,26 +225,47 @@ def tables(document: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     sets = list(next(iter(main.values()))["answers"]) if main else []
     found["main"] = _table(
-        ["arm", "right answers", "minus plain", "minus shuffled", *(f"at step {EARLIER}",)],
+        ["arm", "right answers", "minus plain", "minus shuffled", f"at step {EARLIER}", "minus plain", "minus shuffled"],
         [
             [
                 title,
-                _cells(arm["answers"]["in distribution"]["share"]),
-                _cells(arm["answers"]["in distribution"].get("minus plain"), signed=True),
-                _cells(arm["answers"]["in distribution"].get("minus shuffled"), signed=True),
-                next((f"{p['in distribution']['mean']:.3f}" for p in arm["curve"] if p["step"] == EARLIER), ""),
+                *(
+                    cell
+                    for found in (arm["answers"], arm["earlier"])
+                    for cell in (
+                        _cells(found["in distribution"]["share"]),
+                        _cells(found["in distribution"].get("minus plain"), signed=True),
+                        _cells(found["in distribution"].get("minus shuffled"), signed=True),
+                    )
+                ),
             ]
             for title, arm in main.items()
         ],
     )
     found["sets"] = _table(
-        ["test pictures", *(title for title in main if title in COLORS_OF), "teacher minus plain", "teacher minus shuffled"],
+        [
+            "test pictures",
+            *(title for title in main if title in COLORS_OF),
+            "teacher minus plain",
+            "teacher minus shuffled",
+            "helps",
+        ],
         [
             [
                 name,
                 *(f"{arm['answers'][name]['share']['mean']:.3f}" for title, arm in main.items() if title in COLORS_OF),
-                _cells(main["teacher"]["answers"][name].get("minus plain"), signed=True),
-                _cells(main["teacher"]["answers"][name].get("minus shuffled"), signed=True),
+                *_compared(main["teacher"]["answers"][name]),
+            ]
+            for name in sets
+        ],
+    )
+    found["longer"] = _table(
+        ["test pictures", "teacher", *LONGER, *(f"teacher minus {title}" for title in LONGER)],
+        [
+            [
+                name,
+                *(f"{main[title]['answers'][name]['share']['mean']:.3f}" for title in ("teacher", *LONGER)),
+                *(_cells(main["teacher"]["answers"][name].get(f"minus {title}"), signed=True) for title in LONGER),
             ]
             for name in sets
         ],
@@ -239,19 +289,31 @@ def tables(document: Mapping[str, Any]) -> dict[str, str]:
         ],
     )
     found["cells"] = _table(
-        ["cell", "test pictures", "plain", "teacher", "shuffled", "teacher minus plain", "teacher minus shuffled"],
+        ["cell", "test pictures", "plain", "teacher", "shuffled", "teacher minus plain", "teacher minus shuffled", "helps"],
         [
             [
                 cell,
                 name,
-                *(_cells(arms[title]["answers"][name]["share"]) for title in ("plain", "teacher", "shuffled")),
-                _cells(arms["teacher"]["answers"][name].get("minus plain"), signed=True),
-                _cells(arms["teacher"]["answers"][name].get("minus shuffled"), signed=True),
+                *(f"{arms[title]['answers'][name]['share']['mean']:.3f}" for title in ("plain", "teacher", "shuffled")),
+                *_compared(arms["teacher"]["answers"][name]),
             ]
             for cell, arms in summary.items()
             if cell != "main" and {"plain", "teacher", "shuffled"} <= arms.keys()
             for name in arms["plain"]["answers"]
-            if name in (*CURVES, "rare pairs", "cue", "broken cue")
+        ],
+    )
+    found["shipped"] = _table(
+        ["test pictures", *(summary.get("shipped", {})), "chosen minus plain", "all heads minus plain", "2 heads minus plain"],
+        [
+            [
+                name,
+                *(f"{arm['answers'][name]['share']['mean']:.3f}" for arm in summary["shipped"].values()),
+                *(
+                    _cells(summary["shipped"][title]["answers"][name].get("minus plain"), signed=True)
+                    for title in ("teacher", "teacher base", "teacher best 2 heads")
+                ),
+            ]
+            for name in summary.get("shipped", {}).get("plain", {"answers": {}})["answers"]
         ],
     )
     found["grid"] = _table(

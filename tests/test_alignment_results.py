@@ -27,7 +27,8 @@ def results():
 def run_of(arm, seed, right, recipe="chosen", begins=""):
     """A run whose share in distribution is right / 10 in every type but the count, which is always right."""
     answers = {kind: [right, 10] for kind in ("color", "shape", "existence", "position", "place")} | {"count": [10, 10]}
-    history = [{"step": 100, "cpu_s": 1.0, "in distribution": answers, "clutter": answers}]
+    early = {kind: [right - 1, 10] for kind in answers}
+    history = [{"step": step, "cpu_s": 1.0, "in distribution": early, "clutter": early} for step in (400, 800)]
     return {
         **{"cell": "main", "arm": arm, "seed": seed, "recipe": recipe, "begins": begins, "steps": 100, "history": history},
         "answers": {"in distribution": answers, "clutter": answers},
@@ -46,9 +47,22 @@ def test_differences_are_paired_by_seed_and_their_intervals_students(results):
     for name, value in (("mean", differences.mean()), ("low", differences.mean() - half), ("high", differences.mean() + half)):
         assert found[name] == pytest.approx(value, abs=1e-4)
     assert summary["plain"]["answers"]["in distribution"]["share"]["mean"] == pytest.approx(shares["plain"].mean(), abs=1e-4)
+    early = summary["teacher"]["earlier"]["in distribution"]
+    assert early["share"]["mean"] == pytest.approx(0.56)  # (4 + 8 + 5 + 6 + 5) / 50
+    assert early["minus plain"]["mean"] == pytest.approx(0.36) and early["minus shuffled"]["mean"] == pytest.approx(0.4)
     # In clutter nobody could learn to count.
     assert summary["plain"]["answers"]["clutter"]["share"]["mean"] == pytest.approx(0.3)
     assert summary["teacher"]["pointing"]["in distribution"]["question"]["mean"] == pytest.approx(0.66)
+
+
+def test_an_arm_helps_if_it_is_above_plain_and_above_its_shuffled_control(results):
+    def verdict(plain, shuffled):
+        differences = (dict(zip(("low", "mean", "high"), values, strict=True)) for values in (plain, shuffled))
+        return results._compared(dict(zip(("minus plain", "minus shuffled"), differences, strict=True)))[-1]
+
+    assert verdict((0.1, 0.2, 0.3), (0.01, 0.2, 0.3)) == "yes"
+    assert verdict((0.1, 0.2, 0.3), (-0.01, 0.2, 0.3)) == verdict((-0.1, 0.2, 0.3), (0.1, 0.2, 0.3)) == "not shown"
+    assert verdict((-0.3, -0.2, -0.1), (0.1, 0.2, 0.3)) == "hurts"
 
 
 def test_steps_to_a_level_are_those_at_which_it_stays(results):
