@@ -118,10 +118,11 @@ def study_line() -> str | None:
     if not STUDY.exists():
         return None
     study = json.loads(STUDY.read_text())["headline"]
-    return (
-        f"Over the study's {study['seeds']} seeds ({study['steps']:,} steps, {study['pictures']:,} pictures): "
-        f"{percent(study['teacher'])} and {percent(study['plain'])}, {points(study['difference'])} points."
+    found = (
+        f"after {at['steps']:,} steps {percent(at['teacher'])} and {percent(at['plain'])}, {points(at['difference'])} points"
+        for at in study["results"]
     )
+    return f"Over the study's {study['seeds']} seeds ({study['pictures']:,} pictures): {'; '.join(found)}."
 
 
 def unclear(rows: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -174,9 +174,14 @@ def test_every_map_stands_beside_its_control_and_chance(run):
 def test_the_studys_interval_over_seeds_stands_beside_the_demos(run, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "STUDY", tmp_path / "study.json")
     assert "Over the study" not in write_report(run).read_text()
-    study = {"plain": 0.61, "teacher": 0.83, "difference": interval(0.22, 0.12, 0.318), "seeds": 5, "steps": 2400, "pictures": 1000}
+    early = {"steps": 800, "plain": 0.47, "teacher": 0.7, "difference": interval(0.23, 0.13, 0.34)}
+    late = {"steps": 2400, "plain": 0.71, "teacher": 0.8, "difference": interval(0.09, -0.1, 0.288)}
+    study = {"seeds": 5, "pictures": 1000, "results": [early, late]}
     report.STUDY.write_text(json.dumps({"headline": study}))
-    expected = "Over the study&#39;s 5 seeds (2,400 steps, 1,000 pictures): 83 % and 61 %, +22 (+12 to +32) points."
+    expected = (
+        "Over the study&#39;s 5 seeds (1,000 pictures): after 800 steps 70 % and 47 %, +23 (+13 to +34) points; "
+        "after 2,400 steps 80 % and 71 %, +9 (-10 to +29) points."
+    )
     assert expected in page_of(run)
 
 
