@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lavender.miniworld.experiment import UNASKED
 from lavender.miniworld.language import CAPTION
 from lavender.miniworld.scenes import STUDY_TYPES
 
@@ -27,8 +28,6 @@ HEADLINE = ROOT / "lavender" / "miniworld" / "study.json"
 
 CURVES = ("in distribution", "clutter")
 """Test sets that are asked every 100 steps."""
-UNASKED = {"clutter": ("count",)}
-"""Types that are not counted in a world: no picture of the training has as many objects."""
 CELLS = ("main", "300", "3000", "early", "shipped", "cue")
 """What is summarized; the other runs choose."""
 LONGER = ("plain, 2800 steps", "plain, 4800 steps")

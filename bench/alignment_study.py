@@ -30,7 +30,7 @@ from lavender import choose_heads, patch
 from lavender.batches.collator import Collator
 from lavender.config import PUBLISHED, AlignmentConfig, TeacherConfig, WordsConfig, to_dict
 from lavender.files import write_within
-from lavender.miniworld import STUDENT
+from lavender.miniworld import STUDENT, experiment
 from lavender.miniworld.language import (
     BEFORE_FALL,
     CAPTION,
@@ -52,10 +52,9 @@ from lavender.students.loading import load_student
 from lavender.targets.store import TargetStore
 
 TEACHER = TeacherConfig(inversion="noise", timesteps=(151,), map_size=8)
-COMMON = World(pairs="common")
+COMMON = experiment.WORLDS["in distribution"]
 WORLDS: dict[str, World] = {
-    "in distribution": COMMON,
-    "clutter": replace(COMMON, counts=(4, 5), shares=(0.5, 0.5), radii=(("small", (6.5, 8.5)),)),
+    **experiment.WORLDS,
     "small": replace(COMMON, counts=(2, 3), shares=(0.5, 0.5), radii=(("small", (4.5, 6.0)),)),
     "rare pairs": World(pairs="rare"),
     "noise": replace(COMMON, noise=30.0),
