@@ -155,25 +155,31 @@ def _at(run: Mapping[str, Any], step: int, name: str) -> float:
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:
-    """Learning curves of the main cell: right answers by step, in distribution and in clutter, with intervals over seeds."""
+    """Learning curves of the main cell: right answers by step, in distribution and in clutter, and by CPU time; intervals over
+    seeds for the arms of the headline. Beyond the last step of the arms goes the plain student with twice the steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
-    for axis, name in zip(axes, CURVES, strict=True):
-        for title, color in COLORS_OF.items():
-            curve = summary.get("main", {}).get(title, {}).get("curve", [])
-            steps = [point["step"] for point in curve]
-            axis.plot(steps, [point[name]["mean"] for point in curve], color=color, label=title)
-            axis.fill_between(
-                steps, [p[name]["low"] for p in curve], [p[name]["high"] for p in curve], color=color, alpha=0.15, linewidth=0
-            )
-        axis.set(title=name.capitalize(), xlabel="step", ylim=(0, 1))
+    main = summary.get("main", {})
+    curves = {title: main[title]["curve"] for title in COLORS_OF if title in main}
+    steps = max((point["step"] for curve in curves.values() for point in curve), default=0)
+    longest = [point for point in main.get(LONGER[-1], {"curve": []})["curve"] if point["step"] >= steps]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained", sharey=True)
+    panels = [(CURVES[0], "step", 1), (CURVES[1], "step", 1), (CURVES[0], "cpu_s", 60)]
+    for axis, (name, along, unit) in zip(axes, panels, strict=True):
+        for title, curve in {**curves, LONGER[-1]: longest}.items():
+            where = [point[along] / unit for point in curve]
+            color, style = COLORS_OF.get(title, COLORS_OF["plain"]), "-" if title in COLORS_OF else "--"
+            axis.plot(where, [point[name]["mean"] for point in curve], style, color=color, label=title)
+            if title in ("plain", "teacher", "shuffled"):
+                low, high = ([point[name][end] for point in curve] for end in ("low", "high"))
+                axis.fill_between(where, low, high, color=color, alpha=0.15, linewidth=0)
+        axis.set(title=name.capitalize(), xlabel="step" if along == "step" else "CPU minutes", ylim=(0, 1))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("right answers")
-    axes[0].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=8, ncols=8)
     figure.savefig(path)
 
 
