@@ -32,7 +32,7 @@ CELLS = ("main", "300", "3000", "early", "shipped", "cue")
 """What is summarized; the other runs choose."""
 LONGER = ("plain, 2800 steps", "plain, 4800 steps")
 """The plain student with as much CPU time as the aligned one, and with twice its steps."""
-BESIDE = ("plain", "shuffled", *LONGER)
+BESIDE = ("plain", "shuffled", "agnostic", "captions", *LONGER)
 """Arms that the others are compared with."""
 LEVELS = (0.7, 0.8, 0.9)
 EARLIER = 800
