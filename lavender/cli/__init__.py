@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from ..errors import LavenderError, importing
+from ..errors import LavenderError, ModelError, importing
 from .evaluate import app as evaluate_app
 from .extract import extract
 from .targets import app as targets_app
@@ -72,7 +72,7 @@ def doctor(
     """Report what lavender finds in a model, what it can do with it, and what is missing. Loads no weights.
 
     Without a model: what this machine has, by which kernels lavender runs on it, and what is missing.
-    Exit code 1 if something is missing.
+    Exit code 1 if something is missing, 2 if a file of weights is damaged.
     """
     from ..doctor import examine, examine_machine
 
@@ -82,6 +82,9 @@ def doctor(
         print(f"{finding.topic:<{width}}{finding.result}".replace("\n", "\n" + " " * width))
         if finding.remedy:
             print(f"{'':<{width}}-> {finding.remedy}")
+    for finding in findings:
+        if finding.is_damaged:
+            raise ModelError(finding.result)
     if any(finding.remedy for finding in findings):
         raise typer.Exit(1)
 
