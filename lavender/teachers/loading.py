@@ -90,19 +90,22 @@ def _parts_of(model: str | Path, index: Mapping[str, Any]) -> Iterator[tuple[str
     import diffusers
     import transformers
 
-    for part, entry in index.items():
-        if isinstance(entry, list | tuple) and len(entry) == 2 and entry[0] is not None:
-            library, name = entry
-            known: Any = {"diffusers": diffusers, "transformers": transformers}
-            kind = getattr(known.get(library, getattr(diffusers.pipelines, library, None)), name, None)
-            if kind is None:
-                raise ModelError(
-                    f"its {part} is a {name} of {library}, which neither diffusers nor transformers has: it needs code of its own, "
-                    "which lavender does not run"
-                )
-            if part not in _UNUSED and (missing := _missing_files(model, part, kind)):
-                raise ModelError(f"its {part}, a {name}, has no {missing} in {model}; give a whole copy")
-            yield part, kind
+    listed = {part: entry for part, entry in index.items() if isinstance(entry, list | tuple) and len(entry) == 2 and entry[0]}
+    pipeline: Any = getattr(diffusers, index["_class_name"])
+    needed = set(pipeline._get_signature_keys(pipeline)[0]) - {*pipeline._optional_components, *_UNUSED}
+    if lacking := sorted(needed - listed.keys()):
+        raise ModelError(f"the {_INDEX} of {str(model)!r} lists no {' and no '.join(lacking)}, of which a {pipeline.__name__} is made")
+    for part, (library, name) in listed.items():
+        known: Any = {"diffusers": diffusers, "transformers": transformers}
+        kind = getattr(known.get(library, getattr(diffusers.pipelines, library, None)), name, None)
+        if kind is None:
+            raise ModelError(
+                f"its {part} is a {name} of {library}, which neither diffusers nor transformers has: it needs code of its own, "
+                "which lavender does not run"
+            )
+        if part not in _UNUSED and (missing := _missing_files(model, part, kind)):
+            raise ModelError(f"its {part}, a {name}, has no {missing} in {model}; give a whole copy")
+        yield part, kind
 
 
 def _missing_files(model: str | Path, part: str, kind: Any) -> str:
