@@ -82,9 +82,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns when the names in a folder, new and gone, survive a power cut."""
     if os.name == "nt":  # a folder cannot be synchronized there
         return
-    descriptor = os.open(path.parent, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -155,6 +160,12 @@ class FolderLock:
 
     def is_held(self) -> bool:
         return self._lock.is_locked
+
+    def rename(self, folder: Path) -> None:
+        """Gives the folder another name, under which it is still held. Nothing may be there but an empty folder."""
+        self._holder.parent.rename(folder)
+        self._holder = folder / self._holder.name
+        sync_folder(folder.parent)
 
     def release(self) -> None:
         if self._lock.is_locked:

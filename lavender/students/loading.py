@@ -70,7 +70,7 @@ def empty_student(model: str | Path) -> PreTrainedModel:
 
 
 def read_checkpoint(model: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors that a student's files of weights have, by their headers, on the meta device; none where none are on this machine.
+    """The tensors that a student's files of weights have, by their headers, on the meta device; none where there are no files.
 
     Raises `ModelError` where a file is missing, cut off, or none of weights.
     """

@@ -94,7 +94,9 @@ def _parts_of(model: str | Path, index: Mapping[str, Any]) -> Iterator[tuple[str
     pipeline: Any = getattr(diffusers, index["_class_name"])
     needed = set(pipeline._get_signature_keys(pipeline)[0]) - {*pipeline._optional_components, *_UNUSED}
     if lacking := sorted(needed - listed.keys()):
-        raise ModelError(f"the {_INDEX} of {str(model)!r} lists no {' and no '.join(lacking)}, of which a {pipeline.__name__} is made")
+        raise ModelError(
+            f"the {_INDEX} of {str(model)!r} lists no {' and no '.join(lacking)}, of which a {pipeline.__name__} is made"
+        )
     for part, (library, name) in listed.items():
         known: Any = {"diffusers": diffusers, "transformers": transformers}
         kind = getattr(known.get(library, getattr(diffusers.pipelines, library, None)), name, None)
