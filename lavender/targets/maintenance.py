@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations, groupby
@@ -230,7 +231,11 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> int:
         raise TargetError(str(error)) from None
     taken: dict[str, TargetStore] = {}
     with stopping() as stop, TargetWriter(unfinished, source, stores[0].config) as writer:
-        _require_new(out)  # again: another process may have finished in between
+        try:
+            _require_new(out)  # again: another process may have finished in between
+        except TargetError:
+            shutil.rmtree(unfinished)
+            raise
         writer.begin_run()
         for store in stores:
             for _, ids in groupby(store, store.shard_of):
