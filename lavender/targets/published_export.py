@@ -131,20 +131,22 @@ def _set_aside(path: Path, format: Format) -> Iterator[Path]:
         if os.path.lexists(aside) and (not aside.is_dir() or {child.name for child in aside.iterdir()} - _ASIDE):
             raise TargetError(f"{aside} is no folder of an export that was cut off; remove it, or give another name")
         aside.mkdir(exist_ok=True)
-        with FolderLock(aside, error=TargetError):
-            try:
-                _require_new(path, format)  # again: another process may have finished in between
-                _remove(aside / "data")
-                yield aside / "data"
-                _sync(aside / "data")
-                os.rename(aside / "data", final)
-                sync_folder(final.parent)
-            finally:
-                _remove(aside / "data")
-                # Another process that has opened it already finds that it is gone, or that the export is there.
-                (aside / ".lock").unlink(missing_ok=True)
-        with suppress(OSError):  # another process comes in
-            aside.rmdir()
+        try:
+            with FolderLock(aside, error=TargetError):
+                try:
+                    _require_new(path, format)  # again: another process may have finished in between
+                    _remove(aside / "data")
+                    yield aside / "data"
+                    _sync(aside / "data")
+                    os.rename(aside / "data", final)
+                    sync_folder(final.parent)
+                finally:
+                    _remove(aside / "data")
+                    # Another process that has opened it already finds that it is gone, or that the export is there.
+                    (aside / ".lock").unlink(missing_ok=True)
+        finally:
+            with suppress(OSError):  # another process is in it
+                aside.rmdir()
 
 
 _ASIDE = {".lock", ".lock.json", ".lock.json.partial", "data"}
