@@ -10,6 +10,7 @@ import typer
 from tqdm import tqdm
 
 from ..errors import LavenderError
+from ..signals import Stopped
 from .evaluate import app as evaluate_app
 from .extract import extract
 from .targets import app as targets_app
@@ -104,6 +105,8 @@ def main() -> None:
     except SystemExit as end:
         if end.code == 130:  # what typer makes of Ctrl-C
             _print_error("interrupted; the same command continues")
+        elif isinstance(end, Stopped):
+            _print_error(str(end))
         raise
 
 
