@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import posixpath
+import shutil
 import socket
 import stat
 import time
@@ -82,9 +83,29 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    _synchronize(path.parent)
+
+
+def replace_folder(made: Path, folder: Path) -> None:
+    """Gives a folder that was written aside, on the same disk, its name; what had that name is removed.
+
+    A kill or a power cut leaves all of it under the name, or nothing of it. Raises `OSError` where that cannot be done.
+    """
+    for place, _, names in os.walk(made, topdown=False):
+        for name in names:
+            _synchronize(Path(place, name))
+        _synchronize(Path(place))
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(made, folder)
+    _synchronize(folder.parent)
+
+
+def _synchronize(path: Path) -> None:
+    """Waits until a file, or the list of a folder's files, is on the disk."""
     if os.name == "nt":  # a folder cannot be synchronized there
         return
-    descriptor = os.open(path.parent, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
