@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ..config import DEFAULT_QUESTION, Format
 from ..data.samples import PLACEHOLDER, Conversation, Sample
 from ..errors import ConfigError, DataError, TargetError
-from ..files import FolderLock, name_full_disk, own_path, path_within, sync_folder
+from ..files import FolderLock, name_full_disk, own_path, path_within, synchronize, synchronize_all
 from ..images import ImageSource, image_sha256, load_image, read_bytes
 from ..signals import Stopped, stopping
 from ..types import WHOLE_PICTURE, Box
@@ -137,9 +137,9 @@ def _set_aside(path: Path, format: Format) -> Iterator[Path]:
                     _require_new(path, format)  # again: another process may have finished in between
                     _remove(aside / "data")
                     yield aside / "data"
-                    _sync(aside / "data")
+                    synchronize_all(aside / "data")
                     os.rename(aside / "data", final)
-                    sync_folder(final.parent)
+                    synchronize(final.parent)
                 finally:
                     _remove(aside / "data")
                     # Another process that has opened it already finds that it is gone, or that the export is there.
@@ -158,15 +158,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Returns when all of a folder, or a file, survives a power cut."""
-    for place, _, files in os.walk(path) if path.is_dir() else [(str(path.parent), [], [path.name])]:
-        for name in files:
-            with open(os.path.join(place, name), "rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(Path(place))
 
 
 @dataclass(frozen=True, eq=False)
