@@ -50,7 +50,7 @@ def load_pipeline(model: str | Path, config: TeacherConfig | None = None) -> Any
             else str(DiffusionPipeline.download(name, revision=revision, trust_remote_code=False, safety_checker=None))
         )
         parts: dict[str, Any] = {part: value for part, value in _UNUSED.items() if part in index}
-        for part, kind in _parts_of(model, index):
+        for part, kind in _parts_of(folder, index):
             if part not in parts and issubclass(kind, torch.nn.Module):
                 parts[part], report = _load(kind, folder, part, asked)
                 require_complete(parts[part], report, f"the {part} of {str(model)!r}")
@@ -108,6 +108,11 @@ def _parts_of(model: str | Path, index: Mapping[str, Any]) -> Iterator[tuple[str
         if part not in _UNUSED and (missing := _missing_files(model, part, kind)):
             raise ModelError(f"its {part}, a {name}, has no {missing} in {model}; give a whole copy")
         yield part, kind
+
+
+def needed_parts(pipeline: Any) -> set[str]:
+    """The parts that a class of pipelines cannot be without."""
+    return set(pipeline._get_signature_keys(pipeline)[0]) - {*pipeline._optional_components, *_UNUSED}
 
 
 def _missing_files(model: str | Path, part: str, kind: Any) -> str:

@@ -300,6 +300,13 @@ def test_a_part_that_is_missing(part, pipeline, doctor):
             load_pipeline(pipeline)
 
 
+def test_a_loaded_pipeline_without_a_part(pipe):
+    assert not [finding for finding in examine(pipe) if finding.remedy]
+    pipe.vae = None
+    [finding] = [finding for finding in examine(pipe) if finding.remedy]
+    assert (finding.topic, finding.result) == ("extraction", "none: it has no vae")
+
+
 def test_a_tokenizer_that_does_not_fit_the_text_encoder(pipeline, doctor):
     from transformers import CLIPTokenizer
 
