@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from ..errors import LavenderError
+from ..errors import LavenderError, ModelError, importing
+from ..signals import Stopped
 from .evaluate import app as evaluate_app
 from .extract import extract
 from .targets import app as targets_app
@@ -72,7 +73,7 @@ def doctor(
     """Report what lavender finds in a model, what it can do with it, and what is missing. Loads no weights.
 
     Without a model: what this machine has, by which kernels lavender runs on it, and what is missing.
-    Exit code 1 if something is missing.
+    Exit code 1 if something is missing, 2 if a file of weights is damaged.
     """
     from ..doctor import examine, examine_machine
 
@@ -82,6 +83,9 @@ def doctor(
         print(f"{finding.topic:<{width}}{finding.result}".replace("\n", "\n" + " " * width))
         if finding.remedy:
             print(f"{'':<{width}}-> {finding.remedy}")
+    for finding in findings:
+        if finding.is_damaged:
+            raise ModelError(finding.result)
     if any(finding.remedy for finding in findings):
         raise typer.Exit(1)
 
@@ -89,7 +93,8 @@ def doctor(
 def main() -> None:
     """Entry point of the `lavender` command."""
     try:
-        app()
+        with importing():
+            app()
     except LavenderError as error:
         _print_error(str(error))
         sys.exit(2)
@@ -98,12 +103,11 @@ def main() -> None:
             raise
         _print_error(f"{error.strerror}: {error.filename}")
         sys.exit(2)
-    except ModuleNotFoundError as error:
-        _print_error(f"this needs the package {error.name}; pip install 'lavender-attention[all]'")
-        sys.exit(2)
     except SystemExit as end:
         if end.code == 130:  # what typer makes of Ctrl-C
             _print_error("interrupted; the same command continues")
+        elif isinstance(end, Stopped):
+            _print_error(str(end))
         raise
 
 
