@@ -66,7 +66,11 @@ def _parts(error: BaseException) -> Iterator[BaseException]:
 def _says_full_disk(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    kinds = ("I/O error",) if isinstance(error, SafetensorError) else ("PytorchStreamWriter failed", "inline_container.cc")
+    kinds = (
+        ("I/O error",)
+        if isinstance(error, SafetensorError)
+        else ("PytorchStreamWriter failed", "inline_container.cc", "iostream error")
+    )
     return any(kind in str(error) for kind in kinds)
 
 

@@ -90,7 +90,7 @@ def test_every_kind_of_bad_sample_is_skipped_counted_and_listed(train, samples, 
     out = train("run", given, replace(TRAINING, arguments={"use_cpu": True, "train_sampling_strategy": "sequential"}))
     reasons = {
         samples[0].id: "cannot read the image",
-        samples[1].id: "cannot read the image",
+        samples[1].id: "is empty",
         samples[2].id: "no image at",
         samples[3].id: "cannot read the image",
         samples[4].id: "made from another picture",
