@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 
 class LavenderError(Exception):
@@ -27,6 +30,72 @@ class DataError(LavenderError):
 
 class TargetError(LavenderError):
     """A target store is missing, damaged, or belongs to other pictures or another teacher."""
+
+
+class MissingPackageError(LavenderError, ModuleNotFoundError):
+    """A package that is not installed; `name` is its name in imports."""
+
+
+@dataclass(frozen=True)
+class OptionalPackage:
+    """A package that lavender's own dependencies do not include.
+
+    Attributes:
+        extra: of lavender's extras the one that installs it; empty where it is installed by itself.
+        commands: of `lavender`, which do not run without it.
+        uses: what else needs it: an option, or a part of the Python API.
+        distribution: what pip calls it, where that is not its name in imports.
+    """
+
+    extra: str
+    commands: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
+    distribution: str = ""
+
+
+OPTIONAL_PACKAGES = {
+    "diffusers": OptionalPackage("extract", ("demo", "extract"), ("evaluate --teacher", "doctor of a pipeline", "patch(pipe)")),
+    "pyarrow": OptionalPackage("extract", ("demo", "extract", "evaluate maps", "targets"), ("train --targets", "parquet files")),
+    "filelock": OptionalPackage("extract", ("demo", "extract", "evaluate maps", "targets"), ("train --targets",)),
+    "datasets": OptionalPackage("extract", (), ("data sets of the hub", "targets export --format parquet")),
+    "accelerate": OptionalPackage("train", ("demo", "train")),
+    "peft": OptionalPackage("train", (), ("train with LoRA (the default)", "evaluate --adapter")),
+    "jinja2": OptionalPackage("report", ("demo", "report")),
+    "rich": OptionalPackage("report", ("demo",)),
+    "matplotlib": OptionalPackage("report", (), ("extract --preview", "pictures of train --targets", "plot and overlay of maps")),
+    "triton": OptionalPackage("triton", (), ("the fastest kernels of a GPU",)),
+    "ray": OptionalPackage("ray", (), ("extract --engine ray",)),
+    "deepspeed": OptionalPackage("deepspeed", (), ("train --set training.arguments.deepspeed=FILE",)),
+    "tensorboard": OptionalPackage("tensorboard", (), ("train --set training.arguments.report_to=tensorboard",)),
+    "spacy": OptionalPackage("words", (), ("train --set words.tagger=NAME",)),
+    "trl": OptionalPackage("trl", (), ("TRL's trainers in place of train",)),
+    "bitsandbytes": OptionalPackage("", (), ("models quantized by it",)),
+    "torchao": OptionalPackage("", (), ("models quantized by it",)),
+    "liger_kernel": OptionalPackage("", (), ("train --set training.arguments.use_liger_kernel=true",), "liger-kernel"),
+    "torchvision": OptionalPackage("", (), ("processors of some students",)),
+}
+"""Packages by their names in imports. Where they are missing, lavender imports, and what does without them runs."""
+
+
+def install_command(package: str) -> str:
+    """How a package is installed, by its name in imports: from a clone of lavender, and from an index."""
+    known = OPTIONAL_PACKAGES.get(package, OptionalPackage(""))
+    if not known.extra:
+        return f"pip install {known.distribution or package}"
+    return f"pip install '.[{known.extra}]' in a clone of lavender, else pip install 'lavender-attention[{known.extra}]'"
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around imports of optional packages: a missing one is a `MissingPackageError` that says how to install it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if isinstance(error, LavenderError) or package in ("", "lavender"):
+            raise
+        message = f"this needs the package {package}, which is not installed: {install_command(package)}"
+        raise MissingPackageError(message, name=package) from error
 
 
 def first_line(error: BaseException) -> str:

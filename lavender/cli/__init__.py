@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from ..errors import LavenderError
+from ..errors import LavenderError, importing
 from .evaluate import app as evaluate_app
 from .extract import extract
 from .targets import app as targets_app
@@ -89,7 +89,8 @@ def doctor(
 def main() -> None:
     """Entry point of the `lavender` command."""
     try:
-        app()
+        with importing():
+            app()
     except LavenderError as error:
         _print_error(str(error))
         sys.exit(2)
@@ -97,9 +98,6 @@ def main() -> None:
         if error.filename is None:
             raise
         _print_error(f"{error.strerror}: {error.filename}")
-        sys.exit(2)
-    except ModuleNotFoundError as error:
-        _print_error(f"this needs the package {error.name}; pip install 'lavender-attention[all]'")
         sys.exit(2)
     except SystemExit as end:
         if end.code == 130:  # what typer makes of Ctrl-C
