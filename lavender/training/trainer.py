@@ -16,9 +16,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..batches.collator import Collator
-from ..errors import LavenderError
+from ..errors import ConfigError, LavenderError, reading
 from ..students.patch import is_checkpoint
 from ..types import WordBatch
+from .arguments import REFUSAL, REMEDY
 from .checkpoints import write_record
 from .guard import of_all_processes
 
@@ -93,7 +94,8 @@ class StudentTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with the aligner's weights in groups of their own."""
         made_before = self.optimizer is not None
-        optimizer = super().create_optimizer(model)
+        with reading(f"the optimizer {REFUSAL}", REMEDY, ConfigError):
+            optimizer = super().create_optimizer(model)
         if made_before or self.aligner_learning_rate is None:
             return optimizer
         trained: Any = self.model if model is None else model
@@ -106,6 +108,11 @@ class StudentTrainer(Trainer):
                 optimizer.add_param_group({**group, "params": aligner, "lr": self.aligner_learning_rate})
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The Trainer's."""
+        with reading(f"the learning rate's schedule {REFUSAL}", REMEDY, ConfigError):
+            return super().create_scheduler(num_training_steps, optimizer)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The Trainer's. FSDP2 resumes an optimizer only if it has a state of every weight, unused ones too."""

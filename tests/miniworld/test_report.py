@@ -44,8 +44,7 @@ def word(text, role, index, found):
     return {"word": text, "role": role, "object": index, "maps": maps, **more}
 
 
-@pytest.fixture
-def run(tmp_path):
+def results_of_a_demo():
     question = {
         "type": "color",
         "text": "What color is the <ring>?",
@@ -55,7 +54,7 @@ def run(tmp_path):
     }
     counting = {**question, "text": "How many?", "answer": "three", "words": [word("three", "answer", None, None)]}
     history = [{"step": 100, "cpu_s": 4.0, "answers": {"color": 0.1, "place": 0.3}}]
-    results = {
+    return {
         "answers": {"in distribution": ROWS, "clutter": ROWS},
         "attention": {
             arm: {"question": compared(first), "answer": compared(0.4)} for arm, first in (("plain", 0.31), ("aligned", 0.92))
@@ -74,7 +73,11 @@ def run(tmp_path):
         },
         "environment": environment(),
     }
-    (tmp_path / "results.json").write_text(json.dumps(results))
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(results_of_a_demo()))
     return tmp_path
 
 
