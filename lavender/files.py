@@ -1,12 +1,15 @@
 """The border with files: reading regular files at a path or a URL, paths that a data set names, and writing a file whole or not at
-all, through no link but the user's own."""
+all, through no link but the user's own; and the lock on a folder that one process writes."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import posixpath
+import socket
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
@@ -15,7 +18,7 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote
 from urllib.request import urlopen
 
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, LavenderError
 
 TIMEOUT_S = 60
 """How long a server may be silent before it is given up."""
@@ -86,6 +89,86 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def name_full_disk(folder: Path, error: type[LavenderError] = DataError) -> Iterator[None]:
+    """Raises `error`, which says what to do, in place of the `OSError` of a disk that is full while `folder` is written to."""
+    try:
+        yield
+    except OSError as fault:
+        if fault.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise error(
+            f"cannot write to {folder}: {fault.strerror}. What is stored there is safe; free some space and run the same command "
+            "again to continue"
+        ) from None
+
+
+class FolderLock:
+    """Keeps a second writer out of a folder, across processes; the system frees it when its holder dies.
+
+    `.lock` in the folder is what is locked, and stays; `.lock.json` names the holder while it is held. Held from the beginning on,
+    until `release` or the end of a `with` block.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        doing: str = "writing",
+        remedy: str = "wait until it has finished, or give another folder",
+        error: type[LavenderError] = DataError,
+    ) -> None:
+        """
+        Args:
+            folder: a folder that is there.
+            doing: what the holder does with it, as a message says it of another process.
+            remedy: what the message says to do.
+            error: what is raised if another process holds the lock, or something else is in the place of the lock's file.
+        """
+        from filelock import FileLock, Timeout  # here, since reading alone can do without the package
+
+        try:
+            path = own_path(folder, ".lock")
+        except DataError as fault:
+            raise error(str(fault)) from None
+        if path.exists() and not path.is_file():
+            raise error(f"{path} is no file, as lavender keeps one under this name; remove it, or give another folder")
+        # A folder may be written by another thread than the one that locked it.
+        self._lock = FileLock(path, thread_local=False)
+        self._holder = folder / ".lock.json"
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise error(f"another process{self._named()} is {doing} {folder}; {remedy}") from None
+        with suppress(OSError):
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+            write_within(folder, self._holder.name, json.dumps(holder))
+
+    def _named(self) -> str:
+        try:
+            holder = json.loads(read_file(self._holder))
+            return f" (process {holder['pid']} on {holder['host']}, since {holder['since']})"
+        except (OSError, ValueError, KeyError, TypeError):  # it has only just begun
+            return ""
+
+    def is_held(self) -> bool:
+        return self._lock.is_locked
+
+    def release(self) -> None:
+        if self._lock.is_locked:
+            try:
+                with suppress(OSError):  # it only names the holder, and may be a folder that somebody put there
+                    self._holder.unlink()
+            finally:
+                self._lock.release()
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
 
 
 def _encoded(data: str | bytes | memoryview) -> bytes | memoryview:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lavender"
 
 FLOORS = [
-    {"types", "errors", "files"},
+    {"types", "errors", "files", "signals"},
     {"config", "words", "images", "handle", "kernels", "pretrained"},
     {"data", "maps"},
     {"students", "teachers", "targets"},

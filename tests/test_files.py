@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import posixpath
 import stat
@@ -11,8 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lavender.errors import DataError
-from lavender.files import open_regular, own_path, path_within, read_file, write_atomically, write_within
+from lavender.errors import DataError, TargetError
+from lavender.files import (
+    FolderLock,
+    name_full_disk,
+    open_regular,
+    own_path,
+    path_within,
+    read_file,
+    write_atomically,
+    write_within,
+)
 from lavender.images import load_image
 
 NAMES = st.lists(
@@ -166,3 +176,58 @@ def test_only_regular_files_are_read(tmp_path):
         open_regular(tmp_path)
     (tmp_path / "file").write_bytes(b"abcd")
     assert read_file(tmp_path / "file", 1, 2) == read_file(f"file://{tmp_path}/file", 1, 2) == b"bc"
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from lavender.files import FolderLock
+lock = FolderLock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_folder_is_locked_by_one_process_until_that_dies(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(
+            TargetError, match=rf"^another process \(process {holder.pid} on .*, since .*\) is using {tmp_path}; go away$"
+        ):
+            FolderLock(tmp_path, "using", "go away", TargetError)
+        holder.kill()
+    with FolderLock(tmp_path) as lock:
+        assert lock.is_held()
+        with pytest.raises(DataError, match=rf"another process \(process {os.getpid()} on .* is writing"):
+            FolderLock(tmp_path)
+    assert not lock.is_held()
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_what_lies_in_the_place_of_a_lock_is_left_alone(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    for make, message in (
+        (lambda p: p.mkdir(), "is no file"),
+        (os.mkfifo, "is no file"),
+        (lambda p: p.symlink_to("mine"), "is a link"),
+    ):
+        folder = tmp_path / message.replace(" ", "")
+        folder.mkdir(exist_ok=True)
+        path = folder / ".lock"
+        make(path)
+        with pytest.raises(TargetError, match=rf"\.lock {message}"):
+            FolderLock(folder, error=TargetError)
+        path.rmdir() if path.is_dir() else path.unlink()
+        os.mkfifo(folder / ".lock.json")  # whoever reads it waits for ever
+        with FolderLock(folder), pytest.raises(DataError, match="another process"):
+            FolderLock(folder)
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+        (folder / ".lock").unlink()
+
+
+def test_a_full_disk_is_named_and_other_faults_are_themselves(tmp_path):
+    message = rf"cannot write to {tmp_path}: No space left.*run the same command again"
+    with pytest.raises(TargetError, match=message), name_full_disk(tmp_path, TargetError):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(PermissionError), name_full_disk(tmp_path):
+        raise PermissionError(errno.EACCES, "Permission denied")

@@ -12,7 +12,8 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from ..errors import LavenderError, first_line, importing, lacks_memory
+from ..errors import LavenderError, ModelError, first_line, importing, lacks_memory
+from ..signals import Stopped
 from .evaluate import app as evaluate_app
 from .extract import extract
 from .notes import without_notes
@@ -88,7 +89,7 @@ def doctor(
     """Report what lavender finds in a model, what it can do with it, and what is missing. Loads no weights.
 
     Without a model: what this machine has, by which kernels lavender runs on it, and what is missing.
-    Exit code 1 if something is missing.
+    Exit code 1 if something is missing, 2 if a file of weights is damaged.
     """
     from ..doctor import examine, examine_machine
 
@@ -98,6 +99,9 @@ def doctor(
         print(f"{finding.topic:<{width}}{finding.result}".replace("\n", "\n" + " " * width))
         if finding.remedy:
             print(f"{'':<{width}}-> {finding.remedy}")
+    for finding in findings:
+        if finding.is_damaged:
+            raise ModelError(finding.result)
     if any(finding.remedy for finding in findings):
         raise typer.Exit(1)
 
@@ -117,6 +121,9 @@ def main() -> None:
             code = app(prog_name="lavender", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
+    except Stopped as end:
+        _print_error(str(end))
+        raise
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()  # type: ignore[attr-defined]

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..config import to_dict
 from ..errors import LavenderError, TargetError
-from ..files import read_file, write_within
+from ..files import FolderLock, read_file, write_within
 from .experiment import (
     ARMS,
     MAIN_WORLD,
@@ -56,7 +55,7 @@ def run_demo(out: Path, config: DemoConfig) -> Path:
     """
     console = Console()
     out.mkdir(parents=True, exist_ok=True)
-    with _alone(out):
+    with FolderLock(out, "running a demo in", error=TargetError):
         _require_same(out, config)
         console.rule("1/3  Teacher: where does each word lie?")
         teacher_targets(out / "data", training_scenes(config), config.teacher)
@@ -78,15 +77,6 @@ def run_demo(out: Path, config: DemoConfig) -> Path:
     console.print(headline(results), highlight=False)
     console.print(f"Report: {report}")
     return report
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    try:
-        with FileLock(out / ".lock", blocking=False):
-            yield
-    except Timeout:
-        raise TargetError(f"another process runs a demo in {out}; wait until it has finished, or give another folder") from None
 
 
 def _require_same(out: Path, config: DemoConfig) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,9 @@ from transformers.utils import find_adapter_config_file, is_accelerate_available
 
 from ..config import Dtype
 from ..errors import ModelError
+from ..pretrained.headers import TRANSFORMERS, loading_report, read_shapes, without_report
 from ..pretrained.names import find_file, loading, locate_model, pin
-from ..pretrained.weights import read_shapes, require_complete, require_finite, some
+from ..pretrained.weights import require_complete, require_finite, some
 
 _ADAPTER = "adapter_config.json"
 _CONFIGS = ("config.json", _ADAPTER)
@@ -45,7 +44,7 @@ def load_student(model: str | Path, dtype: Dtype = "float32") -> tuple[PreTraine
             base = json.loads(Path(adapter).read_text()).get("base_model_name_or_path")
             raise ModelError(f"{str(model)!r} is an adapter of {base!r}; give that as the model, and {str(model)!r} as the adapter")
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
-        with _without_report():
+        with without_report():
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 name,
                 revision=revision,
@@ -70,33 +69,29 @@ def empty_student(model: str | Path) -> PreTrainedModel:
     return student
 
 
-def require_checkpoint(student: PreTrainedModel, model: str | Path) -> int | None:
-    """How many tensors the checkpoint of an `empty_student` has, by its safetensors' headers; None where none are on this machine.
+def read_checkpoint(model: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors that a student's files of weights have, by their headers, on the meta device; none where there are no such files.
 
-    Raises `ModelError` where `load_student` would, but for NaN and infinity.
+    Raises `ModelError` where a file is missing, cut off, or none of weights.
     """
     with _loading_student(model):
         config_file = find_file(model, "config.json")
-        try:
-            tensors = {} if config_file is None else read_shapes(config_file.parent)
-        except FileNotFoundError:
-            if locate_model(model, *_CONFIGS)[1] is None:
-                raise
-            tensors = {}  # of the hub, not all of it is downloaded
+        is_partial = locate_model(model, *_CONFIGS)[1] is not None  # of the hub, not all of it is downloaded
+        what = f"the student {str(model)!r}"
+        return {} if config_file is None else read_shapes(config_file.parent, TRANSFORMERS, what, is_partial)
+
+
+def require_checkpoint(student: PreTrainedModel, model: str | Path) -> int | None:
+    """How many tensors the checkpoint of an `empty_student` has; None where none are on this machine, or they are quantized.
+
+    Raises `ModelError` where `load_student` would, but for NaN and infinity.
+    """
+    tensors = read_checkpoint(model)
+    with _loading_student(model):
         if not tensors or not is_accelerate_available() or hasattr(student.config, "quantization_config"):
             return None
-        kind: Any = type(student)
-        with _without_report():
-            whole, report = kind.from_pretrained(
-                None,
-                config=student.config,
-                state_dict=tensors,
-                device_map="meta",
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=False,
-            )
-    require_complete(whole, report, f"the student {str(model)!r}")
+        report = loading_report(student, tensors)
+    require_complete(student, report, f"the student {str(model)!r}")
     return len(tensors)
 
 
@@ -147,18 +142,3 @@ def _loading_adapter(adapter: str | Path) -> AbstractContextManager[None]:
 
 def _loading_student(model: str | Path) -> AbstractContextManager[None]:
     return loading("an image-text-to-text model", model, "give a folder that transformers saved, or a hub id")
-
-
-@contextmanager
-def _without_report() -> Iterator[None]:
-    """Without transformers' table of keys, of which `require_complete` says what matters."""
-    library = logging.getLogger("transformers.modeling_utils")
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    library.addFilter(is_other)
-    try:
-        yield
-    finally:
-        library.removeFilter(is_other)

@@ -14,28 +14,24 @@ pending files go, so a kill at any moment leaves a store that the next writer co
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
-import socket
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-from filelock import FileLock, Timeout
 from PIL import Image
 
 from ..config import fingerprint, require_kind
 from ..errors import DataError, TargetError, warn_renamed
-from ..files import own_path, write_within
+from ..files import FolderLock, name_full_disk, own_path, write_within
 from ..images import ImageSource, file_sha256, image_sha256, load_image
 from .manifest import (
     StoreConfig,
@@ -81,21 +77,8 @@ _EARLY_FILES = {".lock", ".lock.json", ".lock.json.partial", "manifest.json.part
 """What a folder may hold before it is a store: left by a writer that was killed at once, or by `lavender extract --preview`."""
 
 
-@contextmanager
-def _name_full_disk(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise TargetError(
-            f"cannot write to {folder}: {error.strerror}. What is stored there is safe; free some space and run the same command "
-            "again to continue"
-        ) from None
-
-
 def _write(folder: Path, name: str, data: str | memoryview) -> None:
-    with _name_full_disk((folder / name).parent):
+    with name_full_disk((folder / name).parent, TargetError):
         write_within(folder, name, data)
 
 
@@ -105,43 +88,6 @@ class Identity(NamedTuple):
     image_sha256: str
     file_sha256: str
     caption: str
-
-
-class _Lock:
-    """Keeps a second writer out of a store, across processes; the system frees it when its holder dies."""
-
-    def __init__(self, folder: Path) -> None:
-        # A store may be written by another thread than the one that opened it.
-        self._lock = FileLock(folder / ".lock", thread_local=False)
-        self._holder = folder / ".lock.json"
-        try:
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            raise TargetError(
-                f"another process{self._named()} is writing {folder}; wait until it has finished, or give another folder"
-            ) from None
-        with suppress(OSError):
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
-            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
-            write_within(folder, self._holder.name, json.dumps(holder))
-
-    def _named(self) -> str:
-        try:
-            holder = json.loads(self._holder.read_text())
-            return f" (process {holder['pid']} on {holder['host']}, since {holder['since']})"
-        except (OSError, ValueError, KeyError, TypeError):  # it has only just begun
-            return ""
-
-    def is_held(self) -> bool:
-        return self._lock.is_locked
-
-    def release(self) -> None:
-        if self._lock.is_locked:
-            try:
-                with suppress(OSError):  # it only names the holder, and may be a folder that somebody put there
-                    self._holder.unlink()
-            finally:
-                self._lock.release()
 
 
 class _Waiting(NamedTuple):
@@ -180,9 +126,9 @@ class TargetWriter:
         self._storage = config.storage
         self._pending = folder / "pending"
         _require_store(folder)
-        with _name_full_disk(folder):
+        with name_full_disk(folder, TargetError):
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _Lock(folder)
+            self._lock = FolderLock(folder, error=TargetError)
             try:
                 self._open(new_manifest(source, config))
             except BaseException:
@@ -416,12 +362,11 @@ def _require_store(folder: Path) -> None:
     if "manifest.json" not in names and names - _EARLY_FILES:
         raise TargetError(f"{folder} exists and is no target store; give --out a new or empty folder")
     try:
-        lock, pending = (own_path(folder, name) for name in (".lock", "pending"))
+        pending = own_path(folder, "pending")
     except DataError as error:
         raise TargetError(str(error)) from None
-    for path, is_one, kind in ((lock, lock.is_file(), "file"), (pending, pending.is_dir(), "folder")):
-        if path.exists() and not is_one:
-            raise TargetError(f"{path} is no {kind}, as a store has one under this name; remove it, or give --out a new folder")
+    if pending.exists() and not pending.is_dir():
+        raise TargetError(f"{pending} is no folder, as a store has one under this name; remove it, or give --out a new folder")
 
 
 def _is_picture(image: ImageSource, stored: Identity) -> bool:
