@@ -11,7 +11,7 @@ from threading import RLock
 from typing import Any
 
 from ..errors import ModelError, first_line, reading
-from .folders import misplaced
+from .folders import misplaced, require_regular_files
 
 
 def split_revision(model: str | Path) -> tuple[str, str | None]:
@@ -43,6 +43,7 @@ def locate_model(model: str | Path, *files: str) -> tuple[str, str | None]:
     """
     name, revision = split_revision(model)
     if Path(name).exists():
+        require_regular_files(Path(name))
         return name, None
     for file in files[:-1]:
         path = find_file(model, file)

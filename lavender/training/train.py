@@ -51,7 +51,7 @@ from ..students.channels import is_chosen, weighed_places
 from ..students.discovery import attention_modules
 from ..students.heads import choose_heads
 from ..students.loading import load_student as load_student  # importable from here
-from ..students.loading import pin_adapter, pin_student
+from ..students.loading import pin_adapter, pin_student, require_adapter
 from ..students.patch import ALIGNER_FILE, StudentPatch
 from ..targets.store import TargetStore
 from .arguments import REFUSAL, REMEDY, make_arguments
@@ -414,6 +414,7 @@ def _with_lora(student: Any, training: TrainingConfig, adapter: str | Path | Non
             return get_peft_model(student, config)
     with reading(f"cannot load a LoRA adapter for this student from {adapter}", "give a whole copy of one", ModelError):
         name, revision = split_revision(adapter)
+        require_adapter(adapter)
         peft_config = PeftConfig.from_pretrained(name, revision=revision)
         kept = [module for module in getattr(peft_config, "modules_to_save", None) or () if module != "lavender"]
         peft_config.inference_mode, peft_config.modules_to_save = False, [*kept, *(beside or ())] or None
