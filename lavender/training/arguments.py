@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -23,32 +22,31 @@ def make_arguments(values: Mapping[str, Any]) -> TrainingArguments:
 
     Raises `ConfigError` naming the first that is of another type, or saying what transformers says.
     """
-    hints = get_type_hints(TrainingArguments)
-    for name, value in values.items():
-        kinds = _kinds_of(hints.get(name, Any))
-        if kinds and not isinstance(value, kinds):
-            expected = " or ".join(kind.__name__ for kind in kinds if kind is not NoneType)
-            raise ConfigError(f"transformers.TrainingArguments {REFUSAL} ({name} is {value!r}, expected {expected}); {REMEDY}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"transformers.TrainingArguments {REFUSAL} ({name} is {value}); give a finite number")
-        if name in _LEAST and value < _LEAST[name]:
-            raise ConfigError(f"transformers.TrainingArguments {REFUSAL} ({name} is {value}); it must be at least {_LEAST[name]}")
+    problem = misfit(TrainingArguments, values)
+    for name, least in _LEAST.items():
+        if not problem and values.get(name, least) < least:
+            problem = f"{name} is {values[name]}, expected {least} or more"
+    if problem:
+        raise ConfigError(f"transformers.TrainingArguments {REFUSAL} ({problem}); {REMEDY}")
     with reading(f"transformers.TrainingArguments {REFUSAL}", REMEDY, ConfigError):
         return TrainingArguments(**values)
 
 
+def misfit(cls: type, values: Mapping[str, Any]) -> str:
+    """The first of a dataclass's values in JSON that is no number where its field is one, in words; empty if there is none."""
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        kinds = _kinds_of(hints.get(name, Any))
+        if kinds and not isinstance(value, kinds):
+            return f"{name} is {value!r}, expected {' or '.join(dict.fromkeys(kind.__name__ for kind in kinds))}"
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{name} is {value}, expected a finite number"
+    return ""
+
+
 def _kinds_of(hint: Any) -> tuple[type, ...]:
-    """The types of JSON's values that a field takes; empty where it takes any."""
-    kinds: list[type] = []
-    for option in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
-        kind = get_origin(option) or option
-        if not isinstance(kind, type):
-            return ()
-        if issubclass(kind, Enum):  # by its value
-            kind = str
-        elif kind is float:
-            kinds.append(int)
-        if kind not in (bool, int, float, str, dict, list, NoneType):
-            return ()
-        kinds.append(kind)
-    return tuple(kinds)
+    """The types that a field of numbers takes; empty for others, whose annotations say less than what they take."""
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if not set(options) <= {bool, int, float, NoneType}:
+        return ()
+    return (*options, int) if float in options else options

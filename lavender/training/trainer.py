@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..batches.collator import Collator
-from ..errors import ConfigError, LavenderError, reading
+from ..errors import ConfigError, DataError, LavenderError, reading
 from ..students.patch import is_checkpoint
 from ..types import WordBatch
 from .arguments import REFUSAL, REMEDY
@@ -40,6 +41,12 @@ class Batches:
         if self.collator.targets is None:
             batch, _ = WordBatch.split(batch)
         return batch | {SAMPLE_IDS: [sample.id for sample in samples]}
+
+
+def _continuing(checkpoint: str | None) -> AbstractContextManager[None]:
+    """Around the Trainer's reading of a checkpoint, which executes no pickle."""
+    remedy = "remove it, to continue from the one before, or put back what it was"
+    return reading(f"{checkpoint} cannot be continued from", remedy, DataError)
 
 
 class StudentTrainer(Trainer):
@@ -113,6 +120,18 @@ class StudentTrainer(Trainer):
         """The Trainer's."""
         with reading(f"the learning rate's schedule {REFUSAL}", REMEDY, ConfigError):
             return super().create_scheduler(num_training_steps, optimizer)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        with _continuing(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _continuing(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _continuing(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The Trainer's. FSDP2 resumes an optimizer only if it has a state of every weight, unused ones too."""
