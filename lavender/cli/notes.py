@@ -22,7 +22,7 @@ _ENVIRONMENT = {
 
 @contextmanager
 def without_notes() -> Iterator[None]:
-    """No warnings but lavender's own are shown; errors are. Of progress bars see `lavender.pretrained.names.loading`."""
+    """Only lavender logs, and nobody warns; errors are raised as ever. Of progress bars see `lavender.pretrained.names.loading`."""
     own, before = logging.getLogger("lavender"), logging.root.manager.disable
 
     def is_enabled(level: int) -> bool:
@@ -34,7 +34,7 @@ def without_notes() -> Iterator[None]:
         patch.object(own, "isEnabledFor", is_enabled),
     ):
         warnings.simplefilter("ignore")
-        logging.disable(max(before, logging.WARNING))
+        logging.disable(max(before, logging.ERROR))  # a library's errors are those that it raises
         try:
             yield
         finally:

@@ -120,7 +120,7 @@ def load_adapter(student: PreTrainedModel, adapter: str | Path) -> nn.Module:
         require_adapter(adapter)
         model = PeftModel.from_pretrained(student, name, revision=revision)
         loaded = load_peft_weights(name, device="cpu", revision=revision)
-    lacking = sorted(get_peft_model_state_dict(model).keys() - loaded.keys())
+        lacking = sorted(get_peft_model_state_dict(model).keys() - loaded.keys())
     if lacking:
         raise ModelError(
             f"the adapter {str(adapter)!r} lacks {len(lacking)} weights ({some(lacking)}); give a whole copy, or the base model "
@@ -139,6 +139,10 @@ def require_adapter(adapter: str | Path) -> None:
         is_list = isinstance(value, list) and all(isinstance(item, str) for item in value)
         if value is not None and not is_list and not (name == "target_modules" and isinstance(value, str)):
             raise ModelError(f"the {_ADAPTER} of {str(adapter)!r} says {name} {value!r}, expected names; give a whole copy")
+    for name in ("base_model_name_or_path", "revision"):
+        value = config.get(name)
+        if value is not None and not isinstance(value, str):
+            raise ModelError(f"the {_ADAPTER} of {str(adapter)!r} says {name} {value!r}, expected a name; give a whole copy")
 
 
 def _require_size(model: str | Path) -> None:

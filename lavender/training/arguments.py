@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -22,7 +23,8 @@ def make_arguments(values: Mapping[str, Any]) -> TrainingArguments:
 
     Raises `ConfigError` naming the first that is of another type, or saying what transformers says.
     """
-    problem = misfit(TrainingArguments, values)
+    unknown = values.keys() - {field.name for field in fields(TrainingArguments) if field.init}
+    problem = f"unexpected keyword argument {min(unknown)!r}" if unknown else misfit(TrainingArguments, values)
     for name, least in _LEAST.items():
         if not problem and values.get(name, least) < least:
             problem = f"{name} is {values[name]}, expected {least} or more"
@@ -33,20 +35,19 @@ def make_arguments(values: Mapping[str, Any]) -> TrainingArguments:
 
 
 def misfit(cls: type, values: Mapping[str, Any]) -> str:
-    """The first of a dataclass's values in JSON that is no number where its field is one, in words; empty if there is none."""
+    """The first of a dataclass's values in JSON that is a number and should be none, or none and should be one, in words; empty if
+    there is none. Other annotations of transformers say less than what it takes."""
     hints = get_type_hints(cls)
     for name, value in values.items():
-        kinds = _kinds_of(hints.get(name, Any))
-        if kinds and not isinstance(value, kinds):
-            return f"{name} is {value!r}, expected {' or '.join(dict.fromkeys(kind.__name__ for kind in kinds))}"
+        hint = hints.get(name, Any)
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if set(kinds) <= {bool, int, float, NoneType}:
+            fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
+        else:
+            fits = not is_number or not {get_origin(kind) or kind for kind in kinds} <= {str, dict, list, NoneType}
+        if not fits:
+            return f"{name} is {value!r}, expected {' or '.join(getattr(kind, '__name__', str(kind)) for kind in kinds)}"
         if isinstance(value, float) and not math.isfinite(value):
             return f"{name} is {value}, expected a finite number"
     return ""
-
-
-def _kinds_of(hint: Any) -> tuple[type, ...]:
-    """The types that a field of numbers takes; empty for others, whose annotations say less than what they take."""
-    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    if not set(options) <= {bool, int, float, NoneType}:
-        return ()
-    return (*options, int) if float in options else options
