@@ -134,6 +134,8 @@ def reading(
         if isinstance(error, _BUGS) and _arose_here(error):
             raise
         why = "not enough memory" if lacks_memory(error) else (explain or first_line)(error)
+        if "weights_only" in str(error):  # torch says how to execute it all the same
+            why = "it holds more than weights, which could be code, and is not unpickled"
         raise kind(f"{what} ({why}); {remedy}") from error
 
 

@@ -29,7 +29,7 @@ def read_config(path: Path, what: str) -> Mapping[str, Any]:
         raise ModelError(f"the {path.name} of {what} holds a {type(values).__name__}, expected a JSON object; give a whole copy")
     for name, count in _layers(values):
         if not 0 <= count <= MOST_LAYERS:
-            raise ModelError(f"the {path.name} of {what} says {name} {count:.0e}; give the config that belongs to its weights")
+            raise ModelError(f"the {path.name} of {what} says {name} {count:.6g}; give the config that belongs to its weights")
     return values
 
 

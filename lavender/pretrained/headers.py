@@ -112,7 +112,7 @@ def _read_zip(path: Path) -> dict[str, torch.Tensor]:
 def _reason(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
         _, _, refused = str(error).partition("WeightsUnpickler error: ")
-        return f"it holds more than weights and is not unpickled: {(refused or str(error)).splitlines()[0]}"
+        return f"it holds more than weights and is not unpickled: {(refused or str(error)).strip().splitlines()[0]}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return first_line(error)

@@ -131,7 +131,9 @@ LAST = "run/checkpoints/checkpoint-2"
 for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
     for number, torch_format in ((1, True), (2, False)):
         spoil = malicious(f"run/checkpoints/checkpoint-{number}/{name}", torch_format)
-        spoil = both(spoil, *([] if number == 2 else [remove(LAST)]))
+        # Without lavender's record, which knows the sizes of its files.
+        record = remove(f"run/checkpoints/checkpoint-{number}/lavender.json")
+        spoil = both(spoil, record, *([] if number == 2 else [remove(LAST)]))
         case(f"malicious {name} of checkpoint {number}", RESUME, spoil, ends="line|works", writes=("run",))
 for n, name in enumerate(("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "adapter_model.safetensors",
                           "trainer_state.json", "adapter_config.json", "lavender.json")):  # fmt: skip
