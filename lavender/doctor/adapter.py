@@ -14,7 +14,7 @@ from ..files import read_file
 from ..pretrained.headers import PEFT, find_weights, read_shapes
 from ..pretrained.names import loading, locate_model
 from ..pretrained.weights import some
-from ..students.loading import empty_student
+from ..students.loading import empty_student, require_adapter
 from . import student
 from .finding import Finding
 
@@ -26,6 +26,7 @@ def examine_name(model: str, config_file: Path) -> Iterator[Finding]:
         yield Finding("model", f"an adapter of PEFT ({config['peft_type']}), for a student")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"the adapter_config.json of {model!r} cannot be read ({first_line(error)}); give a whole copy") from None
+    require_adapter(model)
     if config.get("r"):
         yield Finding("rank", f"{config['r']}, alpha {config.get('lora_alpha')}")
     yield Finding("modules", _names(config.get("target_modules")))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,16 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.utils import find_adapter_config_file, is_accelerate_available
 
 from ..config import Dtype
-from ..errors import ModelError
+from ..errors import ModelError, importing
+from ..pretrained.configs import read_config
 from ..pretrained.headers import TRANSFORMERS, loading_report, read_shapes, without_report
 from ..pretrained.names import find_file, loading, locate_model, pin
 from ..pretrained.weights import require_complete, require_finite, some
 
 _ADAPTER = "adapter_config.json"
 _CONFIGS = ("config.json", _ADAPTER)
+MOST_TIMES = 20
+"""How many times as many weights as its files a model may have: they may be packed, eight to a number, or shared."""
 
 
 def load_student(model: str | Path, dtype: Dtype = "float32") -> tuple[PreTrainedModel, Any]:
@@ -41,8 +43,10 @@ def load_student(model: str | Path, dtype: Dtype = "float32") -> tuple[PreTraine
         # transformers would load the base model, put the adapter into it, and report on the adapter's weights alone.
         adapter = find_adapter_config_file(name, revision=revision)
         if adapter is not None:
-            base = json.loads(Path(adapter).read_text()).get("base_model_name_or_path")
+            base = read_config(Path(adapter), f"{str(model)!r}").get("base_model_name_or_path")
             raise ModelError(f"{str(model)!r} is an adapter of {base!r}; give that as the model, and {str(model)!r} as the adapter")
+        _require_config(model)
+        _require_size(model)
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
         with without_report():
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
@@ -71,6 +75,7 @@ def empty_student(model: str | Path) -> PreTrainedModel:
     """What `load_student` loads, from the config alone: its weights are on the meta device. Raises `ModelError`."""
     with _loading_student(model):
         name, revision = locate_model(model, *_CONFIGS)
+        _require_config(model)
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         with torch.device("meta"):
             student: PreTrainedModel = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
@@ -114,14 +119,16 @@ def load_adapter(student: PreTrainedModel, adapter: str | Path) -> nn.Module:
     Raises:
         ModelError: there is no such adapter, it does not fit the student, or its weights are missing, NaN or infinite.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-    from peft.utils.save_and_load import load_peft_weights
+    with importing():
+        from peft import PeftModel, get_peft_model_state_dict
+        from peft.utils.save_and_load import load_peft_weights
 
     with _loading_adapter(adapter):
         name, revision = locate_model(adapter, _ADAPTER)
+        require_adapter(adapter)
         model = PeftModel.from_pretrained(student, name, revision=revision)
         loaded = load_peft_weights(name, device="cpu", revision=revision)
-    lacking = sorted(get_peft_model_state_dict(model).keys() - loaded.keys())
+        lacking = sorted(get_peft_model_state_dict(model).keys() - loaded.keys())
     if lacking:
         raise ModelError(
             f"the adapter {str(adapter)!r} lacks {len(lacking)} weights ({some(lacking)}); give a whole copy, or the base model "
@@ -129,6 +136,41 @@ def load_adapter(student: PreTrainedModel, adapter: str | Path) -> nn.Module:
         )
     require_finite(model, f"the student with the adapter {str(adapter)!r}")
     return model
+
+
+def require_adapter(adapter: str | Path) -> None:
+    """Raises `ModelError` if the config of a PEFT adapter is damaged, or has what lavender reads in it of another type."""
+    path = find_file(adapter, _ADAPTER)
+    config = {} if path is None else read_config(path, f"the adapter {str(adapter)!r}")
+    for name in ("modules_to_save", "target_modules"):
+        value = config.get(name)
+        is_list = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if value is not None and not is_list and not (name == "target_modules" and isinstance(value, str)):
+            raise ModelError(f"the {_ADAPTER} of {str(adapter)!r} says {name} {value!r}, expected names; give a whole copy")
+    for name in ("base_model_name_or_path", "revision"):
+        value = config.get(name)
+        if value is not None and not isinstance(value, str):
+            raise ModelError(f"the {_ADAPTER} of {str(adapter)!r} says {name} {value!r}, expected a name; give a whole copy")
+
+
+def _require_size(model: str | Path) -> None:
+    """Raises `ModelError` where a config is of a far larger model than its files, for which there may not be the memory."""
+    weights = sum(tensor.numel() for tensor in read_checkpoint(model).values())
+    if not weights:
+        return
+    student = empty_student(model)
+    expected = sum(tensor.numel() for tensor in student.state_dict().values())
+    if expected > MOST_TIMES * weights:
+        raise ModelError(
+            f"the config.json of {str(model)!r} is of a model with {expected:,} weights, and its files have {weights:,}; give the "
+            "config.json that belongs to them"
+        )
+
+
+def _require_config(model: str | Path) -> None:
+    path = find_file(model, "config.json")
+    if path is not None:
+        read_config(path, f"{str(model)!r}")
 
 
 def pin_student(model: str | Path) -> str:

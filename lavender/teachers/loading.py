@@ -12,6 +12,7 @@ import torch
 
 from ..config import TeacherConfig
 from ..errors import ModelError
+from ..pretrained.configs import read_config
 from ..pretrained.headers import DIFFUSERS, TRANSFORMERS, find_weights, loading_report, read_shapes
 from ..pretrained.names import find_file, loading, locate_model, pin, split_revision
 from ..pretrained.weights import require_complete
@@ -41,7 +42,7 @@ def load_pipeline(model: str | Path, config: TeacherConfig | None = None) -> Any
     asked = None if dtype == torch.float32 else dtype
     with _loading(model):
         name, revision = locate_model(model, _INDEX)
-        index = DiffusionPipeline.load_config(name, revision=revision)
+        index = _read_index(model, name, revision)
         teacher_family_of(getattr(diffusers, index["_class_name"]))
         # Parts that are given are not downloaded.
         folder = (
@@ -68,7 +69,7 @@ def empty_pipeline(model: str | Path) -> Any:
 
     with _loading(model):
         name, revision = locate_model(model, _INDEX)
-        index = DiffusionPipeline.load_config(name, revision=revision)
+        index = _read_index(model, name, revision)
         parts: dict[str, Any] = {part: value for part, value in _UNUSED.items() if part in index}
         parts |= {part: _empty(kind, name, part, revision) for part, kind in _parts_of(model, index) if part not in parts}
         return DiffusionPipeline.from_pretrained(name, revision=revision, trust_remote_code=False, **parts)
@@ -82,6 +83,23 @@ def pin_pipeline(model: str | Path) -> str:
 
 def _loading(model: str | Path) -> AbstractContextManager[None]:
     return loading("a text-to-image pipeline", model, f"give a folder that diffusers saved ({', '.join(TEACHERS)}), or a hub id")
+
+
+def _read_index(model: str | Path, name: str, revision: str | None) -> Mapping[str, Any]:
+    """What a pipeline's index lists. Raises `ModelError` for one that names no pipeline of diffusers."""
+    import diffusers
+
+    path = find_file(model, _INDEX)
+    if path is not None:
+        read_config(path, f"{str(model)!r}")
+    index: Mapping[str, Any] = diffusers.DiffusionPipeline.load_config(name, revision=revision)
+    kind = getattr(diffusers, str(index.get("_class_name")), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+        raise ModelError(
+            f"the {_INDEX} of {str(model)!r} says the class {index.get('_class_name')!r}, which is no pipeline of diffusers; give "
+            f"a folder that diffusers saved ({', '.join(TEACHERS)}), or a hub id"
+        )
+    return index
 
 
 def _parts_of(model: str | Path, index: Mapping[str, Any]) -> Iterator[tuple[str, type]]:
@@ -98,8 +116,8 @@ def _parts_of(model: str | Path, index: Mapping[str, Any]) -> Iterator[tuple[str
         )
     for part, (library, name) in listed.items():
         known: Any = {"diffusers": diffusers, "transformers": transformers}
-        kind = getattr(known.get(library, getattr(diffusers.pipelines, library, None)), name, None)
-        if kind is None:
+        kind = getattr(known.get(str(library), getattr(diffusers.pipelines, str(library), None)), str(name), None)
+        if not (isinstance(kind, type) and hasattr(kind, "from_pretrained")):
             raise ModelError(
                 f"its {part} is a {name} of {library}, which neither diffusers nor transformers has: it needs code of its own, "
                 "which lavender does not run"
