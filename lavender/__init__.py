@@ -95,7 +95,8 @@ def __getattr__(name: str) -> Any:
         import_module(f"{__name__}.errors").warn_renamed(f"lavender.{name}", f"lavender.{_RENAMED[name]}")
         name = _RENAMED[name]
     if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        with import_module(f"{__name__}.errors").importing():
+            return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

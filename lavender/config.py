@@ -67,8 +67,7 @@ def _require_positive(config: Any, *names: str) -> None:
 
 
 def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """Rebuilds a config of this module from `to_dict`'s result or parsed JSON. Raises `ConfigError`
-    on an unknown key."""
+    """Rebuilds a config of this module from `to_dict`'s result or parsed JSON. Raises `ConfigError` on an unknown key."""
     hints = get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     _require(not unknown, f"{cls.__name__} has no setting {', '.join(unknown)}; it has {', '.join(sorted(hints))}")
@@ -158,8 +157,7 @@ RESERVED_ARGUMENTS = {
     "output_dir": "fine_tune(out=...)",
     "remove_unused_columns": "False, always",
 }
-"""Arguments of `transformers.TrainingArguments` that `TrainingConfig` sets, and the setting that
-replaces each."""
+"""Arguments of `transformers.TrainingArguments` that `TrainingConfig` sets, and the setting that replaces each."""
 NORM_GROUPS = 8
 """Groups of the aligner's group norm."""
 
@@ -262,6 +260,7 @@ class TeacherConfig:
             _require(all(v >= least for v in values), f"{name} is {values}; they are integers from {least}")
             _require(len(set(values)) == len(values), f"{name} is {values}; a number stands there twice")
         _require(self.image_size is None or self.image_size >= 1, f"image_size is {self.image_size}; it must be at least 1")
+        _require(abs(self.seed) < 2**63, f"seed is {self.seed}; it must be a number of 64 bits")
         _require(1 <= self.map_size <= 256, f"map_size is {self.map_size}; it must be from 1 to 256")
         _require(self.guidance_scale >= 1, f"guidance_scale is {self.guidance_scale}; it must be at least 1")
         _require(
@@ -583,6 +582,7 @@ class TrainingConfig:
         for name in ("learning_rate", "aligner_learning_rate"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} is {value}; it must be a positive number")
+        _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be from 0 to 2**32 - 1, as NumPy takes it")
         _require(self.aligner_steps >= 0, f"aligner_steps is {self.aligner_steps}; it must not be negative")
         _require(
             self.dtype == "float32" or self.lora_rank > 0,

@@ -32,7 +32,10 @@ def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
     was there before stays.
     """
     if path.exists() and not path.is_file():  # a device or a pipe, such as /dev/stdout, is written to and not replaced
-        path.write_bytes(_encoded(data))
+        descriptor = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe that nobody reads is refused
+        os.set_blocking(descriptor, True)
+        with open(descriptor, "wb") as device:
+            device.write(_encoded(data))
         return
     with replacing(Path(os.path.realpath(path)) if path.is_symlink() else path) as file:
         file.write(_encoded(data))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional as F
 
-from .errors import CaptureError, DataError, ModelError
+from .errors import CaptureError, DataError, ModelError, importing
 from .images import ImageSource, load_image
 from .kernels.map_loss import resample
 from .types import Word, WordMaps
@@ -90,7 +90,8 @@ class HeatMap:
 
     def plot(self, image: ImageSource | NDArray[Any] | None = None, ax: Axes | None = None) -> Axes:
         """Draws the map, over the picture if there is one, with the word as title, on matplotlib axes."""
-        from matplotlib import pyplot as plt
+        with importing():
+            from matplotlib import pyplot as plt
 
         axes = ax if ax is not None else plt.figure().add_subplot()
         if image is None:
@@ -113,7 +114,8 @@ def overlay(
         opacity: of the map where it is hottest; where it is coldest it is 0.5 less, which leaves a dimmed picture.
         colormap: a name that matplotlib knows.
     """
-    from matplotlib import colormaps
+    with importing():
+        from matplotlib import colormaps
 
     low, high = float(values.min()), float(values.max())
     scaled = Image.fromarray(((values - low) / (high - low + 1e-12)).astype(np.float32))
@@ -325,7 +327,8 @@ class Maps(Mapping[str, HeatMap]):
 
     def plot(self, image: ImageSource | NDArray[Any] | None = None, columns: int = 5) -> Figure:
         """Draws every word's map, over the picture if there is one, on a new matplotlib figure."""
-        from matplotlib import pyplot as plt
+        with importing():
+            from matplotlib import pyplot as plt
 
         shown = [i for i, word in enumerate(self.words) if word not in self.missing]
         if not shown:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import PartOfSpeech, WordsConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, install_command
 from ..types import Word
 from ..words import Caption, match_words
 
@@ -141,7 +141,7 @@ def _load_pipeline(config: WordsConfig) -> Any:
         import spacy
     except ImportError as error:
         raise ConfigError(
-            f"tagger={config.tagger!r} needs spaCy, which cannot be imported ({error}); pip install 'lavender-attention[words]'"
+            f"tagger={config.tagger!r} needs spaCy, which cannot be imported ({error}); {install_command('spacy')}"
         ) from None
     try:
         nlp = spacy.load(config.tagger)

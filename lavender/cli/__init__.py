@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
+import traceback
+from contextlib import nullcontext
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from tqdm import tqdm
 
-from ..errors import LavenderError
+from ..errors import LavenderError, ModelError, first_line, importing, lacks_memory
 from ..signals import Stopped
 from .evaluate import app as evaluate_app
 from .extract import extract
+from .notes import without_notes
 from .targets import app as targets_app
 from .train import train
 
@@ -24,6 +28,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # it would take "[all]" for markup
 )
+_INTERRUPTED = 130
+"""The exit code of what Ctrl-C ended."""
+
+
+@app.callback()
+def options(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show what the libraries in use warn of, and where an error arose.")
+    ] = False,
+) -> None:
+    # `main` reads the option, before anything is imported; without the docstring of a callback, the help above stays.
+    del verbose
 
 
 @app.command()
@@ -73,7 +89,7 @@ def doctor(
     """Report what lavender finds in a model, what it can do with it, and what is missing. Loads no weights.
 
     Without a model: what this machine has, by which kernels lavender runs on it, and what is missing.
-    Exit code 1 if something is missing.
+    Exit code 1 if something is missing, 2 if a file of weights is damaged.
     """
     from ..doctor import examine, examine_machine
 
@@ -83,33 +99,63 @@ def doctor(
         print(f"{finding.topic:<{width}}{finding.result}".replace("\n", "\n" + " " * width))
         if finding.remedy:
             print(f"{'':<{width}}-> {finding.remedy}")
+    for finding in findings:
+        if finding.is_damaged:
+            raise ModelError(finding.result)
     if any(finding.remedy for finding in findings):
         raise typer.Exit(1)
 
 
+# typer has its own copy of click, or uses click itself.
+UsageError, ClickException = typer.BadParameter.__mro__[1:3]
+
+
 def main() -> None:
-    """Entry point of the `lavender` command."""
+    """Entry point of the `lavender` command: exit code 2, with one line on standard error, for what the user can mend."""
+    verbose = sys.argv[1:2] in (["-v"], ["--verbose"])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # names of files need not be Unicode
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app()
-    except LavenderError as error:
-        _print_error(str(error))
-        sys.exit(2)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        _print_error(f"{error.strerror}: {error.filename}")
-        sys.exit(2)
-    except ModuleNotFoundError as error:
-        _print_error(f"this needs the package {error.name}; pip install 'lavender-attention[all]'")
-        sys.exit(2)
-    except SystemExit as end:
-        if end.code == 130:  # what typer makes of Ctrl-C
-            _print_error("interrupted; the same command continues")
-        elif isinstance(end, Stopped):
-            _print_error(str(end))
+        with nullcontext() if verbose else without_notes(), importing():
+            code = app(prog_name="lavender", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
+    except Stopped as end:
+        _print_error(str(end))
         raise
+    except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        message = _message_of(error)
+        if message is None:
+            raise
+        if verbose:
+            traceback.print_exception(error)
+        _print_error(message)
+        sys.exit(2)
+    if code == _INTERRUPTED:
+        _print_error("interrupted; the same command continues")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _message_of(error: Exception) -> str | None:
+    """What to tell the user of an error; None where it is a bug of lavender's."""
+    if isinstance(error, LavenderError):
+        return str(error)
+    if isinstance(error, ClickException):
+        context = getattr(error, "ctx", None)
+        remedy = f"; see {context.command_path} --help" if context is not None else ""
+        return " ".join(error.format_message().split()).rstrip(".") + remedy  # type: ignore[attr-defined]
+    if lacks_memory(error):
+        return f"there is not enough memory ({first_line(error)}); ask for less at once, such as by a smaller --batch-size"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.strerror}: {error.filename}" if error.filename is not None else str(error.strerror)
+    return None
 
 
 def _print_error(message: str) -> None:
     """One line on standard error, below a progress bar if there is one."""
-    tqdm.write(f"lavender: {message}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    tqdm.write(f"lavender: {line}", file=sys.stderr)

@@ -90,6 +90,7 @@ def make_option(cls: type, name: str) -> inspect.Parameter:
         *([_FLAGS[name]] if name in _FLAGS else ()),
         metavar=f"<{item.__name__},...>" if item is not None else None,
         help=help_of(cls)[name] + (f"  [default: {text}]" if text else ""),
+        min=0 if name == "seed" else None,
     )
     kind = hint if item is None else str
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])

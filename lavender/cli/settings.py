@@ -25,7 +25,9 @@ def override(config: ConfigT, assignments: Iterable[str]) -> ConfigT:
             raise ConfigError(f"{assignment!r} sets nothing; expected name=value")
         try:
             value = json.loads(text)
-        except json.JSONDecodeError:
+        except RecursionError:
+            raise ConfigError(f"{name.strip()} has too many brackets within each other") from None
+        except ValueError:  # also for a number of thousands of digits
             hint = None if "." in name else get_type_hints(type(config)).get(name.strip())
             value = parse_items(hint, text.strip(), name.strip()) if "," in text else text
         outer, _, inner = name.strip().partition(".")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 
-from ..errors import ModelError, first_line
+from ..errors import ModelError, first_line, install_command
 from ..files import read_file
+from ..pretrained.headers import PEFT, find_weights, read_shapes
+from ..pretrained.names import loading, locate_model
+from ..pretrained.weights import some
+from ..students.loading import empty_student, require_adapter
 from . import student
 from .finding import Finding
 
@@ -20,46 +24,76 @@ def examine_name(model: str, config_file: Path) -> Iterator[Finding]:
     try:
         config = json.loads(read_file(config_file))
         yield Finding("model", f"an adapter of PEFT ({config['peft_type']}), for a student")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"the adapter_config.json of {model!r} cannot be read ({first_line(error)}); give a whole copy") from None
+    require_adapter(model)
     if config.get("r"):
         yield Finding("rank", f"{config['r']}, alpha {config.get('lora_alpha')}")
     yield Finding("modules", _names(config.get("target_modules")))
-    yield _aligner(config, config_file.parent)
+    folder = config_file.parent
+    try:
+        tensors = read_shapes(folder, PEFT, f"the adapter {model!r}")
+    except ModelError as error:
+        yield Finding("weights", str(error), "copy the adapter again", is_damaged=True)
+        tensors = {}
+    else:
+        if find_weights(folder, PEFT) is None:
+            yield Finding("weights", "none beside adapter_config.json on this machine", "give a whole copy")
+        else:
+            yield _aligner(config, tensors, folder)
     base = config.get("base_model_name_or_path")
-    if not base:
+    if not base or not isinstance(base, str):
         yield Finding("base model", "unknown", "write its name into adapter_config.json")
         return
-    base = f"{base}@{config['revision']}" if config.get("revision") and not Path(base).exists() else base
     try:
+        base = f"{base}@{config['revision']}" if config.get("revision") and not Path(base).exists() else base
         findings = list(student.examine_name(base))
-    except ModelError as error:
+    except (ModelError, ValueError) as error:  # ValueError of a path with a NUL
         yield Finding("base model", f"{base}: {error}", "get it, or write its place into adapter_config.json")
         return
+    yield from _fit(model, base, tensors)
     yield Finding("base model", f"{base}, as follows")
     yield from findings
 
 
 def _names(modules: Any) -> str:
-    return ", ".join(sorted(modules)) if isinstance(modules, list) else str(modules)
+    return ", ".join(sorted(map(str, modules))) if isinstance(modules, list) else str(modules)
 
 
-def _aligner(config: dict[str, Any], folder: Path) -> Finding:
+def _aligner(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path) -> Finding:
     """Whether an aligner is saved with the adapter, or beside it by `fine_tune`."""
-    path = folder / "adapter_model.safetensors"
-    names: list[str] = []
-    if path.is_file():
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-        except SafetensorError as error:
-            return Finding("weights", f"adapter_model.safetensors cannot be read ({first_line(error)})", "give a whole copy")
-    elif not (folder / "adapter_model.bin").is_file():
-        return Finding("weights", "none beside adapter_config.json on this machine", "give a whole copy")
-    inside = sum("lavender." in name for name in names)
     beside = folder.parent / "aligner.safetensors"
+    inside = sum("lavender." in name for name in tensors)
     if inside:
-        return Finding("aligner", f"in it, {inside} tensors beside {len(names) - inside} of the adapter")
+        return Finding("aligner", f"in it, {inside} tensors beside {len(tensors) - inside} of the adapter")
     if "lavender" in (config.get("modules_to_save") or []):
         return Finding("aligner", "not in it, though its modules_to_save lists lavender", "save the model with PEFT again")
     return Finding("aligner", f"beside it, {beside}" if beside.is_file() else "not in it")
+
+
+def _fit(model: str, base: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[Finding]:
+    """Where PEFT does not find the adapter's place in its base model, or not all of the adapter."""
+    try:
+        from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    except ModuleNotFoundError:
+        yield Finding("peft", "not installed: whether the adapter fits its base model is not known", install_command("peft"))
+        return
+    try:
+        with loading("a LoRA adapter", model, f"give the base model that it was trained on in place of {base!r}"):
+            name, revision = locate_model(model, "adapter_config.json")
+            config = PeftConfig.from_pretrained(name, revision=revision)
+            whole = PeftModel(empty_student(base), config, low_cpu_mem_usage=True)  # on the meta device
+            expected: dict[str, torch.Tensor] = get_peft_model_state_dict(whole)
+    except ModelError as error:
+        yield Finding("fit", str(error), "give the base model that it was trained on")
+        return
+    lacking = sorted(expected.keys() - tensors.keys())
+    others = sorted(key for key in tensors.keys() - expected.keys() if "lavender." not in key)
+    shapes = [(key, list(tensors[key].shape), list(expected[key].shape)) for key in sorted(expected.keys() & tensors.keys())]
+    wrong = [f"{key}: {there} in the file, {here} by the base model" for key, there, here in shapes if there != here]
+    if tensors and (lacking or others):
+        missing = f"it lacks {len(lacking)} of {len(expected)} tensors ({some(lacking)})" if lacking else ""
+        unknown = f"{len(others)} tensors have no place in the base model ({some(others)})" if others else ""
+        yield Finding("fit", ", and ".join(filter(None, [missing, unknown])), "give a whole copy, and the base model of it")
+    if wrong:
+        yield Finding("fit", f"{len(wrong)} tensors have other shapes ({some(wrong, '; ')})", "give the base model of it")

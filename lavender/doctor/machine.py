@@ -6,6 +6,7 @@ It is examined even if torch is not installed: functions import what needs torch
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import platform
 import sys
 import tempfile
@@ -15,28 +16,23 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import first_line
+from ..errors import OPTIONAL_PACKAGES, OptionalPackage, first_line, install_command
 from .finding import Finding
 
 if TYPE_CHECKING:
     import torch
 
-_NEEDED = ("numpy", "pillow", "safetensors", "transformers")
-_OPTIONAL = {
-    "diffusers": ("extract", "`lavender extract` and teachers"),
-    "peft": ("train", "training with LoRA"),
-    "accelerate": ("train", "training"),
-    "datasets": ("train", "training, and data sets of the hub"),
-    "deepspeed": ("deepspeed", "training under DeepSpeed"),
-}
-"""The extra that installs each package, and what needs it."""
+_NEEDED = {"numpy": "numpy", "PIL": "pillow", "safetensors": "safetensors", "transformers": "transformers", "tqdm": "tqdm"}
+"""lavender's own dependencies by their names in imports, with what pip calls them; without typer there is no doctor."""
+_COMMANDS = {"extract", "train", "report"}
+"""The extras of the commands as they are by default: the other packages are for options, or for what a user has anyway."""
 _WIDTH = 64
 """The head width for which a machine's kernels are reported."""
 
 
 def examine() -> Iterator[Finding]:
     """The machine's parts, torch first. A missing part has a remedy only if lavender needs it."""
-    yield Finding("lavender", f"{_version('lavender-attention') or 'not installed'} in {Path(__file__).parents[1]}")
+    yield Finding("lavender", f"{_version('lavender-attention', 'lavender') or 'not installed'} in {Path(__file__).parents[1]}")
     yield Finding("python", f"{platform.python_version()} ({sys.executable}) on {platform.system()} {platform.machine()}")
     try:
         import torch
@@ -50,10 +46,23 @@ def examine() -> Iterator[Finding]:
     else:
         yield Finding("torch", f"{version}, built for {_platform_of_torch()}")
         yield from _examine_device()
-    for name in _NEEDED:
-        yield Finding(name, _version(name) or "not installed", "" if _version(name) else f"pip install {name}")
-    for name, (extra, use) in _OPTIONAL.items():
-        yield Finding(name, _version(name) or f"not installed; for {use}: pip install 'lavender-attention[{extra}]'")
+    for name, distribution in _NEEDED.items():
+        known = _version(distribution, name)
+        yield Finding(distribution, known or "not installed", "" if known else f"pip install {distribution}")
+    for name, package in OPTIONAL_PACKAGES.items():
+        if name != "triton":  # with the kernels
+            yield _examine_package(name, package)
+
+
+def _examine_package(name: str, package: OptionalPackage) -> Finding:
+    """An optional package, and what needs it."""
+    uses = "; ".join([*(f"lavender {command}" for command in package.commands), *package.uses])
+    version = _version(package.distribution or name, name)
+    if version:
+        return Finding(name, f"{version}, for {uses}")
+    if package.extra in _COMMANDS:
+        return Finding(name, f"not installed; for {uses}", install_command(name))
+    return Finding(name, f"not installed; for {uses}: {install_command(name)}")
 
 
 def _platform_of_torch() -> str:
@@ -160,10 +169,13 @@ def _can_be_written(folder: Path) -> bool:
         return False
 
 
-def _version(package: str) -> str | None:
+def _version(distribution: str, name: str | None = None) -> str | None:
+    """The version of an installed package, which Python must find by its name in imports; None without it."""
     try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
+        if importlib.util.find_spec(name or distribution) is None:
+            return None
+        return metadata.version(distribution)
+    except (ModuleNotFoundError, ValueError):  # PackageNotFoundError is one of the former
         return None
 
 

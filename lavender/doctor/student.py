@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from torch import nn
 from transformers import AutoProcessor
 
 from ..errors import LavenderError, ModelError, first_line
-from ..pretrained.names import loading, locate_model
+from ..pretrained.headers import TRANSFORMERS, find_weights
+from ..pretrained.names import loading, locate_model, split_revision
 from ..students.discovery import attention_modules, base_model_of, is_cross, layers_around, text_tower
 from ..students.families import STUDENTS, Family, known_family
-from ..students.image_tokens import image_token_of, model_type_of
-from ..students.loading import empty_student, require_checkpoint
+from ..students.image_tokens import image_token_of, model_type_of, require_pair
+from ..students.loading import empty_student, read_checkpoint, require_checkpoint
 from ..students.registry import require_supported
 from .finding import Finding
 from .machine import kernels
@@ -38,12 +40,22 @@ def examine_name(model: str) -> Iterator[Finding]:
 def _weights(student: Any, model: str) -> Finding:
     """Whether `load_student` would find every weight."""
     try:
+        tensors = read_checkpoint(model)
+    except ModelError as error:
+        return Finding("weights", str(error), "copy the model again", is_damaged=True)
+    try:
         count = require_checkpoint(student, model)
     except ModelError as error:
         return Finding("weights", str(error), "give a whole checkpoint, in transformers' own format")
-    if count is None:
-        return Finding("weights", "not examined: there is no safetensors file of them on this machine")
-    return Finding("weights", f"{count} tensors, of the names and shapes that the model has")
+    if count is not None:
+        return Finding("weights", f"{count} tensors, of the names and shapes that the model has")
+    if tensors:
+        return Finding("weights", f"{len(tensors)} tensors, whole files; not compared with the model, which is quantized")
+    folder = Path(split_revision(model)[0])
+    if folder.is_dir() and find_weights(folder, TRANSFORMERS) is None:
+        names = " and no ".join(TRANSFORMERS)
+        return Finding("weights", f"not examined: there is no {names} in {folder}", "give a whole copy of the model")
+    return Finding("weights", "not examined: no header of them can be read on this machine")
 
 
 def _processor(model: str) -> Any:
@@ -111,20 +123,57 @@ def _grid(model: Any, model_type: str | None, processor: Any) -> Finding:
 
 
 def _examine_processor(model: Any, processor: Any) -> Iterator[Finding]:
-    if processor is None:
-        return
     if isinstance(processor, Exception):
-        yield Finding("processor", f"does not load ({first_line(processor)})", "install what it asks for; boxes need it")
+        remedy = "install what it asks for, or give the model's own files of it; boxes and training need it, capture does not"
+        yield Finding("processor", f"does not load ({first_line(processor)})", remedy)
+        processor = None
+    if processor is None:
+        image_token, rows = getattr(model.config, "image_token_id", None), num_embeddings(model)
+        if image_token is not None and not (isinstance(image_token, int) and 0 <= image_token < rows):
+            yield _outside(str(image_token), rows)
         return
     yield Finding("processor", type(processor).__name__)
-    try:
-        yield Finding("image token", str(image_token_of(processor, model.config)))
-    except LavenderError as error:
-        yield Finding("image token", "unknown", str(error))
+    yield from _vocabulary(model, processor)
     if not getattr(processor, "chat_template", None):
         yield Finding("chat template", "none", "set processor.chat_template for training; look(prompt=...) works without")
     if not processor.tokenizer.is_fast:
         yield Finding("tokenizer", "gives no character offsets", "load the fast one for training")
+
+
+def _vocabulary(model: Any, processor: Any) -> Iterator[Finding]:
+    """Whether the processor's tokens are the model's, the picture's first."""
+    rows = num_embeddings(model)
+    try:
+        image_token = image_token_of(processor, model.config)
+        name = processor.tokenizer.convert_ids_to_tokens(image_token) if image_token >= 0 else None
+        require_pair(processor, model.config)
+    except (LavenderError, TypeError, ValueError, OverflowError) as error:  # of a number in a config that is none
+        yield Finding("image token", "unknown", first_line(error))
+        return
+    if name is None:
+        yield Finding("image token", f"{image_token}, which the tokenizer does not know", "set image_token_id in config.json")
+    elif image_token >= rows:
+        yield _outside(f"{image_token} ({name})", rows)
+    else:
+        yield Finding("image token", str(image_token))
+    largest = max(processor.tokenizer.get_vocab().values(), default=-1)
+    if largest < 0:
+        yield Finding("vocabulary", "the tokenizer has no words", "give the model's own tokenizer files")
+    elif largest >= rows:
+        remedy = "give the model's own processor, or model.resize_token_embeddings(len(processor.tokenizer))"
+        yield Finding("vocabulary", f"the tokenizer has ids up to {largest}, the model {rows} tokens", remedy)
+
+
+def _outside(image_token: str, rows: int) -> Finding:
+    remedy = "set image_token_id in config.json, or model.resize_token_embeddings(len(processor.tokenizer))"
+    return Finding("image token", f"{image_token}, outside of the model's vocabulary of {rows} tokens", remedy)
+
+
+def num_embeddings(model: Any) -> int:
+    """How many tokens a model of transformers has vectors for."""
+    table = model.get_input_embeddings()
+    # Idefics keeps those of its own tokens in a second table.
+    return int(table.weight.shape[0]) + int(getattr(table, "num_additional_embeddings", 0))
 
 
 def _name_path(model: nn.Module, part: nn.Module) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,9 +12,10 @@ import torch
 
 from ..config import Inversion, TeacherConfig
 from ..errors import ConfigError, ModelError, first_line
+from ..files import read_file
 from ..pretrained.names import loading, locate_model
 from ..teachers.identity import encode_once
-from ..teachers.loading import empty_pipeline
+from ..teachers.loading import empty_pipeline, read_part, require_part
 from ..teachers.model import require_teacher
 from ..teachers.processors import hides_attention, remedy_of
 from ..teachers.prompts import known_parts
@@ -26,8 +27,8 @@ from .machine import kernels
 def examine_name(model: str, index_file: Path) -> Iterator[Finding]:
     """A pipeline by its folder or hub id, of whose model_index.json the path is given. Loads no weights. Raises `ModelError`."""
     try:
-        index = json.loads(index_file.read_text())
-    except ValueError as error:
+        index = json.loads(read_file(index_file))
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"the model_index.json of {model!r} cannot be read ({first_line(error)})") from None
     try:
         part = next(name for name in ("unet", "transformer") if (index.get(name) or [None])[0])
@@ -46,8 +47,25 @@ def examine_name(model: str, index_file: Path) -> Iterator[Finding]:
         pipe = empty_pipeline(model)
     except ModelError as error:
         yield from examine(object.__new__(kind), denoiser, str(error))
+        yield from _files(model, {part: denoiser})
     else:
+        modules = {name: module for name, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
         yield from examine(pipe, getattr(pipe, part))
+        yield from _files(model, modules)
+
+
+def _files(model: str, parts: Mapping[str, torch.nn.Module]) -> Iterator[Finding]:
+    """What is wrong with the files of the parts' weights."""
+    for part, module in parts.items():
+        try:
+            read_part(module, model, part)
+        except ModelError as error:
+            yield Finding("weights", str(error), "copy the model again", is_damaged=True)
+            continue
+        try:
+            require_part(module, model, part)
+        except ModelError as error:
+            yield Finding("weights", str(error), "give a whole copy of the pipeline, as diffusers saves it")
 
 
 def examine(pipe: Any, denoiser: Any, problem: str | None = None) -> Iterator[Finding]:
@@ -69,10 +87,31 @@ def examine(pipe: Any, denoiser: Any, problem: str | None = None) -> Iterator[Fi
     yield Finding("attention processors", ", ".join(processors), remedy_of(hidden[0]) if hidden else "")
     parts = known_parts(pipe)
     yield Finding("words", " and ".join(part.tokenizer for part in parts) or "by the tokens that the text encoders receive")
-    yield _extraction(pipe) if problem is None else Finding("extraction", f"none: {problem}", "give a folder that diffusers loads")
+    if problem is None:
+        yield Finding("parts", ", ".join(f"{name} {type(part).__name__}" for name, part in _parts_of(pipe).items()))
+        yield from _vocabularies(pipe)
+        yield _extraction(pipe)
+    else:
+        yield Finding("extraction", f"none: {problem}", "give a folder that diffusers loads")
     module = next(iter(hooks.modules.values()))
     width = getattr(module, "inner_dim", 0) // max(1, getattr(module, "heads", 1)) or None
     yield kernels("column_maps", width, getattr(denoiser, "dtype", torch.float32))
+
+
+def _parts_of(pipe: Any) -> dict[str, Any]:
+    return {name: part for name, part in pipe.components.items() if part is not None}
+
+
+def _vocabularies(pipe: Any) -> Iterator[Finding]:
+    """Tokenizers whose words the text encoders have no vectors for."""
+    for name, tokenizer in _parts_of(pipe).items():
+        encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
+        if not hasattr(tokenizer, "get_vocab") or not hasattr(encoder, "get_input_embeddings"):
+            continue
+        rows, largest = len(encoder.get_input_embeddings().weight), max(tokenizer.get_vocab().values(), default=-1)
+        if not 0 <= largest < rows:
+            problem = "it knows no words" if largest < 0 else f"it has ids up to {largest}, its text encoder {rows} tokens"
+            yield Finding(name, problem, "give the tokenizer that belongs to the text encoder")
 
 
 def _fitting(scheduler: Any) -> dict[str, Any]:

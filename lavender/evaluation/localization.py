@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +27,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..errors import DataError
-from ..targets.store import TargetStore
 from ..types import Span, WordMaps
 from .grounding import Grounding, Groundings
+
+if TYPE_CHECKING:
+    from ..targets.store import TargetStore
 
 SpanMaps = Mapping[Span, np.ndarray]
 """A caption's word maps, each [y, x], by the characters of its word."""

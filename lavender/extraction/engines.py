@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ..config import ExtractionConfig, TeacherConfig
 from ..data.pairs import Pair
-from ..errors import ConfigError, DataError, LavenderError, ModelError
+from ..errors import ConfigError, DataError, LavenderError, ModelError, importing
 from ..images import Picture
 from ..targets.manifest import different_teacher
 from ..targets.shards import Target
@@ -363,11 +363,9 @@ class _Ray(Engine):
     """One actor of Ray Data for each device, wherever the cluster has place for it; Ray replaces those that die."""
 
     def __init__(self, model: str, config: TeacherConfig, work: ExtractionConfig) -> None:
-        try:
+        with importing():
             import ray
             import ray.data
-        except ModuleNotFoundError:
-            raise ConfigError("engine is 'ray', which is not installed; pip install 'lavender-attention[ray]'") from None
         kinds = {torch.device(device).type for device in work.devices}
         if len(kinds) > 1:
             raise ConfigError(f"devices are {', '.join(work.devices)}; Ray's actors are all of one kind")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..config import ExtractionConfig, TeacherConfig
 from ..data.pairs import BadPair, Pair
 from ..data.sources import as_pairs
-from ..errors import DataError
+from ..errors import DataError, importing
 from ..files import write_within
 from ..images import load_image
 from ..maps import overlay
@@ -129,7 +129,8 @@ def preview(
 
 def _draw(rows: list[tuple[Target, np.ndarray]], path: Path) -> None:
     """One row a picture: itself, and the maps of some words, function words last, over the part of it that the teacher saw."""
-    from matplotlib.figure import Figure
+    with importing():
+        from matplotlib.figure import Figure
 
     width = 1 + min(WORDS_SHOWN, max(len(target.word_maps.words) for target, _ in rows))
     figure = Figure(figsize=(1.8 * width, 2.1 * len(rows)), layout="constrained")

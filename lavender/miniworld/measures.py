@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,11 +20,13 @@ from ..images import Picture
 from ..patching import patch
 from ..students.loading import load_adapter, load_student
 from ..students.patch import StudentPatch
-from ..teachers.model import Teacher
 from ..words import Caption
 from . import HELD_OUT_SEED
 from .language import require_all_layers
 from .scenes import DESCRIBE, MEASURED_KINDS, QUESTION_TYPES, STUDY_TYPES, Scene, make_scenes
+
+if TYPE_CHECKING:
+    from ..teachers.model import Teacher
 
 BATCH_SIZE = 50
 """Scenes or questions per batch of a model under measurement."""
@@ -129,6 +131,8 @@ def evaluate_student_folder(student: str, adapter: str | Path | None, count: int
 
 def evaluate_teacher_folder(teacher: str, count: int, config: TeacherConfig | None = None) -> dict[str, Any]:
     """Localization of a teacher's word maps on held-out scenes, beside control and chance. Raises `ModelError`."""
+    from ..teachers.model import Teacher
+
     scenes = held_out_scenes(count)
     return compare_targets(scenes, teacher_maps(Teacher(teacher, config or TeacherConfig()), scenes))
 

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import DataError
+from ..errors import DataError, first_line, importing
 from ..files import read_file, write_within
 from ..maps import overlay
 from . import HELD_OUT_SEED
 from .experiment import ARMS, MAIN_WORLD, WORLDS
 from .measures import RESAMPLES
+from .results import SHAPE, impossible, misfit
 from .scenes import Scene, make_scene
 
 RESULTS = "results.json"
@@ -51,13 +52,15 @@ def read_results(run: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise DataError(f"{run} has no {RESULTS}; expected the folder of a finished `lavender demo`")
     try:
-        results: dict[str, Any] = json.loads(read_file(path))
-        if "arms" in results:
-            raise DataError(
-                f"{path} is of an earlier version of lavender, and so is the report beside it; run the demo again, elsewhere"
-            )
-    except (json.JSONDecodeError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}); run the demo again") from None
+        results: Any = json.loads(read_file(path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is damaged ({first_line(error)}); run the demo again") from None
+    if isinstance(results, dict) and "arms" in results:
+        raise DataError(
+            f"{path} is of an earlier version of lavender, and so is the report beside it; run the demo again, elsewhere"
+        )
+    if problem := misfit(results, SHAPE) or impossible(results):
+        raise DataError(f"{path} is damaged ({problem}); run the demo again")
     return results
 
 
@@ -66,7 +69,8 @@ def write_report(run: str | Path) -> Path:
 
     Raises `DataError` when the folder has no results.
     """
-    from jinja2 import Environment, PackageLoader, select_autoescape
+    with importing():
+        from jinja2 import Environment, PackageLoader, select_autoescape
 
     run, results = Path(run), read_results(run)
     page = Environment(loader=PackageLoader("lavender.miniworld", ""), autoescape=select_autoescape(default=True), trim_blocks=True)
@@ -165,7 +169,11 @@ def draw_map(scene: Scene, values: Sequence[Sequence[float]], object_index: int 
     """A map over a scene's picture, with the outline of an object; uint8 [TILE, TILE, 3]."""
     picture = np.asarray(scene.image.resize((TILE, TILE), Image.Resampling.BICUBIC))
     drawn = overlay(picture, np.array(values, np.float32))
-    return drawn if object_index is None else _outline(drawn, scene.masks[object_index])
+    if object_index is None:
+        return drawn
+    if not 0 <= object_index < len(scene.masks):
+        raise DataError(f"the results name object {object_index} of a picture with {len(scene.masks)}; run the demo again")
+    return _outline(drawn, scene.masks[object_index])
 
 
 def draw_scene(scene: Scene) -> np.ndarray:

@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
+
+from ..errors import ModelError
+
+
+def require_regular_files(folder: Path) -> None:
+    """Raises `ModelError` for a pipe or a device among the files of a model: a library that opened it might wait for ever."""
+    for root, folders, files in os.walk(folder):
+        if Path(root) != folder:
+            folders.clear()  # a pipeline has its parts in folders, and these have none
+        for name in files:
+            path = Path(root) / name
+            mode = path.stat().st_mode if path.exists() else stat.S_IFREG
+            if not stat.S_ISREG(mode):
+                kind = "a pipe" if stat.S_ISFIFO(mode) else "no regular file"
+                raise ModelError(f"{path} is {kind}, where a file of a model is expected; give a whole copy of the model")
 
 
 def misplaced(path: Path) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock
+from typing import Any
 
-from ..errors import LavenderError, ModelError, first_line
-from .folders import misplaced
+from ..errors import ModelError, first_line, reading
+from .folders import misplaced, require_regular_files
 
 
 def split_revision(model: str | Path) -> tuple[str, str | None]:
@@ -40,6 +43,7 @@ def locate_model(model: str | Path, *files: str) -> tuple[str, str | None]:
     """
     name, revision = split_revision(model)
     if Path(name).exists():
+        require_regular_files(Path(name))
         return name, None
     for file in files[:-1]:
         path = find_file(model, file)
@@ -89,22 +93,22 @@ def loading(what: str, model: str | Path, expected: str) -> Iterator[None]:
         model: as the user gave it.
         expected: what to give in its place.
     """
-    try:
-        with _never_asked():
+    path = Path(split_revision(model)[0])
+    place = "" if path.exists() else ", which is nothing on this machine"
+
+    def explain(error: BaseException) -> str:
+        return misplaced(path) or first_line(error)
+
+    with reading(f"cannot load {what} from {str(model)!r}{place}", expected, ModelError, explain), _never_asked(), _without_bars():
+        try:
             yield
-    except LavenderError:
-        raise
-    except Exception as error:  # libraries raise anything here, tokenizers a bare Exception
-        if "trust_remote_code" in str(error) or "custom code" in str(error):
+        except Exception as error:
+            if "trust_remote_code" not in str(error) and "custom code" not in str(error):
+                raise
             raise ModelError(
                 f"{str(model)!r} needs code of its own, which lavender does not run; read that code, load the model in a script "
                 "with trust_remote_code=True, and pass the loaded object to lavender.patch"
             ) from error
-        path = Path(split_revision(model)[0])
-        place = "" if path.exists() else ", which is nothing on this machine"
-        raise ModelError(
-            f"cannot load {what} from {str(model)!r}{place} ({misplaced(path) or first_line(error)}); {expected}"
-        ) from error
 
 
 _lock = RLock()
@@ -123,3 +127,26 @@ def _never_asked() -> Iterator[None]:
             yield
         finally:
             dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers and diffusers show no bars of their own where their warnings are not heard; downloads keep theirs."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    libraries = [sys.modules[name] for name in ("transformers.utils.logging", "diffusers.utils.logging") if name in sys.modules]
+    unheard: list[Any] = [
+        library
+        for library in libraries
+        if library.is_progress_bar_enabled() and not library.get_logger().isEnabledFor(logging.WARNING)
+    ]
+    as_before = disable_progress_bars if are_progress_bars_disabled() else enable_progress_bars
+    for library in unheard:
+        library.disable_progress_bar()
+    as_before()
+    try:
+        yield
+    finally:
+        for library in unheard:
+            library.enable_progress_bar()
+        as_before()

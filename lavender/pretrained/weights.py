@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -71,24 +68,6 @@ def require_finite(model: nn.Module, what: str) -> None:
             f"{len(bad)} of {len(tensors)} weights of {what} hold NaN or infinity ({some(bad)}); give a sound copy, or, where they "
             "are too large for float16, load them in bfloat16 or float32"
         )
-
-
-def read_shapes(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a folder's model.safetensors, or of the shards that its index lists, on the meta device, in float32; none if
-    there are no such files. Only headers are read.
-
-    Raises `FileNotFoundError` where a shard is missing, `SafetensorError` where one is damaged.
-    """
-    index = folder / "model.safetensors.index.json"
-    files = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    if files == {"model.safetensors"} and not (folder / "model.safetensors").is_file():
-        return {}
-    tensors: dict[str, torch.Tensor] = {}
-    for name in sorted(files):
-        with safe_open(folder / name, framework="pt") as file:
-            keys: list[str] = list(file.keys())
-            tensors |= {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in keys}
-    return tensors
 
 
 @torch.no_grad()

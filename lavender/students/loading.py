@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +12,16 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.utils import find_adapter_config_file, is_accelerate_available
 
 from ..config import Dtype
-from ..errors import ModelError
+from ..errors import ModelError, importing
+from ..pretrained.configs import read_config
+from ..pretrained.headers import TRANSFORMERS, loading_report, read_shapes, without_report
 from ..pretrained.names import find_file, loading, locate_model, pin
-from ..pretrained.weights import read_shapes, require_complete, require_finite, some
+from ..pretrained.weights import require_complete, require_finite, some
 
 _ADAPTER = "adapter_config.json"
 _CONFIGS = ("config.json", _ADAPTER)
+MOST_TIMES = 20
+"""How many times as many weights as its files a model may have: they may be packed, eight to a number, or shared."""
 
 
 def load_student(model: str | Path, dtype: Dtype = "float32") -> tuple[PreTrainedModel, Any]:
@@ -42,10 +43,12 @@ def load_student(model: str | Path, dtype: Dtype = "float32") -> tuple[PreTraine
         # transformers would load the base model, put the adapter into it, and report on the adapter's weights alone.
         adapter = find_adapter_config_file(name, revision=revision)
         if adapter is not None:
-            base = json.loads(Path(adapter).read_text()).get("base_model_name_or_path")
+            base = read_config(Path(adapter), f"{str(model)!r}").get("base_model_name_or_path")
             raise ModelError(f"{str(model)!r} is an adapter of {base!r}; give that as the model, and {str(model)!r} as the adapter")
+        _require_config(model)
+        _require_size(model)
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
-        with _without_report():
+        with without_report():
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 name,
                 revision=revision,
@@ -72,39 +75,36 @@ def empty_student(model: str | Path) -> PreTrainedModel:
     """What `load_student` loads, from the config alone: its weights are on the meta device. Raises `ModelError`."""
     with _loading_student(model):
         name, revision = locate_model(model, *_CONFIGS)
+        _require_config(model)
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         with torch.device("meta"):
             student: PreTrainedModel = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     return student
 
 
-def require_checkpoint(student: PreTrainedModel, model: str | Path) -> int | None:
-    """How many tensors the checkpoint of an `empty_student` has, by its safetensors' headers; None where none are on this machine.
+def read_checkpoint(model: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors that a student's files of weights have, by their headers, on the meta device; none where there are no such files.
 
-    Raises `ModelError` where `load_student` would, but for NaN and infinity.
+    Raises `ModelError` where a file is missing, cut off, or none of weights.
     """
     with _loading_student(model):
         config_file = find_file(model, "config.json")
-        try:
-            tensors = {} if config_file is None else read_shapes(config_file.parent)
-        except FileNotFoundError:
-            if locate_model(model, *_CONFIGS)[1] is None:
-                raise
-            tensors = {}  # of the hub, not all of it is downloaded
+        is_partial = locate_model(model, *_CONFIGS)[1] is not None  # of the hub, not all of it is downloaded
+        what = f"the student {str(model)!r}"
+        return {} if config_file is None else read_shapes(config_file.parent, TRANSFORMERS, what, is_partial)
+
+
+def require_checkpoint(student: PreTrainedModel, model: str | Path) -> int | None:
+    """How many tensors the checkpoint of an `empty_student` has; None where none are on this machine, or they are quantized.
+
+    Raises `ModelError` where `load_student` would, but for NaN and infinity.
+    """
+    tensors = read_checkpoint(model)
+    with _loading_student(model):
         if not tensors or not is_accelerate_available() or hasattr(student.config, "quantization_config"):
             return None
-        kind: Any = type(student)
-        with _without_report():
-            whole, report = kind.from_pretrained(
-                None,
-                config=student.config,
-                state_dict=tensors,
-                device_map="meta",
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=False,
-            )
-    require_complete(whole, report, f"the student {str(model)!r}")
+        report = loading_report(student, tensors)
+    require_complete(student, report, f"the student {str(model)!r}")
     return len(tensors)
 
 
@@ -119,14 +119,16 @@ def load_adapter(student: PreTrainedModel, adapter: str | Path) -> nn.Module:
     Raises:
         ModelError: there is no such adapter, it does not fit the student, or its weights are missing, NaN or infinite.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-    from peft.utils.save_and_load import load_peft_weights
+    with importing():
+        from peft import PeftModel, get_peft_model_state_dict
+        from peft.utils.save_and_load import load_peft_weights
 
     with _loading_adapter(adapter):
         name, revision = locate_model(adapter, _ADAPTER)
+        require_adapter(adapter)
         model = PeftModel.from_pretrained(student, name, revision=revision)
         loaded = load_peft_weights(name, device="cpu", revision=revision)
-    lacking = sorted(get_peft_model_state_dict(model).keys() - loaded.keys())
+        lacking = sorted(get_peft_model_state_dict(model).keys() - loaded.keys())
     if lacking:
         raise ModelError(
             f"the adapter {str(adapter)!r} lacks {len(lacking)} weights ({some(lacking)}); give a whole copy, or the base model "
@@ -134,6 +136,41 @@ def load_adapter(student: PreTrainedModel, adapter: str | Path) -> nn.Module:
         )
     require_finite(model, f"the student with the adapter {str(adapter)!r}")
     return model
+
+
+def require_adapter(adapter: str | Path) -> None:
+    """Raises `ModelError` if the config of a PEFT adapter is damaged, or has what lavender reads in it of another type."""
+    path = find_file(adapter, _ADAPTER)
+    config = {} if path is None else read_config(path, f"the adapter {str(adapter)!r}")
+    for name in ("modules_to_save", "target_modules"):
+        value = config.get(name)
+        is_list = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if value is not None and not is_list and not (name == "target_modules" and isinstance(value, str)):
+            raise ModelError(f"the {_ADAPTER} of {str(adapter)!r} says {name} {value!r}, expected names; give a whole copy")
+    for name in ("base_model_name_or_path", "revision"):
+        value = config.get(name)
+        if value is not None and not isinstance(value, str):
+            raise ModelError(f"the {_ADAPTER} of {str(adapter)!r} says {name} {value!r}, expected a name; give a whole copy")
+
+
+def _require_size(model: str | Path) -> None:
+    """Raises `ModelError` where a config is of a far larger model than its files, for which there may not be the memory."""
+    weights = sum(tensor.numel() for tensor in read_checkpoint(model).values())
+    if not weights:
+        return
+    student = empty_student(model)
+    expected = sum(tensor.numel() for tensor in student.state_dict().values())
+    if expected > MOST_TIMES * weights:
+        raise ModelError(
+            f"the config.json of {str(model)!r} is of a model with {expected:,} weights, and its files have {weights:,}; give the "
+            "config.json that belongs to them"
+        )
+
+
+def _require_config(model: str | Path) -> None:
+    path = find_file(model, "config.json")
+    if path is not None:
+        read_config(path, f"{str(model)!r}")
 
 
 def pin_student(model: str | Path) -> str:
@@ -155,18 +192,3 @@ def _loading_adapter(adapter: str | Path) -> AbstractContextManager[None]:
 
 def _loading_student(model: str | Path) -> AbstractContextManager[None]:
     return loading("an image-text-to-text model", model, "give a folder that transformers saved, or a hub id")
-
-
-@contextmanager
-def _without_report() -> Iterator[None]:
-    """Without transformers' table of keys, of which `require_complete` says what matters."""
-    library = logging.getLogger("transformers.modeling_utils")
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    library.addFilter(is_other)
-    try:
-        yield
-    finally:
-        library.removeFilter(is_other)

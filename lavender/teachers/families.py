@@ -111,7 +111,13 @@ class TeacherFamily(ABC):
     @property
     def side(self) -> int:
         """The side in pixels of the pictures that the model was made for."""
-        return int(self.denoiser.config.sample_size) * int(self.pipe.vae_scale_factor)
+        size = self.denoiser.config.sample_size
+        if not isinstance(size, int) or size < 1:
+            raise ModelError(
+                f"the config of the {type(self.denoiser).__name__} says sample_size {size!r}, expected the side of its latents; "
+                "give the config that belongs to its weights"
+            )
+        return size * int(self.pipe.vae_scale_factor)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Scaled latents [B, C, h, w] of pictures [B, 3, y, x] in [-1, 1]: the mean of the encoder's distribution if it has one."""

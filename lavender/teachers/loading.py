@@ -12,7 +12,9 @@ import torch
 
 from ..config import TeacherConfig
 from ..errors import ModelError
-from ..pretrained.names import loading, locate_model, pin
+from ..pretrained.configs import read_config
+from ..pretrained.headers import DIFFUSERS, TRANSFORMERS, find_weights, loading_report, read_shapes
+from ..pretrained.names import find_file, loading, locate_model, pin, split_revision
 from ..pretrained.weights import require_complete
 from .families import TEACHERS, teacher_family_of
 
@@ -40,7 +42,7 @@ def load_pipeline(model: str | Path, config: TeacherConfig | None = None) -> Any
     asked = None if dtype == torch.float32 else dtype
     with _loading(model):
         name, revision = locate_model(model, _INDEX)
-        index = DiffusionPipeline.load_config(name, revision=revision)
+        index = _read_index(model, name, revision)
         teacher_family_of(getattr(diffusers, index["_class_name"]))
         # Parts that are given are not downloaded.
         folder = (
@@ -49,7 +51,7 @@ def load_pipeline(model: str | Path, config: TeacherConfig | None = None) -> Any
             else str(DiffusionPipeline.download(name, revision=revision, trust_remote_code=False, safety_checker=None))
         )
         parts: dict[str, Any] = {part: value for part, value in _UNUSED.items() if part in index}
-        for part, kind in _parts_of(index):
+        for part, kind in _parts_of(model, index):
             if part not in parts and issubclass(kind, torch.nn.Module):
                 parts[part], report = _load(kind, folder, part, asked)
                 require_complete(parts[part], report, f"the {part} of {str(model)!r}")
@@ -67,9 +69,9 @@ def empty_pipeline(model: str | Path) -> Any:
 
     with _loading(model):
         name, revision = locate_model(model, _INDEX)
-        index = DiffusionPipeline.load_config(name, revision=revision)
+        index = _read_index(model, name, revision)
         parts: dict[str, Any] = {part: value for part, value in _UNUSED.items() if part in index}
-        parts |= {part: _empty(kind, name, part, revision) for part, kind in _parts_of(index) if part not in parts}
+        parts |= {part: _empty(kind, name, part, revision) for part, kind in _parts_of(model, index) if part not in parts}
         return DiffusionPipeline.from_pretrained(name, revision=revision, trust_remote_code=False, **parts)
 
 
@@ -83,22 +85,90 @@ def _loading(model: str | Path) -> AbstractContextManager[None]:
     return loading("a text-to-image pipeline", model, f"give a folder that diffusers saved ({', '.join(TEACHERS)}), or a hub id")
 
 
-def _parts_of(index: Mapping[str, Any]) -> Iterator[tuple[str, type]]:
-    """The parts that a pipeline's index lists, with their classes. Raises `ModelError` for one that no library has."""
+def _read_index(model: str | Path, name: str, revision: str | None) -> Mapping[str, Any]:
+    """What a pipeline's index lists. Raises `ModelError` for one that names no pipeline of diffusers."""
+    import diffusers
+
+    path = find_file(model, _INDEX)
+    if path is not None:
+        read_config(path, f"{str(model)!r}")
+    index: Mapping[str, Any] = diffusers.DiffusionPipeline.load_config(name, revision=revision)
+    kind = getattr(diffusers, str(index.get("_class_name")), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+        raise ModelError(
+            f"the {_INDEX} of {str(model)!r} says the class {index.get('_class_name')!r}, which is no pipeline of diffusers; give "
+            f"a folder that diffusers saved ({', '.join(TEACHERS)}), or a hub id"
+        )
+    return index
+
+
+def _parts_of(model: str | Path, index: Mapping[str, Any]) -> Iterator[tuple[str, type]]:
+    """The parts that a pipeline's index lists, with their classes. Raises `ModelError` for one that no library has, or that is not
+    there: of some, transformers would make an empty one."""
     import diffusers
     import transformers
 
-    for part, entry in index.items():
-        if isinstance(entry, list | tuple) and len(entry) == 2 and entry[0] is not None:
-            library, name = entry
-            known: Any = {"diffusers": diffusers, "transformers": transformers}
-            kind = getattr(known.get(library, getattr(diffusers.pipelines, library, None)), name, None)
-            if kind is None:
-                raise ModelError(
-                    f"its {part} is a {name} of {library}, which neither diffusers nor transformers has: it needs code of its own, "
-                    "which lavender does not run"
-                )
-            yield part, kind
+    listed = {part: entry for part, entry in index.items() if isinstance(entry, list | tuple) and len(entry) == 2 and entry[0]}
+    pipeline: Any = getattr(diffusers, index["_class_name"])
+    needed = set(pipeline._get_signature_keys(pipeline)[0]) - {*pipeline._optional_components, *_UNUSED}
+    if lacking := sorted(needed - listed.keys()):
+        raise ModelError(
+            f"the {_INDEX} of {str(model)!r} lists no {' and no '.join(lacking)}, of which a {pipeline.__name__} is made"
+        )
+    for part, (library, name) in listed.items():
+        known: Any = {"diffusers": diffusers, "transformers": transformers}
+        kind = getattr(known.get(str(library), getattr(diffusers.pipelines, str(library), None)), str(name), None)
+        if not (isinstance(kind, type) and hasattr(kind, "from_pretrained")):
+            raise ModelError(
+                f"its {part} is a {name} of {library}, which neither diffusers nor transformers has: it needs code of its own, "
+                "which lavender does not run"
+            )
+        if part not in _UNUSED and (missing := _missing_files(model, part, kind)):
+            raise ModelError(f"its {part}, a {name}, has no {missing} in {model}; give a whole copy")
+        yield part, kind
+
+
+def _missing_files(model: str | Path, part: str, kind: Any) -> str:
+    """The files that a part cannot be without and that are not there, in words; empty if none, or if its library looks itself."""
+    if issubclass(kind, torch.nn.Module):
+        return "" if find_file(model, f"{part}/config.json") else "config.json"
+    vocabulary = dict(getattr(kind, "vocab_files_names", {}))
+    if not vocabulary:
+        return ""
+    whole = vocabulary.pop("tokenizer_file", "tokenizer.json")
+    pieces = list(vocabulary.values()) or ["tokenizer.model"]
+    if find_file(model, f"{part}/{whole}") or all(find_file(model, f"{part}/{name}") for name in pieces):
+        return ""
+    return f"{whole} (or {' and '.join(pieces)})"
+
+
+def require_part(module: torch.nn.Module, model: str | Path, part: str) -> None:
+    """Compares the files of an empty pipeline's part with its config, by their headers.
+
+    Raises `ModelError` where `load_pipeline` would, but for NaN and infinity; `read_part` before it for files that are damaged.
+    """
+    tensors = read_part(module, model, part)
+    if tensors and not hasattr(module.config, "quantization_config"):
+        require_complete(module, loading_report(module, tensors), f"the {part} of {str(model)!r}")
+
+
+def read_part(module: torch.nn.Module, model: str | Path, part: str) -> dict[str, torch.Tensor]:
+    """The tensors that the files of a part have, by their headers, on the meta device; none where none are on this machine.
+
+    Raises `ModelError` where a file is missing, cut off, or none of weights.
+    """
+    import diffusers
+
+    with _loading(model):
+        config_file = find_file(model, f"{part}/config.json")
+        is_local = Path(split_revision(model)[0]).exists()
+        if config_file is None:
+            return {}
+        names = DIFFUSERS if isinstance(module, diffusers.ModelMixin) else TRANSFORMERS
+        what = f"the {part} of {str(model)!r}"
+        if is_local and find_weights(config_file.parent, names) is None:
+            raise ModelError(f"{what} has no {' and no '.join(names)} in {config_file.parent}; give a whole copy")
+        return read_shapes(config_file.parent, names, what, is_partial=not is_local)
 
 
 def _load(kind: Any, folder: str, part: str, dtype: torch.dtype | None) -> tuple[torch.nn.Module, Mapping[str, Any]]:

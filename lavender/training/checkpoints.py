@@ -15,13 +15,14 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.api import CheckpointException
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -29,6 +30,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAM
 from ..errors import DataError, first_line
 from ..files import name_full_disk, read_file, replace_folder, write_within
 from ..pretrained.weights import non_finite
+from .arguments import misfit
 
 logger = logging.getLogger("lavender")
 
@@ -208,7 +210,7 @@ def _faults(checkpoint: Path, trainer: Trainer) -> list[str]:
         return [f"a JSON file in it is damaged ({error})"]
     faults = []
     if trainer.args.should_save:
-        if not _has_state(checkpoint) or "global_step" not in json.loads(read_file(checkpoint / STATE)):
+        if not _has_state(checkpoint) or not _is_state(json.loads(read_file(checkpoint / STATE))):
             faults.append(f"{STATE} is missing or damaged")
         if trainer.is_deepspeed_enabled and written_by != processes:
             faults.append(f"DeepSpeed wrote it by {written_by} processes and cannot continue by {processes}")
@@ -220,6 +222,13 @@ def _faults(checkpoint: Path, trainer: Trainer) -> list[str]:
         else:
             faults += [f"{name} {fault}" for fault in _faults_of_file(path)]
     return faults
+
+
+def _is_state(state: dict[str, Any]) -> bool:
+    """Whether the Trainer can take its state for its own."""
+    counted = all(isinstance(state.get(name), int) for name in ("global_step", "max_steps")) and state["global_step"] >= 0
+    known = state.keys() <= {field.name for field in fields(TrainerState)}
+    return counted and known and isinstance(state.get("log_history"), list) and not misfit(TrainerState, state)
 
 
 def _required(checkpoint: Path, trainer: Trainer, processes: int) -> list[str]:

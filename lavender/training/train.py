@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ from ..config import AlignmentConfig, TrainingConfig, WordsConfig, fingerprint, 
 from ..data.conversations import with_sound_regions
 from ..data.regions import has_places
 from ..data.samples import Conversation, Sample, as_conversation
-from ..errors import ConfigError, DataError, LavenderError, ModelError, TargetError, first_line
+from ..errors import ConfigError, DataError, LavenderError, ModelError, TargetError, first_line, importing, reading
 from ..files import FolderLock, name_full_disk, read_file, write_within
 from ..patching import patch
 from ..pretrained.names import split_revision
@@ -50,10 +49,11 @@ from ..signals import Stop, stopping
 from ..students.channels import is_chosen, weighed_places
 from ..students.discovery import attention_modules
 from ..students.heads import choose_heads
-from ..students.loading import load_processor, pin_adapter, pin_student
+from ..students.loading import load_processor, pin_adapter, pin_student, require_adapter
 from ..students.loading import load_student as load_student  # importable from here
 from ..students.patch import ALIGNER_FILE, StudentPatch
 from ..targets.store import TargetStore
+from .arguments import REFUSAL, REMEDY, make_arguments
 from .callback import LavenderCallback
 from .checkpoints import last_checkpoint as _last_checkpoint
 from .guard import FiniteGuard, of_all_processes
@@ -340,12 +340,10 @@ class _Run:
         begin(out, self.record(), self.samples, self.targets, writes=arguments.process_index == 0)
         collator = Batches(self.collator(processor, student.config), self.skipped_file)
         rate, samples = self.training.aligner_learning_rate, list(self.samples)
-        try:
+        with reading(f"transformers.Trainer {REFUSAL}", REMEDY, ConfigError):
             trainer = StudentTrainer(
                 model=trained, args=arguments, train_dataset=samples, data_collator=collator, aligner_learning_rate=rate
             )
-        except ValueError as error:
-            raise ConfigError(f"transformers.Trainer refuses the training's arguments ({first_line(error)})") from error
         aligned = self.targets is not None
         trainer.add_callback(LavenderCallback(trainer, processor=processor) if aligned else FiniteGuard(trainer))
         interruption = Interruption(trainer, self.stop)
@@ -419,25 +417,25 @@ class _Run:
 
 def _with_lora(student: Any, training: TrainingConfig, adapter: str | Path | None, aligned: bool) -> nn.Module:
     """The student with a new LoRA adapter, or with one that a folder or hub id holds; the aligner is trained beside it."""
-    from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-    from peft.utils.save_and_load import load_peft_weights
+    with importing():
+        from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+        from peft.utils.save_and_load import load_peft_weights
 
     beside = ["lavender"] if aligned and any(True for _ in student.lavender.parameters()) else None
     if adapter is None:
         targets = training.lora_targets
-        config = LoraConfig(
-            r=training.lora_rank,
-            lora_alpha=training.lora_alpha,
-            lora_dropout=training.lora_dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            modules_to_save=beside,
-        )
-        try:
+        with reading(f"LoRA cannot be added to the student's {targets}", "give other lora_targets", ModelError):
+            config = LoraConfig(
+                r=training.lora_rank,
+                lora_alpha=training.lora_alpha,
+                lora_dropout=training.lora_dropout,
+                target_modules=targets if isinstance(targets, str) else list(targets),
+                modules_to_save=beside,
+            )
             return get_peft_model(student, config)
-        except ValueError as error:
-            raise ModelError(f"LoRA cannot be added to the student's {targets} ({first_line(error)})") from error
-    try:
+    with reading(f"cannot load a LoRA adapter for this student from {adapter}", "give a whole copy of one", ModelError):
         name, revision = split_revision(adapter)
+        require_adapter(adapter)
         peft_config = PeftConfig.from_pretrained(name, revision=revision)
         kept = [module for module in getattr(peft_config, "modules_to_save", None) or () if module != "lavender"]
         peft_config.inference_mode, peft_config.modules_to_save = False, [*kept, *(beside or ())] or None
@@ -451,8 +449,6 @@ def _with_lora(student: Any, training: TrainingConfig, adapter: str | Path | Non
         lacking = sorted(name for name in expected if "lavender." not in name and name not in loaded)
         _require_finite(loaded, adapter)
         report: Any = set_peft_model_state_dict(trained, aligner | loaded)
-    except (KeyError, ValueError, RuntimeError, OSError, EOFError, SafetensorError, UnpicklingError) as error:
-        raise ModelError(f"cannot load a LoRA adapter for this student from {adapter} ({first_line(error)})") from error
     if lacking:
         raise ModelError(f"the adapter at {adapter} is damaged: it lacks {len(lacking)} weights, such as {lacking[0]}")
     if report.unexpected_keys:
@@ -516,10 +512,7 @@ def _arguments(folder: Path, training: TrainingConfig, progress: bool) -> Traini
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision in ("bf16", "fp16"):  # `accelerate launch` says it to DeepSpeed, which wants the Trainer to say the same
         preset[precision] = True
-    try:
-        return TrainingArguments(**preset | dict(training.arguments) | required)
-    except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"transformers.TrainingArguments refuses the training's arguments ({first_line(error)})") from error
+    return make_arguments(preset | dict(training.arguments) | required)
 
 
 def _known(sample: Sample | Conversation | Mapping[str, Any]) -> Sample | Conversation:

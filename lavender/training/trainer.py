@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,10 +20,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..batches.collator import Collator
-from ..errors import DataError, LavenderError
+from ..errors import ConfigError, DataError, LavenderError, reading
 from ..signals import Stop, Stopped, outlast
 from ..students.patch import is_checkpoint
 from ..types import WordBatch
+from .arguments import REFUSAL, REMEDY
 from .callback import LavenderCallback
 from .checkpoints import ASIDE, publish, remove_old, writing
 from .guard import of_all_processes
@@ -61,6 +62,12 @@ class Batches:
         if self.collator.targets is None:
             batch, _ = WordBatch.split(batch)
         return batch | {SAMPLE_IDS: [sample.id for sample in samples]}
+
+
+def _continuing(checkpoint: str | None) -> AbstractContextManager[None]:
+    """Around the Trainer's reading of a checkpoint, which executes no pickle."""
+    remedy = "remove it, to continue from the one before, or put back what it was"
+    return reading(f"{checkpoint} cannot be continued from", remedy, DataError)
 
 
 class StudentTrainer(Trainer):
@@ -118,7 +125,8 @@ class StudentTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with the aligner's weights in groups of their own."""
         made_before = self.optimizer is not None
-        optimizer = super().create_optimizer(model)
+        with reading(f"the optimizer {REFUSAL}", REMEDY, ConfigError):
+            optimizer = super().create_optimizer(model)
         if made_before or self.aligner_learning_rate is None:
             return optimizer
         trained: Any = self.model if model is None else model
@@ -131,6 +139,23 @@ class StudentTrainer(Trainer):
                 optimizer.add_param_group({**group, "params": aligner, "lr": self.aligner_learning_rate})
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The Trainer's."""
+        with reading(f"the learning rate's schedule {REFUSAL}", REMEDY, ConfigError):
+            return super().create_scheduler(num_training_steps, optimizer)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        with _continuing(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _continuing(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _continuing(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The Trainer's. FSDP2 resumes an optimizer only if it has a state of every weight, unused ones too."""
@@ -158,14 +183,12 @@ class StudentTrainer(Trainer):
         path = Path(self.checkpoint or "") / SUMS.format(self.args.process_index)
         if self.checkpoint is None or not path.exists():
             return
-        sums = torch.load(path, map_location=self.args.device, weights_only=True)
-        self._tr_loss, self._globalstep_last_logged = sums["loss"], sums["logged"]
-        for callback, values in zip(
-            (callback for callback in self.callback_handler.callbacks if isinstance(callback, LavenderCallback)),
-            sums["callbacks"],
-            strict=True,
-        ):
-            vars(callback.sums).update(values)
+        callbacks = [callback for callback in self.callback_handler.callbacks if isinstance(callback, LavenderCallback)]
+        with _continuing(self.checkpoint):
+            sums = torch.load(path, map_location=self.args.device, weights_only=True)
+            self._tr_loss, self._globalstep_last_logged = sums["loss"], sums["logged"]
+            for callback, values in zip(callbacks, sums["callbacks"], strict=True):
+                vars(callback.sums).update(values)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._aside is None else str(self._aside)

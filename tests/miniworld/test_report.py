@@ -44,8 +44,7 @@ def word(text, role, index, found):
     return {"word": text, "role": role, "object": index, "maps": maps, **more}
 
 
-@pytest.fixture
-def run(tmp_path):
+def results_of_a_demo():
     question = {
         "type": "color",
         "text": "What color is the <ring>?",
@@ -55,7 +54,7 @@ def run(tmp_path):
     }
     counting = {**question, "text": "How many?", "answer": "three", "words": [word("three", "answer", None, None)]}
     history = [{"step": 100, "cpu_s": 4.0, "answers": {"color": 0.1, "place": 0.3}}]
-    results = {
+    return {
         "answers": {"in distribution": ROWS, "clutter": ROWS},
         "attention": {
             arm: {"question": compared(first), "answer": compared(0.4)} for arm, first in (("plain", 0.31), ("aligned", 0.92))
@@ -74,7 +73,11 @@ def run(tmp_path):
         },
         "environment": environment(),
     }
-    (tmp_path / "results.json").write_text(json.dumps(results))
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(results_of_a_demo()))
     return tmp_path
 
 
@@ -217,3 +220,41 @@ def test_the_hottest_place_is_the_brightest():
     assert (y // 8, x // 8) == (2, 5)
     flat = overlay(picture, np.ones((8, 8)))
     assert (flat == flat[0, 0]).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda results: results.pop("teacher"), "it lacks 'teacher'"),
+        (lambda results: results["history"].update(plain=[]), "history.plain has no steps"),
+        (
+            lambda results: results["history"]["plain"][0].update(step="x"),
+            r"history.plain\[0\].step is 'x', expected one of type int",
+        ),
+        (lambda results: results["history"]["aligned"][0].update(step=0), "history.aligned has no steps"),
+        (
+            lambda results: results["answers"]["clutter"]["all"]["first"].update(mean=float("nan")),
+            "answers.clutter.all.first.mean is 'nan'",
+        ),
+        (lambda results: results.update(answers={}), "answers lacks 'in distribution'"),
+        (lambda results: results["config"]["alignment"].update(rows="x"), "config.alignment.rows is 'x'"),
+        (lambda results: results["config"].update(alignment=None), "config.alignment is 'None', expected a mapping"),
+        (lambda results: results["examples"][0].update(picture=-1), r"examples\[0\].picture is -1"),
+        (lambda results: results["examples"][0]["questions"][0]["words"][0]["maps"].update(plain=[[1.0], []]), "not equally long"),
+        (lambda results: results["examples"][0]["questions"][0]["words"][0].update(object=99), "name object 99 of a picture with"),
+    ],
+)
+def test_results_of_another_shape_are_one_line(run, change, why):
+    results = json.loads((run / "results.json").read_text())
+    change(results)
+    (run / "results.json").write_text(json.dumps(results))
+    with pytest.raises(DataError, match=why):
+        write_report(run)
+    assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "7", "NaN", "[" * 100_000, "1" + "0" * 5000])
+def test_results_that_are_none_are_one_line(run, content):
+    (run / "results.json").write_text(content)
+    with pytest.raises(DataError, match=r"results.json is damaged \("):
+        write_report(run)

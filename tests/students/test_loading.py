@@ -234,3 +234,26 @@ def test_an_adapter_at_a_revision_is_loaded(hub, adapter, student_folder, tmp_pa
         assert torch.equal(loaded[name.replace(".weight", ".default.weight")], weights[name] + added)
     assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 2
     assert logging.getLogger("transformers.modeling_utils").filters == []
+
+
+def test_a_config_of_a_far_larger_model_is_refused_before_it_is_built(student_folder, tmp_path):
+    folder = tmp_path / "large"
+    shutil.copytree(student_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    expected = sum(weight.numel() for weight in load_file(folder / "model.safetensors").values())
+    (folder / "config.json").write_text(json.dumps(config | {"text_config": {"model_type": "llama"}}))  # seven billion weights
+    with pytest.raises(ModelError, match=rf"is of a model with [67],\d+,\d+,\d+ weights, and its files have {expected:,}; give"):
+        load_student(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"text_config": config["text_config"] | {"hidden_size": 10**9}}))
+    with pytest.raises(ModelError, match=r"large'"):
+        load_student(folder)
+
+
+def test_adapters_with_names_of_another_type_are_refused(adapter, student_folder, tmp_path):
+    for name, value in (("modules_to_save", 7), ("target_modules", {"a": 1}), ("base_model_name_or_path", 7), ("revision", [])):
+        folder = tmp_path / name
+        shutil.copytree(adapter, folder)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {name: value}))
+        with pytest.raises(ModelError, match=f"adapter_config.json of .* says {name} "):
+            load_adapter(load_student(student_folder)[0], folder)

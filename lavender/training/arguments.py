@@ -1,0 +1,53 @@
+"""The Trainer's arguments, which `TrainingConfig.arguments` has as JSON: refused before a run begins, and not at its first step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from transformers import TrainingArguments
+
+from ..errors import ConfigError, reading
+
+REFUSAL = "refuses the training's arguments"
+REMEDY = "see what transformers.TrainingArguments says of them"
+_LEAST = {"gradient_accumulation_steps": 1, "dataloader_num_workers": 0}
+"""Of numbers that transformers does not look at before it counts by them."""
+
+
+def make_arguments(values: Mapping[str, Any]) -> TrainingArguments:
+    """`TrainingArguments(**values)`. transformers does not check the types: what is of another one is found out in the run.
+
+    Raises `ConfigError` naming the first that is of another type, or saying what transformers says.
+    """
+    unknown = values.keys() - {field.name for field in fields(TrainingArguments) if field.init}
+    problem = f"unexpected keyword argument {min(unknown)!r}" if unknown else misfit(TrainingArguments, values)
+    for name, least in _LEAST.items():
+        if not problem and values.get(name, least) < least:
+            problem = f"{name} is {values[name]}, expected {least} or more"
+    if problem:
+        raise ConfigError(f"transformers.TrainingArguments {REFUSAL} ({problem}); {REMEDY}")
+    with reading(f"transformers.TrainingArguments {REFUSAL}", REMEDY, ConfigError):
+        return TrainingArguments(**values)
+
+
+def misfit(cls: type, values: Mapping[str, Any]) -> str:
+    """The first of a dataclass's values in JSON that is a number and should be none, or none and should be one, in words; empty if
+    there is none. Other annotations of transformers say less than what it takes."""
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        hint = hints.get(name, Any)
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if set(kinds) <= {bool, int, float, NoneType}:
+            fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
+        else:
+            fits = not is_number or not {get_origin(kind) or kind for kind in kinds} <= {str, dict, list, NoneType}
+        if not fits:
+            return f"{name} is {value!r}, expected {' or '.join(getattr(kind, '__name__', str(kind)) for kind in kinds)}"
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{name} is {value}, expected a finite number"
+    return ""
