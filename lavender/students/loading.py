@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,9 @@ def require_adapter(adapter: str | Path) -> None:
 
 def _require_size(model: str | Path) -> None:
     """Raises `ModelError` where a config is of a far larger model than its files, for which there may not be the memory."""
-    weights = sum(tensor.numel() for tensor in read_checkpoint(model).values())
+    weights = 0
+    with suppress(ModelError):  # of damaged files, which the library names when it loads them
+        weights = sum(tensor.numel() for tensor in read_checkpoint(model).values())
     if not weights:
         return
     student = empty_student(model)

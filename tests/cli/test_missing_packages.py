@@ -13,9 +13,10 @@ import pytest
 
 from lavender.errors import OPTIONAL_PACKAGES, MissingPackageError, importing, install_command
 from lavender.miniworld import STUDENT, TEACHER, write_dataset
+from lavender.miniworld.stores import exact_targets
 
 ROOT = Path(__file__).parents[2]
-STORE = ROOT / "tests/targets/old_stores/finished"
+STORE = "store"
 RUN = """
 import contextlib, importlib.machinery, io, json, sys
 
@@ -50,11 +51,11 @@ EXTRACT += ["--timesteps", "51", "--map-size", "8"]
 TRAIN = ["train", "--model", str(STUDENT), "--data", "data/captions.jsonl", "--out", "run", "--steps", "1", "--batch-size", "1"]
 FULL = [*TRAIN, "--lora-rank", "0"]
 EVALUATE = ["evaluate", "--scenes", "1"]
-MAPS = ["evaluate", "maps", str(STORE), "--masks", "data/grounding.jsonl"]
-INFO = ["targets", "info", str(STORE)]
+MAPS = ["evaluate", "maps", STORE, "--masks", "data/grounding.jsonl"]
+INFO = ["targets", "info", STORE]
 REPORT = ["report", "nothing"]
 DEMO = ["demo", "--out", "demo"]
-ALIGNED = [*FULL, "--targets", str(STORE)]
+ALIGNED = [*FULL, "--targets", STORE]
 
 
 def without(package, tmp_path, *commands):
@@ -107,6 +108,7 @@ FREE = {
 )
 def test_a_missing_package_is_one_line(package, tmp_path, scenes):
     write_dataset(scenes[:1], tmp_path / "data")
+    exact_targets(tmp_path / "store", scenes[:1], 8)
     needed, free = NEEDED[package], FREE.get(package, ())
     ends = without(package, tmp_path, *needed, *free)
     for command, (code, stderr) in zip(needed, ends, strict=False):

@@ -6,6 +6,7 @@ from dataclasses import MISSING, fields
 
 import pytest
 from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from lavender.errors import ConfigError
 from lavender.training.arguments import make_arguments, misfit
@@ -57,3 +58,11 @@ def test_what_transformers_takes_is_taken(tmp_path):
     arguments = make_arguments(values)
     assert arguments.logging_steps == 0.5
     assert arguments.lr_scheduler_type == "cosine"
+
+
+def test_a_refused_engine_leaves_nothing(tmp_path):
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": "x"}, "train_batch_size": "y"}')
+    for value in ("nothing.json", str(tmp_path / "zero.json"), 7, {"zero_optimization": 7}):
+        with pytest.raises(ConfigError):
+            make_arguments({"output_dir": str(tmp_path), "deepspeed": value})
+    assert not is_deepspeed_zero3_enabled()
