@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import posixpath
+import shutil
 import socket
 import stat
 import time
@@ -85,9 +86,36 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    synchronize(path.parent)
+
+
+def replace_folder(made: Path, folder: Path) -> None:
+    """Gives a folder that was written aside, on the same disk, its name; what had that name is removed.
+
+    A kill or a power cut leaves all of it under the name, or nothing of it. Raises `OSError` where that cannot be done.
+    """
+    synchronize_all(made)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(made, folder)
+    synchronize(folder.parent)
+
+
+def synchronize_all(path: Path) -> None:
+    """Waits until a file, or a folder and all that is in it, is on the disk."""
+    for place, _, names in os.walk(path, topdown=False):
+        for name in names:
+            synchronize(Path(place, name))
+        synchronize(Path(place))
+    if path.is_file():
+        synchronize(path)
+
+
+def synchronize(path: Path) -> None:
+    """Waits until a file, or the list of a folder's files, is on the disk."""
     if os.name == "nt":  # a folder cannot be synchronized there
         return
-    descriptor = os.open(path.parent, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -158,6 +186,12 @@ class FolderLock:
 
     def is_held(self) -> bool:
         return self._lock.is_locked
+
+    def rename(self, folder: Path) -> None:
+        """Gives the folder another name, under which it is still held. Nothing may be there but an empty folder."""
+        self._holder.parent.rename(folder)
+        self._holder = folder / self._holder.name
+        synchronize(folder.parent)
 
     def release(self) -> None:
         if self._lock.is_locked:

@@ -16,6 +16,9 @@ EXIT_CODE = 128 + signal.SIGTERM
 SAME_S = 1.0
 """Seconds in which a signal that comes again is the same one: launchers hand on what the scheduler sent to all processes."""
 
+OUTLAST_S = 60
+"""Seconds that a worker goes on after a scheduler's SIGTERM."""
+
 
 class Stopped(SystemExit):
     """Ends a process that was asked to end, with `EXIT_CODE`; `str` says what became of its work, and what to do."""
@@ -70,3 +73,11 @@ def stopping() -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def outlast() -> None:
+    """Makes a worker process go on for `OUTLAST_S` seconds when a scheduler sends its signals to all processes, the worker too: the
+    main process, which ends the worker, finishes what it has in hand by its help."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(OUTLAST_S))
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)

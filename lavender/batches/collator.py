@@ -24,7 +24,7 @@ from ..types import ROLES, WHOLE_PICTURE, Box, Span, Word, WordBatch
 from ..words import collate_rows, locate_tokens
 from .aligned_words import AlignedWord, TurnWord, aligned_turns, content_words, target_maps, turn_words
 from .chat_template import Turn, apply_chat_template
-from .outcomes import Item, Outcomes
+from .outcomes import Item, Outcomes, Unusable
 from .word_selection import WordSelector
 
 if TYPE_CHECKING:
@@ -181,11 +181,14 @@ class Collator:
             for word in item.words
         )
 
-    def __call__(self, samples: Sequence[Sample | Conversation | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[Sample | Conversation | Mapping[str, Any] | Unusable]) -> dict[str, torch.Tensor]:
         """Raises `DataError` or `TargetError` naming the sample at fault, unless it is skipped; then the last of 16 in a row."""
         items: list[Item] = []
         errors: dict[int, LavenderError] = {}
         for b, sample in enumerate(samples):
+            if isinstance(sample, Unusable):
+                items.append(self._stand_in_for(sample.id, DataError(sample.reason)))
+                continue
             sample_id = _id_of(sample)
             try:
                 conversation = as_conversation(sample)
@@ -215,13 +218,23 @@ class Collator:
         """
         error: LavenderError | None = None
         for sample in samples[:: max(1, -(-len(samples) // MOST_SKIPPED))]:
-            try:
-                self._try(self._item(as_conversation(sample)))
+            error = self.fault_of(sample)
+            if error is None:
                 return
-            except LavenderError as fault:
-                error = fault
         if error is not None:
             raise error
+
+    def fault_of(self, sample: Sample | Conversation | Mapping[str, Any]) -> LavenderError | None:
+        """Why a sample cannot be used; None if it can."""
+        try:
+            item = self._item(as_conversation(sample))
+            try:
+                self._collate([item])
+            except LavenderError:
+                self._try(item)
+        except LavenderError as error:
+            return error
+        return None
 
     def _collate(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
         texts = [item.chat.text for item in items]
@@ -293,11 +306,13 @@ class Collator:
         return item
 
     def _note_skipped(self, items: Sequence[Item], errors: Mapping[int, LavenderError]) -> None:
-        """Logs each skipped sample once. Raises the error of the last of `MOST_SKIPPED` in a row."""
+        """Logs each skipped sample once. Raises the error of the last of `MOST_SKIPPED` in a row, `Unusable` ones not counted."""
         for b, item in enumerate(items):
-            self._skipped_in_a_row = self._skipped_in_a_row + 1 if item.skipped else 0
             if not item.skipped:
+                self._skipped_in_a_row = 0
+            if b not in errors:
                 continue
+            self._skipped_in_a_row += 1
             error = errors[b]
             if item.id not in self.skipped:
                 self.skipped[item.id] = str(error)

@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lavender")
 
 
+@dataclass(frozen=True)
+class Unusable:
+    """In the place of a sample of which it is known, and was said, that it cannot be used, and why: a stand-in takes its place."""
+
+    id: str
+    reason: str
+
+
 @dataclass(frozen=True, eq=False)
 class Item:
     """One sample of a batch: its text, its pictures, and what is compared.

@@ -36,6 +36,9 @@ def train(
     adapter: Annotated[
         str | None, typer.Option(help="Folder or hub id (or NAME@REVISION) of a LoRA adapter to start from, in place of a new one.")
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="End before the first step if a sample cannot be used, in place of skipping it.")
+    ] = False,
     setting: Annotated[
         list[str] | None,
         typer.Option(
@@ -46,6 +49,7 @@ def train(
     """Fine-tune a student, with the alignment loss if there are targets."""
     from ..data.samples import read_samples
     from ..targets.store import TargetStore
+    from ..training.samples import SKIPPED
     from ..training.train import fine_tune
     from .presets import Preset
     from .presets import preset as preset_of
@@ -66,5 +70,10 @@ def train(
         alignment=chosen.alignment,
         words=chosen.words,
         adapter=adapter,
+        strict=strict,
     )
-    print(f"{out}: {'adapter/' if chosen.training.lora_rank else 'model/'} and history.json written")
+    skipped = out / SKIPPED
+    print(
+        f"{out}: {'adapter/' if chosen.training.lora_rank else 'model/'} and history.json written"
+        + f"; samples were skipped, which {skipped} lists" * skipped.exists()
+    )

@@ -63,6 +63,14 @@ def load_student(model: str | Path, dtype: Dtype = "float32") -> tuple[PreTraine
     return student, processor
 
 
+def load_processor(model: str | Path) -> tuple[Any, Any]:
+    """The processor and the config of what `load_student` loads, without its weights. Raises `ModelError`."""
+    with _loading_student(model):
+        name, revision = locate_model(model, *_CONFIGS)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False), config
+
+
 def empty_student(model: str | Path) -> PreTrainedModel:
     """What `load_student` loads, from the config alone: its weights are on the meta device. Raises `ModelError`."""
     with _loading_student(model):
@@ -75,7 +83,7 @@ def empty_student(model: str | Path) -> PreTrainedModel:
 
 
 def read_checkpoint(model: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors that a student's files of weights have, by their headers, on the meta device; none where there are no such files.
+    """The tensors that a student's files of weights have, by their headers, on the meta device; none where there are no files.
 
     Raises `ModelError` where a file is missing, cut off, or none of weights.
     """

@@ -1,30 +1,34 @@
-"""Which checkpoint a run continues from: the newest that is as it was written.
+"""How a checkpoint is written, and which one a run continues from: the newest that is as it was written.
 
 The Trainer continues from a checkpoint without the optimizer's state, or without the random numbers', and says nothing; the run
-is another one then. So a checkpoint has a record of its files, and one that lacks some, or has them damaged, is passed over.
+is another one then. So a checkpoint is written aside, and has its name when it is complete and on the disk. It has a record of its
+files, and one that lacks some, or has them damaged, is passed over.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import shutil
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import Trainer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..errors import DataError
-from ..files import read_file, write_within
+from ..errors import DataError, first_line
+from ..files import name_full_disk, read_file, replace_folder, write_within
 from ..pretrained.weights import non_finite
 from .arguments import misfit
 
@@ -33,12 +37,49 @@ logger = logging.getLogger("lavender")
 RECORD = "lavender.json"
 """By how many processes a checkpoint was written, and the size of every other file in it."""
 STATE = "trainer_state.json"
+ASIDE = "unfinished"
+"""Where a folder is written before it has its name, beside its place."""
 MAX_NAMED = 3
 """Faults of a checkpoint that a message names."""
 
 
-def write_record(checkpoint: Path, num_processes: int) -> None:
-    """Records a checkpoint that was just written."""
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Raises `DataError`, which says what to do, where the disk is full: safetensors and torch have errors of their own for it."""
+    with name_full_disk(folder):
+        try:
+            yield
+        except (SafetensorError, RuntimeError, CheckpointException) as error:
+            fault = next((fault for fault in _parts(error) if _says_full_disk(fault)), None)
+            if fault is None:
+                raise
+            raise OSError(errno.ENOSPC, f"{first_line(fault)}; is the disk full?") from error
+
+
+def _parts(error: BaseException) -> Iterator[BaseException]:
+    """What an error consists of: a sharded checkpoint's has those of all processes."""
+    if isinstance(error, CheckpointException):
+        for fault, _ in error.failures.values():
+            yield from _parts(fault)
+    else:
+        yield error
+
+
+def _says_full_disk(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    kinds = ("I/O error",) if isinstance(error, SafetensorError) else ("PytorchStreamWriter failed", "inline_container.cc")
+    return any(kind in str(error) for kind in kinds)
+
+
+def publish(made: Path, checkpoint: Path, num_processes: int) -> None:
+    """Gives a checkpoint that was written aside its name, with a record of its files."""
+    _write_record(made, num_processes)
+    replace_folder(made, checkpoint)
+    shutil.rmtree(made.parent)
+
+
+def _write_record(checkpoint: Path, num_processes: int) -> None:
     sizes = {}
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file() and path.name != RECORD:
@@ -83,6 +124,11 @@ def last_checkpoint(folder: Path, trainer: Trainer | None = None) -> str | None:
 def _finished(folder: Path, removes: bool) -> list[str]:
     """Names of the checkpoints that were written to their end, newest first; others may be removed."""
     numbers: dict[str, int] = {}
+    aside = folder / ASIDE
+    if removes and aside.exists():
+        for path in aside.iterdir():
+            logger.warning("%s was being written when its run ended, and is removed", path)
+        shutil.rmtree(aside)
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         number = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
         if not (path.is_dir() and number.isdecimal()):
@@ -124,7 +170,7 @@ def _set_aside(folder: Path, passed: dict[str, str], chosen: str, trainer: Train
 
 
 def _record(checkpoint: Path) -> dict[str, Any]:
-    """What `write_record` wrote; empty where an earlier version of lavender, or the Trainer alone, wrote the checkpoint."""
+    """What `publish` wrote; empty where an earlier version of lavender, or the Trainer alone, wrote the checkpoint."""
     path = checkpoint / RECORD
     record: Any = json.loads(read_file(path)) if path.exists() else {}
     if not isinstance(record, dict):

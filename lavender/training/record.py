@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ..batches.outcomes import Unusable
 from ..config import AlignmentConfig, to_dict
 from ..data.samples import Conversation, Sample
 from ..errors import DataError, TargetError
@@ -15,6 +16,7 @@ from ..files import own_path, read_file, write_within
 from ..images import Picture
 from ..students.patch import ALIGNER_FILE
 from ..targets.store import TargetStore
+from .checkpoints import ASIDE
 
 HEADS_FILE = "heads.json"
 """Where a run keeps the scores of layers and heads, and which it chose."""
@@ -34,7 +36,11 @@ def has_known_picture(sample: Sample | Conversation, targets: TargetStore) -> bo
 
 
 def begin(
-    out: Path, record: dict[str, Any], samples: Sequence[Sample | Conversation], targets: TargetStore | None, writes: bool
+    out: Path,
+    record: dict[str, Any],
+    samples: Sequence[Sample | Conversation | Unusable],
+    targets: TargetStore | None,
+    writes: bool,
 ) -> bool:
     """Writes `run.json`, or compares it with the run that `out` holds already; whether that one is finished.
 
@@ -43,8 +49,7 @@ def begin(
         DataError: its record is damaged, or something else is in its place.
     """
     path = out / "run.json"
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out} is a file; give --out a folder")
+    require_folder(out)
     finished = (out / "history.json").exists()
     if not finished:
         _require_no_links(out)
@@ -80,6 +85,12 @@ def begin(
     return False
 
 
+def require_folder(out: Path) -> None:
+    """Raises `DataError` if a run's folder is something else."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; give --out a folder")
+
+
 def is_begun(out: Path) -> bool:
     """Whether a folder holds a run that goes on: one that wrote no checkpoint may be begun anew with other settings."""
     has_results = (out / "history.json").exists() or any((out / "checkpoints").glob("checkpoint-*"))
@@ -103,10 +114,12 @@ def _chosen(out: Path) -> Any:
         return None
 
 
-def _require_same_words(out: Path, samples: Sequence[Sample | Conversation], targets: TargetStore) -> None:
+def _require_same_words(out: Path, samples: Sequence[Sample | Conversation | Unusable], targets: TargetStore) -> None:
     """Raises `TargetError` if a run of a version that knew no roles, which compared one answer and found targets by id alone, would
     go on with other words."""
     for sample in samples:
+        if isinstance(sample, Unusable):
+            continue
         messages = () if isinstance(sample, Sample) else sample.messages
         if sum(message.role == "assistant" and message.is_learned for message in messages) > 1:
             why = "has several answers, of which it compared one"
@@ -122,6 +135,6 @@ def _require_same_words(out: Path, samples: Sequence[Sample | Conversation], tar
 
 def _require_no_links(out: Path) -> None:
     """Raises `DataError` for a link among what a run writes: transformers and PEFT would write through it."""
-    kept = [out / name for name in ("adapter", "model", "checkpoints", "first_stage")]
-    for path in (*kept, out / ALIGNER_FILE, out / HEADS_FILE, *chain.from_iterable(folder.rglob("*") for folder in kept[:3])):
+    kept = [out / name for name in ("adapter", "model", "checkpoints", ASIDE, "first_stage")]
+    for path in (*kept, out / ALIGNER_FILE, out / HEADS_FILE, *chain.from_iterable(folder.rglob("*") for folder in kept[:4])):
         own_path(out, str(path.relative_to(out)))

@@ -12,25 +12,22 @@ history.json      losses, matched words, lambda and learning rate by step; writt
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
 import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load
 from torch import nn
 from transformers import (
     PreTrainedModel,
-    Trainer,
     TrainerState,
     TrainingArguments,
     set_seed,
@@ -38,28 +35,33 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..batches.collator import Collator
-from ..config import AlignmentConfig, TrainingConfig, WordsConfig, from_dict, to_dict
+from ..batches.outcomes import Unusable
+from ..config import AlignmentConfig, TrainingConfig, WordsConfig, fingerprint, from_dict, to_dict
 from ..data.conversations import with_sound_regions
-from ..data.regions import has_places, record_of
+from ..data.regions import has_places
 from ..data.samples import Conversation, Sample, as_conversation
 from ..errors import ConfigError, DataError, LavenderError, ModelError, TargetError, first_line, importing, reading
-from ..files import is_url, read_file, write_within
+from ..files import FolderLock, name_full_disk, read_file, write_within
 from ..patching import patch
 from ..pretrained.names import split_revision
 from ..pretrained.weights import non_finite
+from ..signals import Stop, stopping
 from ..students.channels import is_chosen, weighed_places
 from ..students.discovery import attention_modules
 from ..students.heads import choose_heads
+from ..students.loading import load_processor, pin_adapter, pin_student, require_adapter
 from ..students.loading import load_student as load_student  # importable from here
-from ..students.loading import pin_adapter, pin_student, require_adapter
 from ..students.patch import ALIGNER_FILE, StudentPatch
 from ..targets.store import TargetStore
 from .arguments import REFUSAL, REMEDY, make_arguments
 from .callback import LavenderCallback
 from .checkpoints import last_checkpoint as _last_checkpoint
 from .guard import FiniteGuard, of_all_processes
-from .record import EARLIER, HEADS_FILE, began_with, begin, has_known_picture, is_begun
-from .trainer import Batches, StudentTrainer
+from .record import EARLIER, HEADS_FILE, began_with, begin, has_known_picture, is_begun, require_folder
+from .results import write_results
+from .samples import SKIPPED, RunSamples
+from .samples import _paths as _paths  # importable from here
+from .trainer import Batches, Interruption, StudentTrainer
 
 logger = logging.getLogger("lavender")
 
@@ -79,11 +81,14 @@ def fine_tune(
     words: WordsConfig | None = None,
     adapter: str | Path | None = None,
     aligner: str | Path | None = None,
+    strict: bool = False,
     progress: bool = True,
 ) -> nn.Module:
     """Fine-tunes a student and writes the run folder `out`; continues a run that was killed, and loads one that is finished.
 
-    Under `torchrun`, `accelerate launch` or `deepspeed` every process calls it.
+    Every sample is looked at first, as the collator does, and those that cannot be used are named, listed in the run's folder and
+    skipped. SIGTERM and SIGUSR1 end the run after the step in hand, by a checkpoint. Under `torchrun`, `accelerate launch` or
+    `deepspeed` every process calls it.
 
     Args:
         model: folder or hub id of the student; a hub id maybe as `NAME@REVISION`, a branch, tag or commit.
@@ -98,7 +103,8 @@ def fine_tune(
         adapter: folder or hub id of a LoRA adapter that the training starts from, in place of a new one; it says the rank and the
             modules.
         aligner: run folder whose aligner this one starts from.
-        progress: whether to show the Trainer's progress bar.
+        strict: whether one sample that cannot be used ends the run before its first step.
+        progress: whether to show progress bars.
 
     Returns:
         The trained model (a `PeftModel` with LoRA), still patched if it was aligned.
@@ -106,14 +112,17 @@ def fine_tune(
     Raises:
         ModelError: the student or the adapter cannot be loaded, or the student not patched; or a loss or a weight is not finite.
             Then the checkpoints before that step are kept, and nothing is written after it.
-        TargetError: `targets` have none of the samples, or `out` holds a run with other settings.
-        DataError: a sample cannot be used; or `out` has checkpoints, and all are damaged.
+        TargetError: `targets` have none of the samples, or `out` holds a run with other settings or samples.
+        DataError: no sample can be used, or one cannot and `strict` is asked for; `out` has checkpoints, and all are damaged; the
+            disk is full; or another process trains in `out`.
+        Stopped: a signal asked to end: a `SystemExit` with code 143.
         ConfigError: `training.arguments` holds what `transformers.TrainingArguments` does not take, or settings do not go together.
     """
     training = training or TrainingConfig()
     out = Path(out)
     known = [_known(sample) for sample in samples]
-    _require_images(known)
+    if not known:
+        raise DataError("there are no samples to train on")
     if adapter is not None and not training.lora_rank:
         raise ConfigError(
             "an adapter was given, and lora_rank is 0; leave lora_rank as it is to train the adapter, or the adapter out"
@@ -136,23 +145,9 @@ def fine_tune(
             )
     # The same commit in every process and stage, whatever becomes of the hub's branch.
     model, adapter = pin_student(model), None if adapter is None else pin_adapter(adapter)
-    run = _Run(model, known, out, training, targets, alignment, words, adapter, aligner, progress).with_heads()
-    if training.aligner_steps and run.alignment is not None:
-        rate = training.aligner_learning_rate or training.learning_rate
-        # Lambda is constant there, unless an older version began it.
-        constant = replace(run.alignment, schedule="constant", until=1.0)
-        first = replace(
-            run,
-            out=out / "first_stage",
-            alignment=run.alignment if began_with(out / "first_stage", run.alignment) else constant,
-            training=replace(training, steps=training.aligner_steps, aligner_steps=0, aligner_learning_rate=rate),
-            frozen=training.freeze_student,
-        )
-        first.execute()
-        run = replace(run, aligner=first.out)
-        if not training.freeze_student:
-            run = replace(run, adapter=first.out / "adapter") if training.lora_rank else replace(run, model=first.out / "model")
-    return run.execute()
+    with stopping() as stop, name_full_disk(out), _alone(out, training):
+        run = _Run(model, known, out, training, targets, alignment, words, adapter, aligner, progress, stop)
+        return run.with_samples(strict).with_heads().all_stages()
 
 
 def load_aligner(patch_handle: StudentPatch, run: str | Path) -> None:
@@ -218,7 +213,7 @@ class _Run:
     """One stage of training, in one run folder."""
 
     model: str | Path
-    samples: Sequence[Sample | Conversation]
+    samples: Sequence[Sample | Conversation | Unusable]
     out: Path
     training: TrainingConfig
     targets: TargetStore | None
@@ -227,7 +222,57 @@ class _Run:
     adapter: str | Path | None
     aligner: str | Path | None
     progress: bool
+    stop: Stop
     frozen: bool = False
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    skipped_file: Path | None = None
+
+    def all_stages(self) -> nn.Module:
+        """Trains the aligner alone first, if that is asked for."""
+        run, training = self, self.training
+        if training.aligner_steps and run.alignment is not None:
+            rate = training.aligner_learning_rate or training.learning_rate
+            out = self.out / "first_stage"
+            # Lambda is constant there, unless an older version began it.
+            constant = replace(run.alignment, schedule="constant", until=1.0)
+            first = replace(
+                run,
+                out=out,
+                alignment=run.alignment if began_with(out, run.alignment) else constant,
+                training=replace(training, steps=training.aligner_steps, aligner_steps=0, aligner_learning_rate=rate),
+                frozen=training.freeze_student,
+            )
+            first.execute()
+            run = replace(run, aligner=first.out)
+            if not training.freeze_student:
+                run = replace(run, adapter=out / "adapter") if training.lora_rank else replace(run, model=out / "model")
+        return run.execute()
+
+    def with_samples(self, strict: bool) -> _Run:
+        """This run with its samples in the order that it began with, all of them looked at if it is not finished."""
+        given = [sample for sample in self.samples if not isinstance(sample, Unusable)]
+        finished = (self.out / "history.json").exists()
+        begun = finished or any(is_begun(out) for out in (self.out, self.out / "first_stage"))
+        samples = RunSamples.recognize(self.out, given, begun, finished)
+        run = replace(self, samples=samples.samples, identity=samples.identity, skipped_file=self.out / SKIPPED)
+        if finished:
+            return run
+        arguments = _arguments(self.out / "checkpoints", self.training, self.progress)
+        if not self.training.aligner_steps and (self.alignment is None or is_chosen(self.alignment)):  # before the work
+            begin(self.out, run.record(), run.samples, self.targets, writes=False)
+        processor, config = load_processor(self.model)
+        what = ("model", "model_commit", "words", "targets_fingerprint")
+        settings = [*(run.record()[name] for name in what), self.training.max_length, processor.chat_template]
+        samples = samples.look(
+            self.out,
+            self.collator(processor, config),
+            fingerprint(settings),
+            arguments,
+            strict=strict,
+            progress=self.progress,
+            stop=self.stop,
+        )
+        return replace(run, samples=samples.samples)
 
     def with_heads(self) -> _Run:
         """This run with layers and heads in place of `best:K`: those that it was begun with, or else chosen now, by one process."""
@@ -274,7 +319,8 @@ class _Run:
         if self.adapter is not None:
             scored = _with_lora(student, self.training, self.adapter, aligned=False)
         collator, size = self.collator(processor, student.config), self.training.batch_size
-        samples = self.samples[:: -(-len(self.samples) // SCORED_SAMPLES)]
+        usable = [sample for sample in self.samples if not isinstance(sample, Unusable)]
+        samples = usable[:: -(-len(usable) // SCORED_SAMPLES)]
         batches = (collator(samples[start : start + size]) for start in range(0, len(samples), size))
         found = choose_heads(scored.to(device), self.alignment, batches)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -292,7 +338,7 @@ class _Run:
             return replace(self, **self.saved()).build()[0]
         trained, student, processor = self.build()
         begin(out, self.record(), self.samples, self.targets, writes=arguments.process_index == 0)
-        collator = Batches(self.collator(processor, student.config))
+        collator = Batches(self.collator(processor, student.config), self.skipped_file)
         rate, samples = self.training.aligner_learning_rate, list(self.samples)
         with reading(f"transformers.Trainer {REFUSAL}", REMEDY, ConfigError):
             trainer = StudentTrainer(
@@ -300,10 +346,14 @@ class _Run:
             )
         aligned = self.targets is not None
         trainer.add_callback(LavenderCallback(trainer, processor=processor) if aligned else FiniteGuard(trainer))
+        interruption = Interruption(trainer, self.stop)
+        trainer.add_callback(interruption)
         _train(trainer, _last_checkpoint(out / "checkpoints", trainer))
+        if trainer.state.global_step < trainer.state.max_steps:
+            interruption.raise_if_stopped()
         if not aligned:  # the callback counts them by outcome
             trainer.warn_of_unlabelled()
-        _write_results(out, trainer, processor, self.frozen)
+        write_results(out, trainer, processor, self.frozen)
         return trained
 
     def saved(self) -> dict[str, Any]:
@@ -345,14 +395,9 @@ class _Run:
 
     def collator(self, processor: Any, model_config: Any) -> Collator:
         length = self.training.max_length
-        collator = Collator(processor, self.targets, self.words, model_config=model_config, max_length=length, on_error="skip")
-        collator.require_usable(self.samples)
-        return collator
+        return Collator(processor, self.targets, self.words, model_config=model_config, max_length=length, on_error="skip")
 
     def record(self) -> dict[str, Any]:
-        digest = hashlib.sha256()
-        for sample in self.samples:
-            digest.update(json.dumps(_texts(sample)).encode())
         model, model_commit = split_revision(self.model)
         adapter, adapter_commit = (None, None) if self.adapter is None else split_revision(self.adapter)
         return {
@@ -362,36 +407,12 @@ class _Run:
             "adapter_commit": adapter_commit,
             "aligner": None if self.aligner is None else str(self.aligner),
             "frozen_student": self.frozen,
-            "samples": len(self.samples),
-            "samples_sha256": digest.hexdigest(),
+            **self.identity,
             "training": to_dict(self.training),
             "alignment": None if self.alignment is None else to_dict(self.alignment),
             "words": None if self.words is None else to_dict(self.words),
             "targets_fingerprint": None if self.targets is None else [self.targets.fingerprint, self.targets.contents()],
         }
-
-
-def _texts(sample: Sample | Conversation) -> list[Any]:
-    """What a run's record knows of a sample; of pictures their paths and sizes."""
-    pictures = [[str(path), path.stat().st_size] for path in _paths(sample)]
-    if isinstance(sample, Sample):
-        return [sample.id, pictures, sample.question, sample.answer, *record_of(sample.regions)]
-    return [sample.id, pictures, *([message.role, message.content] for message in sample.messages), *record_of(sample.regions)]
-
-
-def _paths(sample: Sample | Conversation) -> list[Path]:
-    images = (sample.image,) if isinstance(sample, Sample) else sample.images
-    return [Path(image) for image in images if isinstance(image, str | Path) and not is_url(image)]
-
-
-def _require_images(samples: Sequence[Sample | Conversation]) -> None:
-    if not samples:
-        raise DataError("there are no samples to train on")
-    missing = [(sample.id, path) for sample in samples for path in _paths(sample) if not path.is_file()]
-    if missing:
-        raise DataError(
-            f"{len(missing)} pictures are missing, first that of sample {missing[0][0]!r}: there is no file {missing[0][1]}"
-        )
 
 
 def _with_lora(student: Any, training: TrainingConfig, adapter: str | Path | None, aligned: bool) -> nn.Module:
@@ -437,6 +458,31 @@ def _with_lora(student: Any, training: TrainingConfig, adapter: str | Path | Non
     return trained
 
 
+@contextmanager
+def _alone(out: Path, training: TrainingConfig) -> Iterator[None]:
+    """One training at a time in a folder, whose lock the first process holds for all. One that is finished may be read by many."""
+    if (out / "history.json").exists():
+        yield
+        return
+    arguments = _arguments(out / "checkpoints", training, progress=False)
+    locks: list[FolderLock] = []
+    errors: list[Exception] = []
+    if arguments.process_index == 0:
+        try:
+            require_folder(out)
+            out.mkdir(parents=True, exist_ok=True)
+            locks = [FolderLock(out, "training in", "wait until it has finished, or give --out another folder")]
+        except (LavenderError, OSError) as error:
+            errors = [error]
+    try:
+        for first in of_all_processes(errors, arguments):
+            raise first
+        yield
+    finally:
+        for lock in locks:
+            lock.release()
+
+
 def _arguments(folder: Path, training: TrainingConfig, progress: bool) -> TrainingArguments:
     required: dict[str, Any] = {
         "output_dir": str(folder),
@@ -455,7 +501,7 @@ def _arguments(folder: Path, training: TrainingConfig, progress: bool) -> Traini
         "lr_scheduler_type": "linear",
         "weight_decay": 0.0,
         "save_total_limit": 2,
-        # What was summed up since the last log is not in a checkpoint: log whenever one is written.
+        # Whenever a checkpoint is written, too: what was logged by then is in it.
         "logging_steps": math.gcd(LOG_EVERY, training.save_steps),
         "report_to": [],
         "disable_tqdm": not progress,
@@ -499,7 +545,8 @@ def _require_targets(samples: Sequence[Sample | Conversation], targets: TargetSt
     logger.warning("%s; these train the language loss alone, but for those whose picture it has, and for regions", message)
 
 
-def _train(trainer: Trainer, checkpoint: str | None) -> None:
+def _train(trainer: StudentTrainer, checkpoint: str | None) -> None:
+    trainer.checkpoint = checkpoint
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         if state.global_step >= trainer.args.max_steps:
@@ -511,44 +558,3 @@ def _train(trainer: Trainer, checkpoint: str | None) -> None:
             trainer.state = state
             return
     trainer.train(resume_from_checkpoint=checkpoint)
-
-
-def _write_results(out: Path, trainer: Trainer, processor: Any, frozen: bool) -> None:
-    """Every process calls it: a sharded model is gathered by all. A frozen student is not written."""
-    folder = out / ("adapter" if hasattr(trainer.model, "peft_config") else "model")
-    if trainer.is_fsdp_enabled:  # checkpoints may be sharded; a model that is saved is whole
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(folder))
-    if trainer.is_world_process_zero():
-        _move_aligner(folder, out / ALIGNER_FILE)
-        (folder / "training_args.bin").unlink(missing_ok=True)
-        if folder.name == "model":
-            processor.save_pretrained(folder)
-        if frozen:
-            shutil.rmtree(folder)
-        history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        write_within(out, "history.json", json.dumps(history, indent=2) + "\n")
-    trainer.accelerator.wait_for_everyone()
-
-
-def _move_aligner(folder: Path, aligner_file: Path) -> None:
-    """Moves the aligner out of what the Trainer saved, which is what plain PEFT or transformers expect then."""
-    if (folder / ALIGNER_FILE).exists():  # of a model
-        os.replace(folder / ALIGNER_FILE, aligner_file)
-    for path in folder.glob("adapter_model.safetensors"):
-        weights = load_file(path)
-        aligner = {name.split("lavender.", 1)[1]: value for name, value in weights.items() if "lavender." in name}
-        if aligner:
-            save_file(aligner, aligner_file)
-            save_file({name: value for name, value in weights.items() if "lavender." not in name}, path, metadata={"format": "pt"})
-    _edit(folder / "adapter_config.json", _without_aligner)
-
-
-def _without_aligner(config: dict[str, Any]) -> dict[str, Any]:
-    kept = [module for module in config.get("modules_to_save") or () if module != "lavender"]
-    return config | {"modules_to_save": kept or None}
-
-
-def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    if path.exists():
-        write_within(path.parent, path.name, json.dumps(change(json.loads(path.read_text())), indent=2))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,16 +14,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from torch.utils.data import get_worker_info
+from transformers import Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..batches.collator import Collator
 from ..errors import ConfigError, DataError, LavenderError, reading
+from ..signals import Stop, Stopped, outlast
 from ..students.patch import is_checkpoint
 from ..types import WordBatch
 from .arguments import REFUSAL, REMEDY
-from .checkpoints import write_record
+from .callback import LavenderCallback
+from .checkpoints import ASIDE, publish, writing
 from .guard import of_all_processes
 
 logger = logging.getLogger("lavender")
@@ -30,14 +35,30 @@ SAMPLE_IDS = "sample_ids"
 """The key of a batch that never reaches the model."""
 
 
-class Batches:
-    """A collator's batches with the ids of their samples, and without lavender's keys where nothing is aligned."""
+SUMS = "sums_{}.pth"
+"""The file of a checkpoint that has a process's sums since the last log."""
 
-    def __init__(self, collator: Collator) -> None:
+
+class Batches:
+    """A collator's batches with the ids of their samples, and without lavender's keys where nothing is aligned.
+
+    Samples that the collator skips are added to a file, if there is one: a line `{"id", "reason"}` for each.
+    """
+
+    def __init__(self, collator: Collator, skipped_file: Path | None = None) -> None:
         self.collator = collator
+        self.skipped_file = skipped_file
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
+        if get_worker_info() is not None:
+            outlast()
+        num_skipped = len(self.collator.skipped)
         batch: dict[str, Any] = self.collator(samples)
+        new = islice(self.collator.skipped.items(), num_skipped, None)
+        lines = [json.dumps({"id": sample_id, "reason": reason}) + "\n" for sample_id, reason in new]
+        if lines and self.skipped_file is not None:
+            with suppress(OSError), open(self.skipped_file, "a") as file:  # the log has them, too
+                file.writelines(lines)
         if self.collator.targets is None:
             batch, _ = WordBatch.split(batch)
         return batch | {SAMPLE_IDS: [sample.id for sample in samples]}
@@ -56,6 +77,7 @@ class StudentTrainer(Trainer):
         sample_ids: by micro-batch of the step in hand, the ids of this process's samples.
         last_loss: this process's latest loss, a scalar; None before the first.
         unlabelled: how many samples had no label token, each counted every time it came up.
+        checkpoint: what the training continues from; None if it begins.
     """
 
     def __init__(self, *args: Any, aligner_learning_rate: float | None, **kwargs: Any) -> None:
@@ -63,6 +85,8 @@ class StudentTrainer(Trainer):
         self.sample_ids: list[list[str]] = []
         self.last_loss: torch.Tensor | None = None
         self.unlabelled: torch.Tensor | int = 0
+        self.checkpoint: str | None = None
+        self._aside: Path | None = None
         super().__init__(*args, **kwargs)
 
     def get_batch_samples(
@@ -144,16 +168,72 @@ class StudentTrainer(Trainer):
         return loss
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """The Trainer's. It comes before the Trainer's state, which says that a checkpoint is complete: for all processes."""
+        """The Trainer's, and beside it what this process has summed up since the last log, without which the next would be another
+        than an undisturbed run's."""
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
+        if self.state.global_step > self._globalstep_last_logged:
+            torch.save(self._sums(), Path(output_dir) / SUMS.format(self.args.process_index))
+
+    def _sums(self) -> dict[str, Any]:
+        callbacks = [vars(callback.sums) for callback in self.callback_handler.callbacks if isinstance(callback, LavenderCallback)]
+        return {"loss": self._tr_loss, "logged": self._globalstep_last_logged, "callbacks": callbacks}
+
+    def load_sums(self) -> None:
+        """Goes on with the sums of the checkpoint that the training continues from, if it has some."""
+        path = Path(self.checkpoint or "") / SUMS.format(self.args.process_index)
+        if self.checkpoint is None or not path.exists():
+            return
+        sums = torch.load(path, map_location=self.args.device, weights_only=True)
+        self._tr_loss, self._globalstep_last_logged = sums["loss"], sums["logged"]
+        for callback, values in zip(
+            (callback for callback in self.callback_handler.callbacks if isinstance(callback, LavenderCallback)),
+            sums["callbacks"],
+            strict=True,
+        ):
+            vars(callback.sums).update(values)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        """The Trainer's, complete or absent: it has its name when all processes have written their parts, and before older
+        ones go. Raises `DataError`, in all processes, where the disk is full."""
+        folder, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        pushes, self.args.push_to_hub = self.args.push_to_hub, False
+        self._aside = folder / ASIDE
+        try:
+            with self.all_writing(folder, exchanging=self.is_deepspeed_enabled or self.is_fsdp_enabled):
+                super()._save_checkpoint(model, trial)
+            with self.all_writing(folder):
+                if self.args.should_save:
+                    publish(self._aside / name, folder / name, self.args.world_size)
+        finally:
+            self._aside, self.args.push_to_hub = None, pushes
+        if pushes:
+            self._push_from_checkpoint(str(folder / name))
         if self.args.should_save:
-            write_record(
-                Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", self.args.world_size
-            )
+            rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    @contextmanager
+    def all_writing(self, folder: Path, exchanging: bool = False) -> Iterator[None]:
+        """A block in which processes write to a folder, until all are through it.
+
+        If the disk is full for one, `DataError` is raised in all, and what was written aside is removed. Where they exchange
+        something in the block, for which the others wait, it is raised in this process alone, whose end ends the others.
+        """
+        errors = []
+        try:
+            with writing(folder):
+                yield
+        except DataError as error:
+            if exchanging:
+                raise
+            errors = [error]
+        for first in of_all_processes(errors, self.args):
+            if self.args.should_save:
+                shutil.rmtree(folder / ASIDE, ignore_errors=True)
+            raise first
+        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """The Trainer's, with the weights' own names in checkpoints, which it loads without renaming (transformers issue 43701),
@@ -168,3 +248,40 @@ class StudentTrainer(Trainer):
             vars(model).pop("save_pretrained", None)
             if bound is not None:  # by lavender.patch
                 model.save_pretrained = bound
+
+
+class Interruption(TrainerCallback):
+    """Ends a training that a signal asked to end: after the step in hand, the same one in all processes, by a checkpoint."""
+
+    def __init__(self, trainer: StudentTrainer, stop: Stop) -> None:
+        self.trainer, self.stop = trainer, stop
+        self.reason = ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.load_sums()  # after the other callbacks have begun theirs
+        self.raise_if_stopped()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step < state.max_steps and self._is_requested():
+            control.should_save = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.reason and state.epoch % 1:  # which is not the epoch's end
+            control.should_log = control.should_save = False
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.reason:  # not before, or the checkpoint would say that its training is over
+            control.should_training_stop = True
+
+    def raise_if_stopped(self) -> None:
+        """Raises `Stopped`, in all processes, if one of them was asked to end."""
+        state = self.trainer.state
+        if self.reason:
+            kept = f"checkpoint-{state.global_step} is written"
+            raise Stopped(f"{self.reason} ended the training after step {state.global_step}: {kept}; the same command continues")
+        if self._is_requested():
+            raise Stopped(f"{self.reason} ended the training before step {state.global_step + 1}; the same command continues")
+
+    def _is_requested(self) -> bool:
+        self.reason = next(iter(of_all_processes([self.stop.named()] if self.stop.requested else [], self.trainer.args)), "")
+        return bool(self.reason)
