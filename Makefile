@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-all test-rest lint bench study clean
+.PHONY: help demo test test-all test-rest campaign lint bench study clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -21,6 +21,9 @@ test-all: test test-rest  ## Run every test, on two cores (under 25 minutes), an
 
 test-rest: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m full
+
+campaign: $(STAMP)  ## Kill a training at every step of its writing, and at 50 random moments (about half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.training.campaign
 
 lint: $(STAMP)  ## Check format, style and types
 	$(BIN)/ruff format --check .

@@ -68,7 +68,11 @@ def _parts(error: BaseException) -> Iterator[BaseException]:
 def _says_full_disk(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    kinds = ("I/O error",) if isinstance(error, SafetensorError) else ("PytorchStreamWriter failed", "inline_container.cc")
+    kinds = (
+        ("I/O error",)
+        if isinstance(error, SafetensorError)
+        else ("PytorchStreamWriter failed", "inline_container.cc", "iostream error")
+    )
     return any(kind in str(error) for kind in kinds)
 
 
@@ -77,6 +81,23 @@ def publish(made: Path, checkpoint: Path, num_processes: int) -> None:
     _write_record(made, num_processes)
     replace_folder(made, checkpoint)
     shutil.rmtree(made.parent)
+
+
+def remove_old(folder: Path, num_kept: int | None) -> None:
+    """Removes all checkpoints but the newest ones; none where `num_kept` is None or below 1. Each is there whole, or not at all."""
+    numbers = sorted(_numbers(folder).items(), key=lambda entry: entry[1])
+    for name, _ in numbers[:-num_kept] if num_kept and num_kept > 0 else []:
+        aside = folder / ASIDE / name
+        aside.parent.mkdir(exist_ok=True)
+        os.replace(folder / name, aside)
+        shutil.rmtree(aside.parent)
+
+
+def _numbers(folder: Path) -> dict[str, int]:
+    """The steps of the checkpoints in a folder, by name."""
+    names = [path.name for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    numbers = {name: name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for name in names}
+    return {name: int(number) for name, number in numbers.items() if number.isdecimal()}
 
 
 def _write_record(checkpoint: Path, num_processes: int) -> None:
@@ -123,19 +144,18 @@ def last_checkpoint(folder: Path, trainer: Trainer | None = None) -> str | None:
 
 def _finished(folder: Path, removes: bool) -> list[str]:
     """Names of the checkpoints that were written to their end, newest first; others may be removed."""
-    numbers: dict[str, int] = {}
     aside = folder / ASIDE
     if removes and aside.exists():
         for path in aside.iterdir():
-            logger.warning("%s was being written when its run ended, and is removed", path)
+            logger.warning("%s was unfinished when its run ended, and is removed", path)
         shutil.rmtree(aside)
-    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if not (path.is_dir() and number.isdecimal()):
-            continue
+    numbers = _numbers(folder)
+    for name in [*numbers]:
+        path = folder / name
         if _has_state(path) or (path / RECORD).exists():
-            numbers[path.name] = int(number)
-        elif removes:
+            continue
+        del numbers[name]
+        if removes:
             logger.warning("%s was being written when its run ended, and is removed", path)
             shutil.rmtree(path)
     return sorted(numbers, key=lambda name: -numbers[name])

@@ -167,7 +167,7 @@ class RunSamples:
         collator.require_usable([sample for sample in self.samples if not isinstance(sample, Unusable)])
         faults = dict(of_all_processes(self._faults(out, collator, settings, arguments, progress, stop), arguments))
         for name in of_all_processes([stop.named()] if stop.requested else [], arguments):
-            raise Stopped(f"{name} ended the training before step 1; the same command continues")
+            raise Stopped(f"{name} ended the training while its samples were looked at; the same command continues")
         if changed := [self.now[n][0] for n in self.changed() if n not in faults]:
             raise _other_samples(out, ids=changed)
         samples = [Unusable(sample.id, faults[n]) if n in faults else sample for n, sample in enumerate(self.samples)]
@@ -198,6 +198,8 @@ class RunSamples:
             if not isinstance(sample, Unusable)
         }
         todo = [n for n, key in keys.items() if key not in sound]
+        if not todo:
+            return []
         parts = [todo[start : start + LOOKED_AT_ONCE] for start in range(0, len(todo), LOOKED_AT_ONCE)]
         reasons: DataLoader[Any] = DataLoader(
             [[self.samples[n] for n in part] for part in parts],  # type: ignore[arg-type]  # a list is a data set
@@ -206,7 +208,7 @@ class RunSamples:
             num_workers=arguments.dataloader_num_workers,
         )
         faults = []
-        with tqdm(total=len(todo), desc="samples", unit="sample", disable=not progress or not todo or rank > 0) as bar:
+        with tqdm(total=len(todo), desc="samples", unit="sample", disable=not progress or rank > 0) as bar:
             for part, found in zip(parts, reasons, strict=True):
                 faults += [(n, reason) for n, reason in zip(part, found, strict=True) if reason]
                 sound.add(keys[n] for n, reason in zip(part, found, strict=True) if not reason)

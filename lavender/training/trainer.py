@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import get_worker_info
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..batches.collator import Collator
 from ..errors import ConfigError, DataError, LavenderError, reading
@@ -26,7 +26,7 @@ from ..students.patch import is_checkpoint
 from ..types import WordBatch
 from .arguments import REFUSAL, REMEDY
 from .callback import LavenderCallback
-from .checkpoints import ASIDE, publish, writing
+from .checkpoints import ASIDE, publish, remove_old, writing
 from .guard import of_all_processes
 
 logger = logging.getLogger("lavender")
@@ -171,7 +171,7 @@ class StudentTrainer(Trainer):
         """The Trainer's, and beside it what this process has summed up since the last log, without which the next would be another
         than an undisturbed run's."""
         super()._save_rng_state(output_dir)
-        if self.state.global_step > self._globalstep_last_logged:
+        if hasattr(self, "_tr_loss") and self.state.global_step > self._globalstep_last_logged:
             torch.save(self._sums(), Path(output_dir) / SUMS.format(self.args.process_index))
 
     def _sums(self) -> dict[str, Any]:
@@ -212,7 +212,7 @@ class StudentTrainer(Trainer):
         if pushes:
             self._push_from_checkpoint(str(folder / name))
         if self.args.should_save:
-            rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+            remove_old(folder, self.args.save_total_limit)
 
     @contextmanager
     def all_writing(self, folder: Path, exchanging: bool = False) -> Iterator[None]:

@@ -8,7 +8,10 @@ import os
 import resource
 import signal
 import sys
+import time
+from dataclasses import replace
 
+import psutil
 import pytest
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
@@ -99,6 +102,29 @@ def test_a_training_that_is_asked_to_end_writes_a_checkpoint_and_goes_on_from_th
     assert_same_run(whole, train("run"))
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("number", SIGNALS)
+def test_workers_outlast_a_signal_that_all_processes_get(number, train, monkeypatch, tmp_path):
+    original = StudentTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            workers = psutil.Process().children(recursive=True)
+            assert workers
+            for process in (*workers, psutil.Process()):
+                process.send_signal(number)
+            time.sleep(0.5)  # or they would have no time to die in
+        return original(self, *args, **kwargs)
+
+    training = replace(TRAINING, arguments={"use_cpu": True, "dataloader_num_workers": 2})
+    whole = train("whole", training)
+    with monkeypatch.context() as patch:
+        patch.setattr(StudentTrainer, "training_step", training_step)
+        with pytest.raises(Stopped, match="after step 2: checkpoint-2 is written"):
+            train("run", training)
+    assert_same_run(whole, train("run", training))
+
+
 def test_epochs_that_end_elsewhere_log_and_save_as_if_nothing_had_come(train, signaled):
     """Four steps of an epoch of four, and of the next."""
     training = TrainingConfig(
@@ -160,8 +186,8 @@ def without_disk(work, limit):
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             work()
-        except DataError as error:
-            os.write(write, str(error).encode())
+        except BaseException as error:  # of which a test fails
+            os.write(write, (str(error) if isinstance(error, DataError) else repr(error)).encode())
         finally:
             os._exit(0)
     os.close(write)

@@ -278,3 +278,22 @@ def test_all_processes_continue_from_the_checkpoint_before_if_a_file_of_one_is_m
             whole, continued = (load_file(out / run_name / file) for run_name in ("lost-whole", name))
             assert whole.keys() == continued.keys()
             assert all(torch.equal(value, continued[key]) for key, value in whole.items())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("engine", ENGINES)
+def test_all_processes_go_on_where_one_died_while_it_wrote_or_was_asked_to_end(engine, world):
+    """The first is killed while it puts a checkpoint onto the disk; the last one alone gets a signal in step 3."""
+    out = world / engine
+    names = {"full-dies": {"die_at": 30}, "full-signal": {"signal_after": 3}}
+    launch(accelerate(engine), world, engine, [*(run(engine, name) | how for name, how in names.items()), run(engine, "full-end")])
+    said = {(out / f"full-signal/stopped.{rank}").read_text() for rank in (0, 1)}
+    assert len(said) == 1
+    assert re.match(r"SIGTERM ended the training after step ([34]): checkpoint-\1 is written; the same command", *said)
+    for name in names:
+        assert history(out / name) == history(out / "full-end")
+        for file in ("model/model.safetensors", "aligner.safetensors"):
+            whole, disturbed = (load_file(out / run_name / file) for run_name in ("full-end", name))
+            assert whole.keys() == disturbed.keys()
+            assert all(torch.equal(value, disturbed[key]) for key, value in whole.items())
+        assert not [*(out / name).rglob("unfinished")]

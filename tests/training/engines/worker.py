@@ -4,9 +4,10 @@
 
 It fails unless the engine really does what its name says. `words.RANK.json` in a run's folder has the process's own matched words.
 A run with `kill_after` is killed after so many steps, in processes that every worker forks for it; then the workers call the same
-`fine_tune`. In a run with `poison` the loss of every batch with that sample is NaN; one with `refuse` refuses that sample. A run
-that ends in an error leaves it in `error.RANK`. A run with `lose` loses the files that it names, and its results, when it is over,
-and is called again.
+`fine_tune`. In one with `die_at` the first of these processes is killed where it would synchronize a file for the so many-th time,
+and the others end with it. In one with `signal_after` the last worker gets SIGTERM in that step, and all call it again. In a run
+with `poison` the loss of every batch with that sample is NaN; one with `refuse` refuses that sample. A run that ends in an error
+leaves it in `error.RANK`. A run with `lose` loses the files that it names, and its results, when it is over, and is called again.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from lavender.batches.collator import Collator
 from lavender.config import AlignmentConfig, TrainingConfig
 from lavender.data.samples import read_samples
 from lavender.errors import DataError, LavenderError
+from lavender.signals import Stopped
 from lavender.students.discovery import base_model_of
 from lavender.targets.store import TargetStore
 from lavender.training import train
@@ -40,8 +42,9 @@ from lavender.training.callback import LavenderCallback
 class Witness(TrainerCallback):
     """Asserts that the engine is at work, counts words, and kills the process at the end of step `kill_after`."""
 
-    def __init__(self, engine, trainer, out, kill_after):
+    def __init__(self, engine, trainer, out, kill_after, signal_after):
         self.engine, self.trainer, self.out, self.kill_after = engine, trainer, out, kill_after
+        self.signal_after = signal_after
         self.patch = base_model_of(trainer.model)._lavender_patch
         self.words = []
 
@@ -77,6 +80,8 @@ class Witness(TrainerCallback):
         self.words.append(int(self.patch.last.batch.present.sum()))
         if state.global_step == self.kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
+        if state.global_step == self.signal_after and args.process_index == args.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def on_train_end(self, args, state, control, **kwargs):
         (self.out / f"words.{args.process_index}.json").write_text(json.dumps(self.words))
@@ -99,21 +104,46 @@ def go_without_gpus(engine):
 
 def train_until_killed(run, settings, arguments):
     """Trains in a process of its own, which SIGKILL ends in the middle of the run."""
-    child = os.fork()
+    child, is_first = os.fork(), os.environ.get("RANK", "0") == "0"
     if not child:
-        fine_tune(run, settings, arguments, kill_after=run["kill_after"])
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        try:
+            if "die_at" in run and is_first:
+                die_at(run["die_at"])
+            fine_tune(run, settings, arguments, kill_after=run.get("kill_after"))
+        finally:
+            os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == -signal.SIGKILL or ("die_at" in run and not is_first)
     # The launcher's store still has the addresses of the processes that died: meet at another one.
     os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=str(int(os.environ["MASTER_PORT"]) + 1))
 
 
-def fine_tune(run, settings, arguments, kill_after=None):
+def train_until_stopped(run, settings, arguments):
+    fit = train._train
+    try:
+        fine_tune(run, settings, arguments, signal_after=run["signal_after"])
+    except Stopped as stopped:
+        train._train = fit
+        (Path(run["out"]) / f"stopped.{os.environ.get('RANK', '0')}").write_text(str(stopped))
+
+
+def die_at(count):
+    fsync, passed = os.fsync, iter(range(count))
+
+    def synchronize(descriptor):
+        if next(passed, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(descriptor)
+
+    os.fsync = synchronize
+
+
+def fine_tune(run, settings, arguments, kill_after=None, signal_after=None):
     fit = train._train
 
     def witnessed(trainer, checkpoint):
         out = Path(trainer.args.output_dir).parent
-        trainer.add_callback(Witness(settings["engine"], trainer, out, kill_after))
+        trainer.add_callback(Witness(settings["engine"], trainer, out, kill_after, signal_after))
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, LavenderCallback):
                 callback.picture_steps = 0  # drawing takes longer than a step of this student
@@ -163,8 +193,10 @@ def main(settings):
     arguments = {"logging_steps": 1} | go_without_gpus(settings["engine"])
     train.Collator = Poisoned
     for run in settings["runs"]:
-        if "kill_after" in run:
+        if "kill_after" in run or "die_at" in run:
             train_until_killed(run, settings, arguments)
+        if "signal_after" in run:
+            train_until_stopped(run, settings, arguments)
         attempt(run, settings, arguments)
         if "lose" in run:
             with PartialState().main_process_first():
