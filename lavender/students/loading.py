@@ -67,6 +67,7 @@ def load_processor(model: str | Path) -> tuple[Any, Any]:
     """The processor and the config of what `load_student` loads, without its weights. Raises `ModelError`."""
     with _loading_student(model):
         name, revision = locate_model(model, *_CONFIGS)
+        _require_config(model)
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         return AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False), config
 
