@@ -61,8 +61,7 @@ def test_what_transformers_takes_is_taken(tmp_path):
 
 
 def test_a_refused_engine_leaves_nothing(tmp_path):
-    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": "x"}, "train_batch_size": "y"}')
-    for value in ("nothing.json", str(tmp_path / "zero.json"), 7, {"zero_optimization": 7}):
+    for value in ("nothing.json", 7):
         with pytest.raises(ConfigError):
             make_arguments({"output_dir": str(tmp_path), "deepspeed": value})
     assert not is_deepspeed_zero3_enabled()
