@@ -113,8 +113,9 @@ def test_a_missing_package_is_one_line(package, tmp_path, scenes):
     ends = without(package, tmp_path, *needed, *free)
     for command, (code, stderr) in zip(needed, ends, strict=False):
         assert code == 2, (command, stderr)
-        [line] = [text for text in stderr.splitlines() if "%|" not in text]
-        assert line.startswith("lavender: "), line
+        lines = [text for text in stderr.splitlines() if text and "%|" not in text]
+        assert [text.startswith("lavender: ") for text in lines] == [True], stderr
+        line = lines[0]
         assert package in line.replace("spaCy", "spacy"), line
         assert install_command(package) in line
     for command, (code, stderr) in zip(free, ends[len(needed) :], strict=True):
@@ -140,6 +141,16 @@ def test_the_api_says_the_same(monkeypatch):
 
     with pytest.raises(MissingPackageError, match=r"matplotlib.*pip install '\.\[report\]'.*'lavender-attention\[report\]'"):
         overlay(np.zeros((4, 4, 3), np.uint8), np.zeros((2, 2), np.float32))
+
+
+def test_what_libraries_raise_in_its_place_names_the_package_too():
+    for kind in (ModuleNotFoundError, RuntimeError):
+        with pytest.raises(MissingPackageError, match="needs the package accelerate") as raised, importing():
+            try:
+                raise ModuleNotFoundError("No module named 'accelerate.utils'", name="accelerate.utils")
+            except ModuleNotFoundError as error:
+                raise kind("Could not import module 'TrainingArguments'") from error
+        assert raised.value.name == "accelerate"
 
 
 def test_bugs_of_lavender_are_not_missing_packages():
