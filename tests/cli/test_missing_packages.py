@@ -145,11 +145,9 @@ def test_the_api_says_the_same(monkeypatch):
 
 def test_what_libraries_raise_in_its_place_names_the_package_too():
     for kind in (ModuleNotFoundError, RuntimeError):
+        cause = ModuleNotFoundError("No module named 'accelerate.utils'", name="accelerate.utils")
         with pytest.raises(MissingPackageError, match="needs the package accelerate") as raised, importing():
-            try:
-                raise ModuleNotFoundError("No module named 'accelerate.utils'", name="accelerate.utils")
-            except ModuleNotFoundError as error:
-                raise kind("Could not import module 'TrainingArguments'") from error
+            raise kind("Could not import module 'TrainingArguments'") from cause
         assert raised.value.name == "accelerate"
 
 
