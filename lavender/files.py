@@ -86,7 +86,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _synchronize(path.parent)
+    synchronize(path.parent)
 
 
 def replace_folder(made: Path, folder: Path) -> None:
@@ -94,17 +94,24 @@ def replace_folder(made: Path, folder: Path) -> None:
 
     A kill or a power cut leaves all of it under the name, or nothing of it. Raises `OSError` where that cannot be done.
     """
-    for place, _, names in os.walk(made, topdown=False):
-        for name in names:
-            _synchronize(Path(place, name))
-        _synchronize(Path(place))
+    synchronize_all(made)
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(made, folder)
-    _synchronize(folder.parent)
+    synchronize(folder.parent)
 
 
-def _synchronize(path: Path) -> None:
+def synchronize_all(path: Path) -> None:
+    """Waits until a file, or a folder and all that is in it, is on the disk."""
+    for place, _, names in os.walk(path, topdown=False):
+        for name in names:
+            synchronize(Path(place, name))
+        synchronize(Path(place))
+    if path.is_file():
+        synchronize(path)
+
+
+def synchronize(path: Path) -> None:
     """Waits until a file, or the list of a folder's files, is on the disk."""
     if os.name == "nt":  # a folder cannot be synchronized there
         return
@@ -179,6 +186,12 @@ class FolderLock:
 
     def is_held(self) -> bool:
         return self._lock.is_locked
+
+    def rename(self, folder: Path) -> None:
+        """Gives the folder another name, under which it is still held. Nothing may be there but an empty folder."""
+        self._holder.parent.rename(folder)
+        self._holder = folder / self._holder.name
+        synchronize(folder.parent)
 
     def release(self) -> None:
         if self._lock.is_locked:

@@ -15,7 +15,7 @@ from ..errors import ConfigError, ModelError, first_line
 from ..files import read_file
 from ..pretrained.names import loading, locate_model
 from ..teachers.identity import encode_once
-from ..teachers.loading import empty_pipeline, read_part, require_part
+from ..teachers.loading import empty_pipeline, needed_parts, read_part, require_part
 from ..teachers.model import require_teacher
 from ..teachers.processors import hides_attention, remedy_of
 from ..teachers.prompts import known_parts
@@ -87,6 +87,8 @@ def examine(pipe: Any, denoiser: Any, problem: str | None = None) -> Iterator[Fi
     yield Finding("attention processors", ", ".join(processors), remedy_of(hidden[0]) if hidden else "")
     parts = known_parts(pipe)
     yield Finding("words", " and ".join(part.tokenizer for part in parts) or "by the tokens that the text encoders receive")
+    if problem is None and (lacking := sorted(needed_parts(type(pipe)) - _parts_of(pipe).keys())):
+        problem = f"it has no {' and no '.join(lacking)}"
     if problem is None:
         yield Finding("parts", ", ".join(f"{name} {type(part).__name__}" for name, part in _parts_of(pipe).items()))
         yield from _vocabularies(pipe)
@@ -106,9 +108,13 @@ def _vocabularies(pipe: Any) -> Iterator[Finding]:
     """Tokenizers whose words the text encoders have no vectors for."""
     for name, tokenizer in _parts_of(pipe).items():
         encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
-        if not hasattr(tokenizer, "get_vocab") or not hasattr(encoder, "get_input_embeddings"):
+        if not hasattr(tokenizer, "get_vocab") or encoder is None:
             continue
-        rows, largest = len(encoder.get_input_embeddings().weight), max(tokenizer.get_vocab().values(), default=-1)
+        try:
+            rows = len(encoder.get_input_embeddings().weight)
+        except (NotImplementedError, AttributeError):  # a text encoder of some other kind
+            continue
+        largest = max(tokenizer.get_vocab().values(), default=-1)
         if not 0 <= largest < rows:
             problem = "it knows no words" if largest < 0 else f"it has ids up to {largest}, its text encoder {rows} tokens"
             yield Finding(name, problem, "give the tokenizer that belongs to the text encoder")

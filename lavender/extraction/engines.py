@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
 import traceback
 import warnings
 from abc import ABC, abstractmethod
@@ -18,7 +19,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Thread
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from ..config import ExtractionConfig, TeacherConfig
 from ..data.pairs import Pair
 from ..errors import ConfigError, DataError, LavenderError, ModelError, importing
 from ..images import Picture
+from ..signals import SIGNALS
 from ..targets.manifest import different_teacher
 from ..targets.shards import Target
 from ..teachers.model import Teacher
@@ -67,9 +68,11 @@ class Engine(ABC):
 
     Attributes:
         identity: what tells the teacher from others; see `Teacher`.
+        reads_far_ahead: whether more batches are in hand than a run that is asked to end can wait for.
     """
 
     identity: dict[str, Any]
+    reads_far_ahead = False
 
     @abstractmethod
     def results(self, batches: Iterable[Batch]) -> Generator[Finished]:
@@ -249,6 +252,8 @@ class _Processes(Engine):
         self._processes[number] = _Process(process.device, *self._arguments)
 
     def close(self) -> None:
+        for process in self._processes:  # all of them, before any is waited for: an interrupt may come meanwhile
+            process.kill()
         for process in self._processes:
             process.end()
 
@@ -274,7 +279,7 @@ class _Process:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, device, model, config, work), daemon=True)
-        with _no_interrupts():
+        with _no_signals():
             self._process.start()
         theirs.close()  # so that a read fails when the process is dead
 
@@ -283,9 +288,12 @@ class _Process:
         with suppress(OSError):  # it is dead, which the next read finds
             self.pipe.send(batch)
 
+    def kill(self) -> None:
+        self._process.kill()
+
     def end(self) -> None:
         """Ends the process at once, if it has not ended by itself."""
-        self._process.kill()
+        self.kill()
         self._process.join()
         self.pipe.close()
 
@@ -297,15 +305,16 @@ class _Process:
 
 
 @contextmanager
-def _no_interrupts() -> Iterator[None]:
-    """Processes that are started here never get the terminal's interrupts, which are for the one that ends them."""
+def _no_signals() -> Iterator[None]:
+    """Processes that are started here never get a terminal's interrupts, and a scheduler's signals to end, which both send to all
+    processes: they are for the one that ends these."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
     from multiprocessing import resource_tracker
 
     resource_tracker.ensure_running()  # or else the first start would do it, and unblock the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *SIGNALS})
     try:
         yield
     finally:
@@ -324,7 +333,7 @@ def _serve(pipe: Connection, device: str, model: str, config: TeacherConfig, wor
         except (EOFError, OSError):
             os._exit(0)
 
-    Thread(target=read, daemon=True).start()
+    threading.Thread(target=read, daemon=True).start()
     try:
         _hush()
         worker = Worker(model, config, work, device)
@@ -362,6 +371,8 @@ def _require_same(expected: dict[str, Any], loaded: dict[str, Any]) -> None:
 class _Ray(Engine):
     """One actor of Ray Data for each device, wherever the cluster has place for it; Ray replaces those that die."""
 
+    reads_far_ahead = True
+
     def __init__(self, model: str, config: TeacherConfig, work: ExtractionConfig) -> None:
         with importing():
             import ray
@@ -374,7 +385,8 @@ class _Ray(Engine):
         with ExitStack() as undo:
             if not ray.is_initialized():
                 undo.callback(ray.shutdown)
-                _start_ray(ray, len(work.devices))
+                with _same_handlers():
+                    _start_ray(ray, len(work.devices))
             undo.enter_context(_quiet(ray))
             identity = ray.remote(_identity_of).options(**self._resources).remote(model, config, work, self._kind)
             with self._unwrap_errors():
@@ -449,6 +461,18 @@ def _start_ray(ray: Any, num_actors: int) -> None:
                 f"there is no Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r} ({str(error).splitlines()[0]}); start one, "
                 "or unset it to use this machine alone"
             ) from None
+
+
+@contextmanager
+def _same_handlers() -> Iterator[None]:
+    """With the handlers of signals that there were before: Ray's own end the process at once."""
+    before = {number: handler for number in SIGNALS if (handler := signal.getsignal(number)) is not None}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 @contextmanager

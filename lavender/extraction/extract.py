@@ -15,6 +15,7 @@ from ..config import ExtractionConfig, TeacherConfig, require_kind, to_dict
 from ..data.pairs import BadPair, Pair
 from ..data.sources import as_pairs
 from ..errors import DataError, TargetError
+from ..signals import Stop, Stopped, stopping
 from ..targets.manifest import StoreConfig, read_manifest
 from ..targets.store import TargetWriter
 from .engines import Batch, Finished, engine_of
@@ -64,6 +65,7 @@ def extract(
         ConfigError: the settings do not fit the model, or the engine is missing.
         ModelError: `model` cannot be loaded or read, or its processes die.
         TargetError: `out` holds something else, is not complete (`failed_only`), or another process writes it; the disk is full.
+        Stopped: the process was asked to end by SIGTERM or SIGUSR1; what was in work is finished and stored.
     """
     config = TeacherConfig() if config is None else config
     work = ExtractionConfig() if work is None else work
@@ -79,10 +81,11 @@ def extract(
         raise DataError("there is no picture with a caption in the data, not even one that cannot be used; nothing was written")
     kept = StoreConfig(config.map_size, config.storage, config.normalization)
     with (
+        stopping() as stop,
         engine_of(model, config, work) as engine,
         TargetWriter(out, {**engine.identity, **to_dict(config)}, kept, work.shard_size) as writer,
     ):
-        entries = _Entries(chain([first], given), writer, work.batch_size, failed_only, SeenPictures(out, rehash))
+        entries = _Entries(chain([first], given), writer, work.batch_size, failed_only, SeenPictures(out, rehash), stop)
         with tqdm(total=count, desc="word maps", unit="picture", disable=not progress, smoothing=0.05) as bar:
             written = 0
             with closing(engine.results(entries)) as results:
@@ -94,7 +97,12 @@ def extract(
                         entries.fail(sample_id, reason)
                     writer.advance(entries.finish(finished))
                     bar.update(entries.seen - bar.n)
+                    if stop.requested and engine.reads_far_ahead:
+                        entries.is_cut_off = True
+                        break
             bar.update(entries.seen - bar.n)
+        if entries.is_cut_off:
+            raise Stopped(f"ended by {stop.named()}, {written} pictures stored in {out}; the same command continues")
         writer.close()
     return Summary(written, entries.present, entries.failed)
 
@@ -109,6 +117,7 @@ class _Entries:
         present: samples that the store had.
         failed: samples that could not be used.
         seen: entries that are dealt with.
+        is_cut_off: whether there are more, which were left since the run was asked to end.
     """
 
     def __init__(
@@ -118,8 +127,11 @@ class _Entries:
         batch_size: int,
         failed_only: bool,
         pictures: SeenPictures,
+        stop: Stop,
     ) -> None:
         self.present = self.failed = self.seen = 0
+        self.is_cut_off = False
+        self._stop = stop
         self._pairs, self._writer, self._size = pairs, writer, batch_size
         self._pictures = pictures
         self._stamps: dict[str, str | None] = {}
@@ -131,6 +143,9 @@ class _Entries:
     def __iter__(self) -> Iterator[Batch]:
         chosen: list[tuple[int, Pair]] = []
         for position, entry in enumerate(self._pairs):
+            if self._stop.requested:
+                self.is_cut_off = True
+                return
             if position % self._size == 0 and chosen:
                 yield self._batch(chosen)
                 chosen = []

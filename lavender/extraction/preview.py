@@ -17,8 +17,8 @@ from tqdm import tqdm
 from ..config import ExtractionConfig, TeacherConfig
 from ..data.pairs import BadPair, Pair
 from ..data.sources import as_pairs
-from ..errors import DataError, importing
-from ..files import write_within
+from ..errors import DataError, TargetError, importing
+from ..files import name_full_disk, write_within
 from ..images import load_image
 from ..maps import overlay
 from ..targets.shards import Target, encoded, to_table
@@ -94,7 +94,10 @@ def preview(
     Raises:
         DataError: none of the pictures can be used.
         ConfigError, ModelError: as `extract`.
+        TargetError: the disk is full.
     """
+    with importing():
+        import matplotlib.figure  # noqa: F401  # and not when everything is there to be drawn
     config, work, out = config or TeacherConfig(), work or ExtractionConfig(), Path(out)
     pairs = as_pairs(pairs)
     some = list(islice(pairs, count))
@@ -129,8 +132,7 @@ def preview(
 
 def _draw(rows: list[tuple[Target, np.ndarray]], path: Path) -> None:
     """One row a picture: itself, and the maps of some words, function words last, over the part of it that the teacher saw."""
-    with importing():
-        from matplotlib.figure import Figure
+    from matplotlib.figure import Figure
 
     width = 1 + min(WORDS_SHOWN, max(len(target.word_maps.words) for target, _ in rows))
     figure = Figure(figsize=(1.8 * width, 2.1 * len(rows)), layout="constrained")
@@ -157,4 +159,5 @@ def _draw(rows: list[tuple[Target, np.ndarray]], path: Path) -> None:
         warnings.simplefilter("ignore")  # of letters that the font lacks
         drawing = io.BytesIO()
         figure.savefig(drawing, format="png", dpi=100)
-    write_within(path.parent, path.name, drawing.getvalue())
+    with name_full_disk(path.parent, TargetError):
+        write_within(path.parent, path.name, drawing.getvalue())

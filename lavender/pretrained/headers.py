@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pickle
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -63,6 +64,8 @@ def _read_shards(index: Path, what: str, is_partial: bool) -> dict[str, torch.Te
         outside = [shard for shard in shards if PurePath(shard).is_absolute() or ".." in PurePath(shard).parts]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(index, what, f"it cannot be read, {first_line(error)}") from None
+    if not shards:
+        raise _damaged(index, what, "it lists no files")
     if outside:
         raise _damaged(index, what, f"it lists {outside[0]!r}, which is not in its folder")
     missing = [shard for shard in shards if not (index.parent / shard).exists()]
@@ -106,13 +109,17 @@ def _read_zip(path: Path) -> dict[str, torch.Tensor]:
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(content, Mapping):
         raise ValueError(f"it holds a {type(content).__name__}, expected tensors by their names")
-    return {str(key): torch.empty(value.shape, device="meta") for key, value in content.items() if isinstance(value, torch.Tensor)}
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise ValueError("it holds no tensors by their names")
+    return {key: torch.empty(value.shape, device="meta") for key, value in tensors.items()}
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
-        _, _, refused = str(error).partition("WeightsUnpickler error: ")
-        return f"it holds more than weights and is not unpickled: {(refused or str(error)).strip().splitlines()[0]}"
+        refused = re.search("(?:Unsupported|Trying to|Can only|GLOBAL) [^\n]*", str(error))  # amid a page of advice
+        why = f": {refused[0].rstrip('.')}" if refused else ""
+        return f"it holds more than weights, and is not unpickled{why}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return first_line(error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def empty_student(model: str | Path) -> PreTrainedModel:
 
 
 def read_checkpoint(model: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors that a student's files of weights have, by their headers, on the meta device; none where there are no such files.
+    """The tensors that a student's files of weights have, by their headers, on the meta device; none where there are no files.
 
     Raises `ModelError` where a file is missing, cut off, or none of weights.
     """
@@ -150,7 +150,9 @@ def require_adapter(adapter: str | Path) -> None:
 
 def _require_size(model: str | Path) -> None:
     """Raises `ModelError` where a config is of a far larger model than its files, for which there may not be the memory."""
-    weights = sum(tensor.numel() for tensor in read_checkpoint(model).values())
+    weights = 0
+    with suppress(ModelError):  # of damaged files, which the library names when it loads them
+        weights = sum(tensor.numel() for tensor in read_checkpoint(model).values())
     if not weights:
         return
     student = empty_student(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations, groupby
@@ -14,6 +15,7 @@ import numpy as np
 from ..data.sources import as_pairs
 from ..errors import DataError, TargetError
 from ..files import own_path
+from ..signals import Stopped, stopping
 from .manifest import (
     StoreConfig,
     config_of,
@@ -207,13 +209,13 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> int:
 
     Raises:
         TargetError: a store is damaged, not finished, or of another source or config; a sample differs between two of them; or
-            `out` exists.
+            `out` exists, or another process merges into it; the disk is full.
+        Stopped: the process was asked to end by SIGTERM or SIGUSR1.
     """
     if not folders:
         raise TargetError("there is nothing to merge; give the folders of one or more target stores")
     out = Path(out)
-    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
-        raise TargetError(f"{out} exists; give a new folder")
+    _require_new(out)
     stores = [TargetStore(folder) for folder in folders]
     manifests = [read_manifest(store.folder) for store in stores]
     for (first, one), (second, other) in combinations(zip(stores, manifests, strict=True), 2):
@@ -228,19 +230,32 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> int:
     except DataError as error:
         raise TargetError(str(error)) from None
     taken: dict[str, TargetStore] = {}
-    with TargetWriter(unfinished, source, stores[0].config) as writer:
+    with stopping() as stop, TargetWriter(unfinished, source, stores[0].config) as writer:
+        try:
+            _require_new(out)  # again: another process may have finished in between
+        except TargetError:
+            shutil.rmtree(unfinished)
+            raise
         writer.begin_run()
         for store in stores:
             for _, ids in groupby(store, store.shard_of):
                 writer.add(*[target for target in _take_new(ids, store, taken) if target.id not in writer.done])
+                if stop.requested:
+                    raise Stopped(f"ended by {stop.named()}; the same command continues the merge into {out}")
         if writer.done.keys() != taken.keys():
             raise TargetError(f"{unfinished} is left from a merge of other stores; remove it, or give another --out")
         for sample_id, reason in {key: reason for store in stores for key, reason in store.failed.items()}.items():
             if sample_id not in taken:
                 writer.fail(sample_id, reason)
-        writer.close()
-    unfinished.rename(out)
+        writer.close(out)
     return len(taken)
+
+
+def _require_new(out: Path) -> None:
+    if os.path.ismount(out):  # nothing else takes its name
+        raise TargetError(f"{out} is a mount point; give a new folder in it")
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+        raise TargetError(f"{out} exists; give a new folder")
 
 
 def _take_new(ids: Iterable[str], store: TargetStore, taken: dict[str, TargetStore]) -> Iterator[Target]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -20,11 +23,15 @@ from tqdm import tqdm
 from ..config import DEFAULT_QUESTION, Format
 from ..data.samples import PLACEHOLDER, Conversation, Sample
 from ..errors import ConfigError, DataError, TargetError
-from ..files import path_within, replacing
+from ..files import FolderLock, name_full_disk, own_path, path_within, synchronize, synchronize_all
 from ..images import ImageSource, image_sha256, load_image, read_bytes
+from ..signals import Stopped, stopping
 from ..types import WHOLE_PICTURE, Box
 from .published_format import ROWS_AT_ONCE, images_of, name_of, without_number
 from .store import Target, TargetStore
+
+_Progress = Callable[..., Iterator[Any]]
+"""Goes through items with a progress bar, until the process is asked to end."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,8 @@ def export_targets(
 
     Raises:
         ConfigError: `format` is neither, `out` has the wrong suffix, or a table would lack its pictures.
-        TargetError: `out` exists or is a link to nothing, or no word has a map.
+        TargetError: `out` exists or is a link to nothing, another process exports to it, no word has a map, or the disk is full.
+        Stopped: the process was asked to end by SIGTERM or SIGUSR1.
     """
     path = Path(out)
     if format not in get_args(Format):
@@ -78,21 +86,78 @@ def export_targets(
         raise ConfigError(f"the table is to be {path}; give a file name that ends in .parquet")
     if format == "parquet" and samples is None and images is None:
         raise ConfigError("a table contains the pictures; give samples (--samples) or the folder of the pictures (--images)")
-    if path.exists() and (format == "parquet" or not path.is_dir() or any(path.iterdir())):
-        raise TargetError(f"{path} exists; give a new name")
     if path.is_symlink() and not path.exists():
         raise TargetError(f"{path} is a link to {os.readlink(path)}, where nothing is; give that name itself, or a new one")
+    _require_new(path, format)
     known = None if samples is None else {sample.id: sample for sample in samples}
     failed: list[tuple[str, str]] = []
     outgoing: list[_Outgoing] = []
-    for sample_id in tqdm(store, desc="pictures", unit="sample", disable=not progress):
-        try:
-            outgoing.append(_prepare(store, sample_id, known, None if images is None else Path(images)))
-        except (DataError, TargetError) as error:
-            failed.append((sample_id, str(error)))
-    write = _write_folder if format == "folder" else _write_table
-    written, maps = write(store, path, outgoing, failed, progress)
+    with stopping() as stop, _set_aside(path, format) as place:
+
+        def going_on(items: Iterable[Any], **bar: Any) -> Iterator[Any]:
+            for item in tqdm(items, disable=not progress, **bar):
+                if stop.requested:
+                    raise Stopped(f"ended by {stop.named()}, nothing of {path} is written; the same command begins it anew")
+                yield item
+
+        for sample_id in going_on(store, desc="pictures", unit="sample"):
+            try:
+                outgoing.append(_prepare(store, sample_id, known, None if images is None else Path(images)))
+            except (DataError, TargetError) as error:
+                failed.append((sample_id, str(error)))
+        write = _write_folder if format == "folder" else _write_table
+        written, maps = write(store, place, outgoing, failed, going_on)
     return Exported(written, maps, tuple(failed))
+
+
+def _require_new(path: Path, format: Format) -> None:
+    if os.path.ismount(path):  # nothing else takes its name
+        raise TargetError(f"{path} is a mount point; give a new name in it")
+    if path.exists() and (format == "parquet" or not path.is_dir() or any(path.iterdir())):
+        raise TargetError(f"{path} exists; give a new name")
+
+
+@contextmanager
+def _set_aside(path: Path, format: Format) -> Iterator[Path]:
+    """Where a folder or a file is written that takes its name when it is whole, by one process at a time: in `<path>.exporting`,
+    which goes afterwards. What a kill left in it is written anew."""
+    final = Path(os.path.realpath(path))  # what a link leads to is the user's
+    with name_full_disk(final.parent, TargetError):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            aside = own_path(final.parent, f"{final.name}.exporting")
+        except DataError as error:
+            raise TargetError(str(error)) from None
+        if os.path.lexists(aside) and (not aside.is_dir() or {child.name for child in aside.iterdir()} - _ASIDE):
+            raise TargetError(f"{aside} is no folder of an export that was cut off; remove it, or give another name")
+        aside.mkdir(exist_ok=True)
+        try:
+            with FolderLock(aside, error=TargetError):
+                try:
+                    _require_new(path, format)  # again: another process may have finished in between
+                    _remove(aside / "data")
+                    yield aside / "data"
+                    synchronize_all(aside / "data")
+                    os.rename(aside / "data", final)
+                    synchronize(final.parent)
+                finally:
+                    _remove(aside / "data")
+                    # Another process that has opened it already finds that it is gone, or that the export is there.
+                    (aside / ".lock").unlink(missing_ok=True)
+        finally:
+            with suppress(OSError):  # another process is in it
+                aside.rmdir()
+
+
+_ASIDE = {".lock", ".lock.json", ".lock.json.partial", "data"}
+"""What an export has in the folder beside the place that it is to take."""
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +222,7 @@ def _spread_over_picture(values: NDArray[np.float32], crop: Box) -> NDArray[np.f
 
 
 def _write_folder(
-    store: TargetStore, root: Path, outgoing: Sequence[_Outgoing], failed: list[tuple[str, str]], progress: bool
+    store: TargetStore, root: Path, outgoing: Sequence[_Outgoing], failed: list[tuple[str, str]], going_on: _Progress
 ) -> tuple[int, int]:
     groups: dict[str, list[_Outgoing]] = {}
     for item in outgoing:
@@ -167,9 +232,9 @@ def _write_folder(
             failed.append((item.id, f"another picture is called {item.name} too"))
         else:
             groups.setdefault(item.name, []).append(item)
-    root.mkdir(parents=True, exist_ok=True)
+    root.mkdir()
     count = 0
-    for name, group in tqdm(groups.items(), desc="word maps", unit="picture", disable=not progress):
+    for name, group in going_on(groups.items(), desc="word maps", unit="picture"):
         # The authors' code takes the stem up to the first point.
         folder = root / name / "lpm_attention" / (name.split(".")[0] or name)
         folder.mkdir(parents=True)
@@ -178,7 +243,8 @@ def _write_folder(
             if not _is_file_name(file) or set(word) & set("._"):
                 failed.append((group[0].id, f"the word {word!r} cannot be part of a file name as published; a table can have it"))
                 continue
-            Image.fromarray(grey).save(folder / file, quality=100)
+            # By way of memory: Pillow says nothing of a disk that is full.
+            (folder / file).write_bytes(_encoded(Image.fromarray(grey), "JPEG", quality=100))
             count += 1
     return sum(map(len, groups.values())), count
 
@@ -194,7 +260,7 @@ def _is_file_name(name: str) -> bool:
 
 
 def _write_table(
-    store: TargetStore, path: Path, outgoing: Sequence[_Outgoing], failed: list[tuple[str, str]], progress: bool
+    store: TargetStore, path: Path, outgoing: Sequence[_Outgoing], failed: list[tuple[str, str]], going_on: _Progress
 ) -> tuple[int, int]:
     from datasets import Features, Value
     from datasets import Image as ImageFeature
@@ -209,42 +275,37 @@ def _write_table(
         "attention_images": {word: ImageFeature() for word in words},
     }
     schema = Features(features).arrow_schema
-    path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
-    with (
-        replacing(Path(os.path.realpath(path))) as file,
-        pq.ParquetWriter(file, schema) as writer,
-        tqdm(total=len(outgoing), unit="sample", disable=not progress) as bar,
-    ):
-        for start in range(0, len(outgoing), ROWS_AT_ONCE):
+    remaining = going_on(outgoing, unit="sample")
+    with open(path, "xb") as file, pq.ParquetWriter(file, schema) as writer:
+        while chosen := list(islice(remaining, ROWS_AT_ONCE)):
             rows = []
-            for item in outgoing[start : start + ROWS_AT_ONCE]:
+            for item in chosen:
                 assert item.image is not None
                 target = store[item.id]
                 maps = {
-                    word: {"bytes": _png(Image.fromarray(grey)), "path": f"attention_{word}.png"}
+                    word: {"bytes": _encoded(Image.fromarray(grey), "PNG"), "path": f"attention_{word}.png"}
                     for word, grey in _average([target]).items()
                 }
                 count += len(maps)
                 rows.append(
                     {
-                        "image": {"bytes": _encode(item.image), "path": item.name},
+                        "image": {"bytes": _bytes_of(item.image), "path": item.name},
                         "question": item.question,
                         "answers": target.word_maps.caption,
                         "attention_images": maps,
                     }
                 )
-                bar.update()
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
     return len(outgoing), count
 
 
-def _encode(image: ImageSource) -> bytes:
+def _bytes_of(image: ImageSource) -> bytes:
     data = read_bytes(image)
-    return _png(load_image(image)) if data is None else data
+    return _encoded(load_image(image), "PNG") if data is None else data
 
 
-def _png(image: Image.Image) -> bytes:
+def _encoded(image: Image.Image, format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, format, **options)
     return buffer.getvalue()

@@ -21,6 +21,7 @@ from ..data.samples import Conversation, Sample, require_unicode
 from ..errors import ConfigError, DataError
 from ..files import open_regular, path_within
 from ..images import ImageSource, Picture, load_image
+from ..signals import Stopped, stopping
 from ..types import WordMaps
 from ..words import match_words, words_and
 from .manifest import StoreConfig
@@ -81,7 +82,8 @@ def import_targets(
     Raises:
         ConfigError: nothing says where the pictures are.
         DataError: `source` holds no published maps.
-        TargetError: `out` holds something else.
+        TargetError: `out` holds something else, or another process writes it; the disk is full.
+        Stopped: the process was asked to end by SIGTERM or SIGUSR1.
     """
     rows = _open(Path(source))
     folder = None if images is None else Path(images)
@@ -92,7 +94,7 @@ def import_targets(
     origin = {"model": "published", "source": Path(source).absolute().name, "weights": digest}
     counts: Counter[str] = Counter()
     seen: set[str] = set()
-    with TargetWriter(Path(out), origin, StoreConfig(map_size=size)) as writer:
+    with stopping() as stop, TargetWriter(Path(out), origin, StoreConfig(map_size=size)) as writer:
         writer.begin_run()
 
         def fail(sample_id: str, reason: str) -> None:
@@ -100,6 +102,8 @@ def import_targets(
             tqdm.write(f"skipped {sample_id}: {reason}")
 
         for row in tqdm(rows, desc="word maps", unit="picture", disable=not progress):
+            if stop.requested:
+                raise Stopped(f"ended by {stop.named()}, {counts['written']} samples written; the same command continues")
             try:
                 samples_of_row = owners.of(row, captions[row.name] > 1)
             except DataError as error:

@@ -282,8 +282,11 @@ class TargetWriter:
         """Forgets earlier failures: this run tries those samples again."""
         self.failed.clear()
 
-    def close(self) -> None:
-        """Writes the last shard, leaves nothing pending, marks the store as complete and lets go of it."""
+    def close(self, name: Path | None = None) -> None:
+        """Writes the last shard, leaves nothing pending, marks the store as complete and lets go of it.
+
+        With `name`, the folder then has that name, which nothing has or an empty folder: so a store is there whole or not at all.
+        """
         if not self._lock.is_held():
             return
         waiting = sorted(self._waiting)
@@ -293,6 +296,9 @@ class TargetWriter:
         # Last, so that a complete store never has anything pending.
         self._manifest["complete"] = True
         self._write_manifest()
+        if name is not None:
+            self._lock.rename(name)
+            self.folder, self._pending = name, name / "pending"
         self._lock.release()
 
     def release(self) -> None:

@@ -51,7 +51,7 @@ def load_pipeline(model: str | Path, config: TeacherConfig | None = None) -> Any
             else str(DiffusionPipeline.download(name, revision=revision, trust_remote_code=False, safety_checker=None))
         )
         parts: dict[str, Any] = {part: value for part, value in _UNUSED.items() if part in index}
-        for part, kind in _parts_of(model, index):
+        for part, kind in _parts_of(folder, index):
             if part not in parts and issubclass(kind, torch.nn.Module):
                 parts[part], report = _load(kind, folder, part, asked)
                 require_complete(parts[part], report, f"the {part} of {str(model)!r}")
@@ -110,8 +110,7 @@ def _parts_of(model: str | Path, index: Mapping[str, Any]) -> Iterator[tuple[str
 
     listed = {part: entry for part, entry in index.items() if isinstance(entry, list | tuple) and len(entry) == 2 and entry[0]}
     pipeline: Any = getattr(diffusers, index["_class_name"])
-    needed = set(pipeline._get_signature_keys(pipeline)[0]) - {*pipeline._optional_components, *_UNUSED}
-    if lacking := sorted(needed - listed.keys()):
+    if lacking := sorted(needed_parts(pipeline) - listed.keys()):
         raise ModelError(
             f"the {_INDEX} of {str(model)!r} lists no {' and no '.join(lacking)}, of which a {pipeline.__name__} is made"
         )
@@ -126,6 +125,11 @@ def _parts_of(model: str | Path, index: Mapping[str, Any]) -> Iterator[tuple[str
         if part not in _UNUSED and (missing := _missing_files(model, part, kind)):
             raise ModelError(f"its {part}, a {name}, has no {missing} in {model}; give a whole copy")
         yield part, kind
+
+
+def needed_parts(pipeline: Any) -> set[str]:
+    """The parts that a class of pipelines cannot be without."""
+    return set(pipeline._get_signature_keys(pipeline)[0]) - {*pipeline._optional_components, *_UNUSED}
 
 
 def _missing_files(model: str | Path, part: str, kind: Any) -> str:
@@ -145,11 +149,14 @@ def _missing_files(model: str | Path, part: str, kind: Any) -> str:
 def require_part(module: torch.nn.Module, model: str | Path, part: str) -> None:
     """Compares the files of an empty pipeline's part with its config, by their headers.
 
-    Raises `ModelError` where `load_pipeline` would, but for NaN and infinity; `read_part` before it for files that are damaged.
+    Raises `ModelError` where `load_pipeline` would, but for NaN and infinity.
     """
-    tensors = read_part(module, model, part)
+    tensors, what = read_part(module, model, part), f"the {part} of {str(model)!r}"
+    folder = Path(split_revision(model)[0]) / part
+    if folder.is_dir() and find_weights(folder, _files_of(module)) is None:
+        raise ModelError(f"{what} has no {' and no '.join(_files_of(module))} in {folder}; give a whole copy")
     if tensors and not hasattr(module.config, "quantization_config"):
-        require_complete(module, loading_report(module, tensors), f"the {part} of {str(model)!r}")
+        require_complete(module, loading_report(module, tensors), what)
 
 
 def read_part(module: torch.nn.Module, model: str | Path, part: str) -> dict[str, torch.Tensor]:
@@ -157,18 +164,18 @@ def read_part(module: torch.nn.Module, model: str | Path, part: str) -> dict[str
 
     Raises `ModelError` where a file is missing, cut off, or none of weights.
     """
-    import diffusers
-
     with _loading(model):
         config_file = find_file(model, f"{part}/config.json")
-        is_local = Path(split_revision(model)[0]).exists()
         if config_file is None:
             return {}
-        names = DIFFUSERS if isinstance(module, diffusers.ModelMixin) else TRANSFORMERS
-        what = f"the {part} of {str(model)!r}"
-        if is_local and find_weights(config_file.parent, names) is None:
-            raise ModelError(f"{what} has no {' and no '.join(names)} in {config_file.parent}; give a whole copy")
-        return read_shapes(config_file.parent, names, what, is_partial=not is_local)
+        is_partial = not Path(split_revision(model)[0]).exists()  # of the hub, not all of it is downloaded
+        return read_shapes(config_file.parent, _files_of(module), f"the {part} of {str(model)!r}", is_partial)
+
+
+def _files_of(module: torch.nn.Module) -> tuple[str, ...]:
+    import diffusers
+
+    return DIFFUSERS if isinstance(module, diffusers.ModelMixin) else TRANSFORMERS
 
 
 def _load(kind: Any, folder: str, part: str, dtype: torch.dtype | None) -> tuple[torch.nn.Module, Mapping[str, Any]]:

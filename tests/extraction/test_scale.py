@@ -31,6 +31,8 @@ from lavender.extraction import engines
 from lavender.extraction.extract import extract
 from lavender.miniworld import TEACHER, write_dataset
 from lavender.miniworld.scenes import make_scenes
+from lavender.signals import SIGNALS, Stopped
+from lavender.targets.maintenance import info
 from lavender.targets.manifest import read_manifest
 from lavender.targets.store import TargetStore
 
@@ -181,6 +183,52 @@ def test_rays_own_cluster_is_quiet_and_gone_afterwards(data, undisturbed, tmp_pa
         assert not [process for process in psutil.process_iter(["cmdline"]) if place in " ".join(process.info["cmdline"] or [])]
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [ONE, pytest.param(TWO, marks=pytest.mark.full), pytest.param(ON_RAY, marks=pytest.mark.full)],
+    ids=["one", "two", "ray"],
+)
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.full)])
+def test_a_run_that_is_asked_to_end_stores_what_is_in_work(request, data, undisturbed, tmp_path, work, number):
+    if work is ON_RAY:
+        request.getfixturevalue("cluster")
+    handlers = [signal.getsignal(each) for each in SIGNALS]
+    pairs = Disturbed(open_pairs(data), lambda: os.kill(os.getpid(), number))
+    with pytest.raises(Stopped, match=f"ended by {number.name}, .* the same command continues") as stopped:
+        extract(TEACHER, pairs, tmp_path / "t", NOISE, work, progress=False)
+    assert stopped.value.code == 143
+    assert [signal.getsignal(each) for each in SIGNALS] == handlers
+    assert not multiprocessing.active_children()
+    assert not (tmp_path / "t/.lock.json").exists()
+    stored = info(tmp_path / "t")
+    assert not stored.complete
+    assert 0 < stored.samples < NUM
+    assert stored.samples % SIZES["batch_size"] == 0
+    if work is ONE:  # the reader was in the middle
+        assert stored.samples == NUM // 2
+    summary = extract(TEACHER, open_pairs(data), tmp_path / "t", NOISE, ONE, progress=False)
+    assert (summary.written, summary.present) == (NUM - stored.samples, stored.samples)
+    assert shards(tmp_path / "t") == undisturbed
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_command_that_is_asked_to_end_says_so_in_one_line(data, undisturbed, tmp_path, devices, number):
+    process = started(*arguments(data, tmp_path / "t", "--device", devices))
+    stored_by(process, tmp_path / "t")
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, number)  # as Slurm does
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors
+    [line] = [line for line in errors.replace("\r", "\n").splitlines() if "word maps:" not in line and line.strip()]
+    assert line.startswith(f"lavender: ended by {signal.Signals(number).name}, ")
+    assert not psutil.wait_procs(children, timeout=5)[1]
+    assert not (tmp_path / "t/.lock.json").exists()
+    assert lavender(*arguments(data, tmp_path / "t", "--device", devices)).returncode == 0
+    assert shards(tmp_path / "t") == undisturbed
 
 
 def _dying(pipe, device, model, config, work):
