@@ -93,8 +93,11 @@ def importing() -> Iterator[None]:
     """Around imports of optional packages: a missing one is a `MissingPackageError` that says how to install it."""
     try:
         yield
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
+    except (ImportError, RuntimeError) as error:
+        missing: BaseException | None = error
+        while missing is not None and not (isinstance(missing, ModuleNotFoundError) and missing.name):
+            missing = missing.__cause__  # of what transformers and diffusers raise in its place, which names a class
+        package = "" if missing is None else str(missing.name).partition(".")[0]
         if isinstance(error, LavenderError) or package in ("", "lavender"):
             raise
         message = f"this needs the package {package}, which is not installed: {install_command(package)}"

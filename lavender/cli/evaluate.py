@@ -52,7 +52,8 @@ def evaluate(
     if teacher is not None:
         figures = evaluate_teacher_folder(teacher, scenes)
     else:
-        figures = evaluate_student_folder(student or str(STUDENT), adapter, scenes, AlignmentConfig(**alignment).rows)
+        named = str(STUDENT) if student is None else student
+        figures = evaluate_student_folder(named, adapter, scenes, AlignmentConfig(**alignment).rows)
     text = json.dumps(figures, indent=2)
     print(text)
     if out is not None:

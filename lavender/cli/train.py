@@ -62,7 +62,7 @@ def train(
     ).with_settings(setting or [])
     store = None if targets is None else TargetStore(targets)
     fine_tune(
-        model or chosen.model,
+        chosen.model if model is None else model,
         read_samples(data),
         out,
         chosen.training,

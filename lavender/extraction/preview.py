@@ -96,6 +96,8 @@ def preview(
         ConfigError, ModelError: as `extract`.
         TargetError: the disk is full.
     """
+    with importing():
+        import matplotlib.figure  # noqa: F401  # and not when everything is there to be drawn
     config, work, out = config or TeacherConfig(), work or ExtractionConfig(), Path(out)
     pairs = as_pairs(pairs)
     some = list(islice(pairs, count))
@@ -130,8 +132,7 @@ def preview(
 
 def _draw(rows: list[tuple[Target, np.ndarray]], path: Path) -> None:
     """One row a picture: itself, and the maps of some words, function words last, over the part of it that the teacher saw."""
-    with importing():
-        from matplotlib.figure import Figure
+    from matplotlib.figure import Figure
 
     width = 1 + min(WORDS_SHOWN, max(len(target.word_maps.words) for target, _ in rows))
     figure = Figure(figsize=(1.8 * width, 2.1 * len(rows)), layout="constrained")

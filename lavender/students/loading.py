@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,7 @@ def load_student(model: str | Path, dtype: Dtype = "float32") -> tuple[PreTraine
             than the config says, or hold NaN or infinity.
     """
     with _loading_student(model):
-        name, revision = locate_model(model, *_CONFIGS)
-        # transformers would load the base model, put the adapter into it, and report on the adapter's weights alone.
-        adapter = find_adapter_config_file(name, revision=revision)
-        if adapter is not None:
-            base = read_config(Path(adapter), f"{str(model)!r}").get("base_model_name_or_path")
-            raise ModelError(f"{str(model)!r} is an adapter of {base!r}; give that as the model, and {str(model)!r} as the adapter")
+        name, revision = _locate_student(model)
         _require_config(model)
         _require_size(model)
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
@@ -66,8 +61,8 @@ def load_student(model: str | Path, dtype: Dtype = "float32") -> tuple[PreTraine
 def load_processor(model: str | Path) -> tuple[Any, Any]:
     """The processor and the config of what `load_student` loads, without its weights. Raises `ModelError`."""
     with _loading_student(model):
-        name, revision = locate_model(model, *_CONFIGS)
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        name, revision = _locate_student(model)
+        config = empty_student(model).config
         return AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False), config
 
 
@@ -155,7 +150,9 @@ def require_adapter(adapter: str | Path) -> None:
 
 def _require_size(model: str | Path) -> None:
     """Raises `ModelError` where a config is of a far larger model than its files, for which there may not be the memory."""
-    weights = sum(tensor.numel() for tensor in read_checkpoint(model).values())
+    weights = 0
+    with suppress(ModelError):  # of damaged files, which the library names when it loads them
+        weights = sum(tensor.numel() for tensor in read_checkpoint(model).values())
     if not weights:
         return
     student = empty_student(model)
@@ -183,6 +180,17 @@ def pin_adapter(adapter: str | Path) -> str:
     """The same of an adapter."""
     with _loading_adapter(adapter):
         return pin(adapter, _ADAPTER)
+
+
+def _locate_student(model: str | Path) -> tuple[str, str | None]:
+    """Where a student is loaded from. Raises `ModelError` for an adapter: transformers would load the base model, put the adapter
+    into it, and report on the adapter's weights alone."""
+    name, revision = locate_model(model, *_CONFIGS)
+    adapter = find_adapter_config_file(name, revision=revision)
+    if adapter is not None:
+        base = read_config(Path(adapter), f"{str(model)!r}").get("base_model_name_or_path")
+        raise ModelError(f"{str(model)!r} is an adapter of {base!r}; give that as the model, and {str(model)!r} as the adapter")
+    return name, revision
 
 
 def _loading_adapter(adapter: str | Path) -> AbstractContextManager[None]:

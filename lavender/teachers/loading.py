@@ -109,7 +109,7 @@ def _parts_of(model: str | Path, index: Mapping[str, Any]) -> Iterator[tuple[str
     import transformers
 
     listed = {part: entry for part, entry in index.items() if isinstance(entry, list | tuple) and len(entry) == 2 and entry[0]}
-    pipeline = getattr(diffusers, index["_class_name"])
+    pipeline: Any = getattr(diffusers, index["_class_name"])
     if lacking := sorted(needed_parts(pipeline) - listed.keys()):
         raise ModelError(
             f"the {_INDEX} of {str(model)!r} lists no {' and no '.join(lacking)}, of which a {pipeline.__name__} is made"

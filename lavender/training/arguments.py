@@ -9,6 +9,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..errors import ConfigError, reading
 
@@ -30,8 +31,12 @@ def make_arguments(values: Mapping[str, Any]) -> TrainingArguments:
             problem = f"{name} is {values[name]}, expected {least} or more"
     if problem:
         raise ConfigError(f"transformers.TrainingArguments {REFUSAL} ({problem}); {REMEDY}")
-    with reading(f"transformers.TrainingArguments {REFUSAL}", REMEDY, ConfigError):
-        return TrainingArguments(**values)
+    try:
+        with reading(f"transformers.TrainingArguments {REFUSAL}", REMEDY, ConfigError):
+            return TrainingArguments(**values)
+    except ConfigError:
+        unset_hf_deepspeed_config()  # half made, it would stand in the way of every model that is loaded
+        raise
 
 
 def misfit(cls: type, values: Mapping[str, Any]) -> str:

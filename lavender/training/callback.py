@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer
 
-from ..errors import ConfigError, ModelError, warn_renamed
+from ..errors import ConfigError, MissingPackageError, ModelError, importing, warn_renamed
 from ..files import write_within
 from ..students.discovery import base_model_of
 from ..students.loss import Comparison
@@ -74,6 +74,15 @@ class LavenderCallback(FiniteGuard):
         handler = self.trainer.callback_handler
         # In front of the trackers, which get what it adds to the log. The handler is iterating over its list: make another.
         handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
+        try:
+            if self.picture_steps != 0:
+                with importing():
+                    import matplotlib.figure  # noqa: F401  # and not at the first picture, in the middle of the run
+        except MissingPackageError as error:
+            if self.picture_steps is not None:
+                raise
+            logger.warning("no pictures of the alignment are drawn: %s", error)
+            self.picture_steps = 0
         if self.picture_steps is None:
             self.picture_steps = max(1, state.max_steps // 10)
         self.last, self.sums = self.patch.last, _Sums()

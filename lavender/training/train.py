@@ -145,9 +145,10 @@ def fine_tune(
             )
     # The same commit in every process and stage, whatever becomes of the hub's branch.
     model, adapter = pin_student(model), None if adapter is None else pin_adapter(adapter)
+    loaded = None if (out / "history.json").exists() else load_processor(model)  # before a folder is made for the run
     with stopping() as stop, name_full_disk(out), _alone(out, training):
         run = _Run(model, known, out, training, targets, alignment, words, adapter, aligner, progress, stop)
-        return run.with_samples(strict).with_heads().all_stages()
+        return run.with_samples(loaded, strict).with_heads().all_stages()
 
 
 def load_aligner(patch_handle: StudentPatch, run: str | Path) -> None:
@@ -248,19 +249,20 @@ class _Run:
                 run = replace(run, adapter=out / "adapter") if training.lora_rank else replace(run, model=out / "model")
         return run.execute()
 
-    def with_samples(self, strict: bool) -> _Run:
-        """This run with its samples in the order that it began with, all of them looked at if it is not finished."""
+    def with_samples(self, loaded: tuple[Any, Any] | None, strict: bool) -> _Run:
+        """This run with its samples in the order that it began with, all of them looked at, by the student's processor and config.
+        Those of a run that is finished need not be."""
         given = [sample for sample in self.samples if not isinstance(sample, Unusable)]
-        finished = (self.out / "history.json").exists()
+        finished = loaded is None
         begun = finished or any(is_begun(out) for out in (self.out, self.out / "first_stage"))
         samples = RunSamples.recognize(self.out, given, begun, finished)
         run = replace(self, samples=samples.samples, identity=samples.identity, skipped_file=self.out / SKIPPED)
-        if finished:
+        if loaded is None:
             return run
+        processor, config = loaded
         arguments = _arguments(self.out / "checkpoints", self.training, self.progress)
         if not self.training.aligner_steps and (self.alignment is None or is_chosen(self.alignment)):  # before the work
             begin(self.out, run.record(), run.samples, self.targets, writes=False)
-        processor, config = load_processor(self.model)
         what = ("model", "model_commit", "words", "targets_fingerprint")
         settings = [*(run.record()[name] for name in what), self.training.max_length, processor.chat_template]
         samples = samples.look(

@@ -183,14 +183,12 @@ class StudentTrainer(Trainer):
         path = Path(self.checkpoint or "") / SUMS.format(self.args.process_index)
         if self.checkpoint is None or not path.exists():
             return
-        sums = torch.load(path, map_location=self.args.device, weights_only=True)
-        self._tr_loss, self._globalstep_last_logged = sums["loss"], sums["logged"]
-        for callback, values in zip(
-            (callback for callback in self.callback_handler.callbacks if isinstance(callback, LavenderCallback)),
-            sums["callbacks"],
-            strict=True,
-        ):
-            vars(callback.sums).update(values)
+        callbacks = [callback for callback in self.callback_handler.callbacks if isinstance(callback, LavenderCallback)]
+        with _continuing(self.checkpoint):
+            sums = torch.load(path, map_location=self.args.device, weights_only=True)
+            self._tr_loss, self._globalstep_last_logged = sums["loss"], sums["logged"]
+            for callback, values in zip(callbacks, sums["callbacks"], strict=True):
+                vars(callback.sums).update(values)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._aside is None else str(self._aside)

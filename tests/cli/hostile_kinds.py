@@ -299,6 +299,17 @@ for text in (
     "train --data data/captions.jsonl --out out", "doctor student extra", f"{EXTRACT} --data", "report --nonsense",
 ):  # fmt: skip
     case(f"option: {text.split('--out out')[-1].strip() or text} of {text.split()[0]}", text)
+HARMLESS = (
+    "logging_steps",
+    "fp16",
+    "skip_memory_metrics",
+    "local_rank",
+    "use_cpu",
+    "training.arguments",
+    "alignment.norm",
+    "words.exclude",
+)
+"""Settings that the libraries take whatever they are, or that fit."""
 for setting in (
     "training.lora_targets=(", "training.lora_targets=[", "training.lora_targets=nonsense", "training.lora_targets=[1]",
     "training.lora_targets=", "training.lora_targets=.*", "training.lora_alpha=x", "training.lora_dropout=2",
@@ -333,7 +344,9 @@ for setting in (
     f"words.exclude={DEEP[:2000]}",
     "training.learning_rate=1e400", "training.steps=true", "training.steps=null", "training.steps=1.5", "training.steps=\\ud800",
 ):  # fmt: skip
-    case(f"set: {setting[:70]}", f"{ALIGNED} --set '{setting}'")
+    words = setting.removeprefix("training.arguments.").split("=")[0]
+    ends = "line|works" if words in HARMLESS else "line"
+    case(f"set: {setting[:70]}", f"{ALIGNED} --set '{setting}'", ends=ends)
 for setting in (
     "head_reduction=x", "vae_tiling=x", "layer_weights=[1,x]", "layer_weights=[1,2]", "threads=x", "threads=-1", "threads=0",
     "nonsense=1",
@@ -370,7 +383,12 @@ for n, keys in enumerate(FIELDS):
         if (n + m) % 3:
             continue
         command = (DOCTOR, EVALUATE, TRAIN)[(n + m) % 3]
-        case(f"config {'.'.join(keys)} {kind} of {command.split()[0]}", command, put(STUDENT, *keys, value=value))
+        case(
+            f"config {'.'.join(keys)} {kind} of {command.split()[0]}",
+            command,
+            put(STUDENT, *keys, value=value),
+            ends="line|lists|works",
+        )
 CONFIGS = {
     "empty": b"", "junk": bytes(range(256)), "cut": b'{"model_type": "llava", ', "list": b"[]", "text": b'"llava"', "null": b"null",
     "number": b"7", "no type": b"{}", "deep": DEEP.encode(), "not utf-8": b'{"model_type": "\xff"}',
@@ -387,7 +405,7 @@ case("config.json links out", EVALUATE, link(STUDENT, "/etc/passwd"))
 for kind, value in {"text": "x", "unknown": {"quant_method": "nonsense"}, "empty": {}, "list": [],
 "bnb": {"quant_method": "bitsandbytes"},
                     "gptq": {"quant_method": "gptq", "bits": 4}}.items():  # fmt: skip
-    case(f"quantization_config {kind}", EVALUATE, put(STUDENT, "quantization_config", value=value))
+    case(f"quantization_config {kind}", EVALUATE, put(STUDENT, "quantization_config", value=value), ends="line|works")
 WEIGHTS = "student/model.safetensors"
 DAMAGES: dict[str, Callable[[str], Spoil]] = {
     "cut": cut,
@@ -414,7 +432,8 @@ DAMAGES: dict[str, Callable[[str], Spoil]] = {
 }
 for n, (kind, damage) in enumerate(DAMAGES.items()):
     command = (EVALUATE, TRAIN, DOCTOR)[n % 3]
-    case(f"weights {kind} of {command.split()[0]}", command, damage(WEIGHTS))
+    ends = "line|works" if kind == "integers" else "line"  # whole numbers may be what they are
+    case(f"weights {kind} of {command.split()[0]}", command, damage(WEIGHTS), ends=ends)
 for name in ("pytorch_model.bin", "model.pt", "model.ckpt", "model.pth"):
     for torch_format in (True, False):
         kind = "archive" if torch_format else "plain"
@@ -432,12 +451,12 @@ for kind, content in {
 for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "generation_config.json"):
     for kind, content in {"empty": "", "cut": '{"a', "list": "[]", "empty mapping": "{}", "number": "7", "deep": DEEP}.items():
         command = (EVALUATE, TRAIN)[len(name + kind) % 2]
-        case(f"{name} {kind} of {command.split()[0]}", command, write(f"student/{name}", content))
-    case(f"{name} is a folder", TRAIN, folder_at(f"student/{name}"))
+        case(f"{name} {kind} of {command.split()[0]}", command, write(f"student/{name}", content), ends="line|works")
+    case(f"{name} is a folder", TRAIN, folder_at(f"student/{name}"), ends="line|works")
 case("tokenizer.json gone", TRAIN, remove("student/tokenizer.json"))
 case("tokenizer.json wrong types", TRAIN, put("student/tokenizer.json", "model", "vocab", value=[1, 2]))
 case("tokenizer.json other words", TRAIN, put("student/tokenizer.json", "model", "vocab", value={"x": 0, "<unk>": 1}))
-case("tokenizer class unknown", TRAIN, put("student/tokenizer_config.json", "tokenizer_class", value="Nonsense"))
+case("tokenizer class unknown", TRAIN, put("student/tokenizer_config.json", "tokenizer_class", value="Nonsense"), ends="line|works")
 case("processor class unknown", TRAIN, put("student/processor_config.json", "processor_class", value="Nonsense"))
 case(
     "image processor unknown",

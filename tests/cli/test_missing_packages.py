@@ -13,9 +13,10 @@ import pytest
 
 from lavender.errors import OPTIONAL_PACKAGES, MissingPackageError, importing, install_command
 from lavender.miniworld import STUDENT, TEACHER, write_dataset
+from lavender.miniworld.stores import exact_targets
 
 ROOT = Path(__file__).parents[2]
-STORE = ROOT / "tests/targets/old_stores/finished"
+STORE = "store"
 RUN = """
 import contextlib, importlib.machinery, io, json, sys
 
@@ -50,11 +51,11 @@ EXTRACT += ["--timesteps", "51", "--map-size", "8"]
 TRAIN = ["train", "--model", str(STUDENT), "--data", "data/captions.jsonl", "--out", "run", "--steps", "1", "--batch-size", "1"]
 FULL = [*TRAIN, "--lora-rank", "0"]
 EVALUATE = ["evaluate", "--scenes", "1"]
-MAPS = ["evaluate", "maps", str(STORE), "--masks", "data/grounding.jsonl"]
-INFO = ["targets", "info", str(STORE)]
+MAPS = ["evaluate", "maps", STORE, "--masks", "data/grounding.jsonl"]
+INFO = ["targets", "info", STORE]
 REPORT = ["report", "nothing"]
 DEMO = ["demo", "--out", "demo"]
-ALIGNED = [*FULL, "--targets", str(STORE)]
+ALIGNED = [*FULL, "--targets", STORE]
 
 
 def without(package, tmp_path, *commands):
@@ -94,7 +95,7 @@ FREE = {
     "pyarrow": (EVALUATE,),
     "filelock": (EVALUATE,),
     "datasets": (EXTRACT, EVALUATE),
-    "matplotlib": (EXTRACT,),
+    "matplotlib": (EXTRACT, [*ALIGNED, "--out", "aligned"]),
     "peft": (EVALUATE, EXTRACT),
     "ray": (EXTRACT,),
     "accelerate": (EXTRACT,),
@@ -107,12 +108,14 @@ FREE = {
 )
 def test_a_missing_package_is_one_line(package, tmp_path, scenes):
     write_dataset(scenes[:1], tmp_path / "data")
+    exact_targets(tmp_path / "store", scenes[:1], 8)
     needed, free = NEEDED[package], FREE.get(package, ())
     ends = without(package, tmp_path, *needed, *free)
     for command, (code, stderr) in zip(needed, ends, strict=False):
         assert code == 2, (command, stderr)
-        [line] = stderr.splitlines()
-        assert line.startswith("lavender: "), line
+        lines = [text for text in stderr.splitlines() if text and "%|" not in text]
+        assert [text.startswith("lavender: ") for text in lines] == [True], stderr
+        line = lines[0]
         assert package in line.replace("spaCy", "spacy"), line
         assert install_command(package) in line
     for command, (code, stderr) in zip(free, ends[len(needed) :], strict=True):
@@ -138,6 +141,14 @@ def test_the_api_says_the_same(monkeypatch):
 
     with pytest.raises(MissingPackageError, match=r"matplotlib.*pip install '\.\[report\]'.*'lavender-attention\[report\]'"):
         overlay(np.zeros((4, 4, 3), np.uint8), np.zeros((2, 2), np.float32))
+
+
+def test_what_libraries_raise_in_its_place_names_the_package_too():
+    for kind in (ModuleNotFoundError, RuntimeError):
+        cause = ModuleNotFoundError("No module named 'accelerate.utils'", name="accelerate.utils")
+        with pytest.raises(MissingPackageError, match="needs the package accelerate") as raised, importing():
+            raise kind("Could not import module 'TrainingArguments'") from cause
+        assert raised.value.name == "accelerate"
 
 
 def test_bugs_of_lavender_are_not_missing_packages():

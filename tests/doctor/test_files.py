@@ -46,7 +46,8 @@ def doctor(monkeypatch, capsys):
         with pytest.raises(SystemExit) as end:
             main()
         out, err = capsys.readouterr()
-        assert err.count("\n") <= 1
+        err = "".join(line for line in re.split("[\r\n]+", err) if "it/s]" not in line)  # bars of the libraries
+        assert err.count("lavender: ") <= 1
         lines = [re.split(" {2,}", line, maxsplit=1) for line in out.splitlines() if line and line[0] != " "]
         return end.value.code or 0, {line[0]: line[-1] for line in lines}, err
 
@@ -173,9 +174,10 @@ def test_shapes_that_are_not_the_configs_are_named(folder, doctor):
 def test_an_image_token_outside_of_the_vocabulary(folder, doctor, student, processor):
     config = json.loads((folder / "config.json").read_text())
     rows = config["text_config"]["vocab_size"]
-    assert doctor(folder)[1]["image token"] == str(config["image_token_id"])
+    [key] = [key for key in config if key.startswith("image_token_i")]
+    assert doctor(folder)[1]["image token"] == str(config[key])
     for token in (rows, rows + 7, -1):
-        (folder / "config.json").write_text(json.dumps(config | {"image_token_id": token}))
+        (folder / "config.json").write_text(json.dumps(config | {key: token}))
         code, report, err = doctor(folder)
         assert (code, err) == (1, "")
         assert report["image token"] != str(token)
@@ -183,7 +185,7 @@ def test_an_image_token_outside_of_the_vocabulary(folder, doctor, student, proce
     [finding] = [finding for finding in examine(student) if finding.topic == "image token"]
     assert f"outside of the model's vocabulary of {rows} tokens" in finding.result
     assert finding.remedy
-    (folder / "config.json").write_text(json.dumps(config | {"image_token_id": rows}))
+    (folder / "config.json").write_text(json.dumps(config | {key: rows}))
     (folder / "processor_config.json").unlink()
     assert {finding.topic for finding in examine(folder) if finding.remedy} >= {"processor", "image token"}
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import warnings
@@ -12,7 +14,7 @@ from PIL import Image
 from lavender.config import ExtractionConfig, TeacherConfig
 from lavender.data.samples import Pair
 from lavender.data.sources import BadPair
-from lavender.errors import DataError
+from lavender.errors import DataError, TargetError
 from lavender.extraction.preview import PICTURES_SHOWN, Preview, preview
 from lavender.miniworld import write_dataset
 
@@ -99,3 +101,16 @@ def test_the_command(teacher_folder, scenes, tmp_path):
     assert "preview.png: look at it before the long run" in result.stdout
     assert "all 4: about " in result.stdout
     assert [path.name for path in (tmp_path / "t").iterdir()] == ["preview.png"]
+
+
+def test_a_full_disk_is_named(pipe, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    pairs = [Pair("one", Image.new("RGB", (20, 30)), "a ring")]
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(TargetError, match=r"^cannot write to .*/out: No space left on device.* run the same command again"):
+        preview(pipe, pairs, tmp_path / "out", 1, NOISE)
+    assert not list((tmp_path / "out").iterdir())
+    monkeypatch.undo()
+    assert preview(pipe, pairs, tmp_path / "out", 1, NOISE).path.is_file()

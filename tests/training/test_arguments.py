@@ -6,6 +6,7 @@ from dataclasses import MISSING, fields
 
 import pytest
 from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from lavender.errors import ConfigError
 from lavender.training.arguments import make_arguments, misfit
@@ -57,3 +58,10 @@ def test_what_transformers_takes_is_taken(tmp_path):
     arguments = make_arguments(values)
     assert arguments.logging_steps == 0.5
     assert arguments.lr_scheduler_type == "cosine"
+
+
+def test_a_refused_engine_leaves_nothing(tmp_path):
+    for value in ("nothing.json", 7):
+        with pytest.raises(ConfigError):
+            make_arguments({"output_dir": str(tmp_path), "deepspeed": value})
+    assert not is_deepspeed_zero3_enabled()

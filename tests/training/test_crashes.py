@@ -88,7 +88,7 @@ def signaled(monkeypatch):
     return send
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", [SIGNALS[0], *(pytest.param(number, marks=pytest.mark.full) for number in SIGNALS[1:])])
 def test_a_training_that_is_asked_to_end_writes_a_checkpoint_and_goes_on_from_there(number, train, signaled, tmp_path):
     before = [signal.getsignal(one) for one in SIGNALS]
     whole = train("whole")
@@ -196,7 +196,7 @@ def without_disk(work, limit):
         return file.read()
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("name", [pytest.param("adapter_model.safetensors", marks=pytest.mark.full), "optimizer.pt"])
 def test_a_disk_that_is_full_while_a_checkpoint_is_written_is_one_line(name, world, tmp_path):
     """safetensors and torch say it by errors of their own."""
     limit = (world.whole / f"checkpoints/checkpoint-4/{name}").stat().st_size - 1

@@ -111,7 +111,7 @@ def test_a_sound_run_lists_nothing(train, caplog):
     assert not any("skipped" in message for message in caplog.messages)
 
 
-@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("aligned", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_the_others_are_batched_and_trained_on_as_if_the_collator_met_the_bad_one_alone(aligned, train, samples, monkeypatch):
     settings = {} if aligned else {"targets": None, "alignment": None}
     truncate(samples[3])
@@ -188,6 +188,7 @@ def test_pictures_in_memory_are_looked_at_every_time(stopped, train, samples, lo
     assert looks == [sample.id for sample in samples] * 2
 
 
+@pytest.mark.full
 def test_workers_find_what_one_process_finds(train, samples):
     truncate(samples[2])
     truncate(samples[6])
@@ -238,7 +239,7 @@ def test_a_run_goes_on_with_samples_that_were_mended(stopped, train, samples, ca
     assert sum(skipped_in(out)[1:]) == 0
 
 
-@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("finished", [pytest.param(True, marks=pytest.mark.full), False])
 def test_other_samples_are_refused(finished, stopped, train, samples, scenes, tmp_path):
     begin = train if finished else stopped
     plain = {"targets": None, "alignment": None}
