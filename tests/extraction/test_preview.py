@@ -109,7 +109,7 @@ def test_a_full_disk_is_named(pipe, tmp_path, monkeypatch):
 
     pairs = [Pair("one", Image.new("RGB", (20, 30)), "a ring")]
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(TargetError, match="^cannot write to .*/out: No space left on device.* run the same command again"):
+    with pytest.raises(TargetError, match=r"^cannot write to .*/out: No space left on device.* run the same command again"):
         preview(pipe, pairs, tmp_path / "out", 1, NOISE)
     assert not list((tmp_path / "out").iterdir())
     monkeypatch.undo()
