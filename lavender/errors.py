@@ -94,10 +94,12 @@ def importing() -> Iterator[None]:
     try:
         yield
     except (ImportError, RuntimeError) as error:
-        missing: BaseException | None = error
-        while missing is not None and not (isinstance(missing, ModuleNotFoundError) and missing.name):
-            missing = missing.__cause__  # of what transformers and diffusers raise in its place, which names a class
-        package = "" if missing is None else str(missing.name).partition(".")[0]
+        package = ""
+        cause: BaseException | None = error
+        while not package and cause is not None:  # transformers and diffusers raise errors in its place, which name a class
+            if isinstance(cause, ModuleNotFoundError):
+                package = (cause.name or "").partition(".")[0]
+            cause = cause.__cause__
         if isinstance(error, LavenderError) or package in ("", "lavender"):
             raise
         message = f"this needs the package {package}, which is not installed: {install_command(package)}"

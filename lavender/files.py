@@ -95,8 +95,10 @@ def replace_folder(made: Path, folder: Path) -> None:
     A kill or a power cut leaves all of it under the name, or nothing of it. Raises `OSError` where that cannot be done.
     """
     synchronize_all(made)
-    if folder.exists():
+    if folder.is_dir():
         shutil.rmtree(folder)
+    else:  # where rmtree would wait for whoever writes to a pipe
+        folder.unlink(missing_ok=True)
     os.replace(made, folder)
     synchronize(folder.parent)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import posixpath
+import shutil
 import stat
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from lavender.files import (
     own_path,
     path_within,
     read_file,
+    replace_folder,
     write_atomically,
     write_within,
 )
@@ -246,3 +248,14 @@ def test_a_pipe_is_written_to_where_somebody_reads_it(tmp_path):
     finally:
         os.close(reader)
     assert pipe.is_fifo()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_folder_takes_the_place_of_whatever_had_its_name(tmp_path):
+    for make in (os.mkfifo, os.mkdir, lambda path: open(path, "x").close()):
+        (tmp_path / "made").mkdir()
+        (tmp_path / "made" / "a").write_text("a")
+        make(tmp_path / "folder")
+        replace_folder(tmp_path / "made", tmp_path / "folder")
+        assert (tmp_path / "folder" / "a").read_text() == "a"
+        shutil.rmtree(tmp_path / "folder")
