@@ -180,7 +180,8 @@ def plot(summary: dict[str, Any], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("right answers")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=8, ncols=8)
-    figure.savefig(path)
+    with plt.rc_context({"svg.hashsalt": path.stem}):  # the same figures give the same file
+        figure.savefig(path, metadata={"Date": None})
 
 
 def headline(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,7 +210,7 @@ def _cells(value: Mapping[str, float] | None, signed: bool = False) -> str:
 
 
 def _compared(answers: Mapping[str, Any]) -> list[str]:
-    """The aligned arm minus plain, minus its shuffled control, and whether it helps by the plan: both intervals lie above zero."""
+    """The aligned arm minus plain, minus its shuffled control, and whether it helps: if both intervals lie above zero."""
     differences = [answers.get(f"minus {other}") for other in ("plain", "shuffled")]
     if None in differences:
         return ["", "", ""]
@@ -236,11 +237,11 @@ def tables(document: Mapping[str, Any]) -> dict[str, str]:
                 title,
                 *(
                     cell
-                    for found in (arm["answers"], arm["earlier"])
+                    for at in (arm["answers"]["in distribution"], arm["earlier"]["in distribution"])
                     for cell in (
-                        _cells(found["in distribution"]["share"]),
-                        _cells(found["in distribution"].get("minus plain"), signed=True),
-                        _cells(found["in distribution"].get("minus shuffled"), signed=True),
+                        _cells(at["share"]),
+                        _cells(at.get("minus plain"), signed=True),
+                        _cells(at.get("minus shuffled"), signed=True),
                     )
                 ),
             ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import statistics
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from lavender.miniworld.report import percent, points
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,6 +67,19 @@ def test_an_arm_helps_if_it_is_above_plain_and_above_its_shuffled_control(result
     assert verdict((0.1, 0.2, 0.3), (0.01, 0.2, 0.3)) == "yes"
     assert verdict((0.1, 0.2, 0.3), (-0.01, 0.2, 0.3)) == verdict((-0.1, 0.2, 0.3), (0.1, 0.2, 0.3)) == "not shown"
     assert verdict((-0.3, -0.2, -0.1), (0.1, 0.2, 0.3)) == "hurts"
+
+
+def test_the_page_and_the_reports_figures_are_those_of_the_runs(results):
+    document = json.loads(results.RESULTS.read_text())
+    assert results.summarize(run for run in document["runs"] if run["cell"] in results.CELLS) == document["summary"]
+    page = results.PAGE.read_text()
+    assert results.with_tables(page, results.tables(document)) == page
+    headline = results.headline(document["summary"])
+    assert json.loads(results.HEADLINE.read_text()) == {"headline": headline}
+    readme = (ROOT / "README.md").read_text()
+    for at in headline["results"]:
+        row = f"| after {at['steps']:,} steps | {percent(at['plain'])} | {percent(at['teacher'])} | {points(at['difference'])}"
+        assert row.replace("\N{NO-BREAK SPACE}", " ") in readme
 
 
 def test_steps_to_a_level_are_those_at_which_it_stays(results):

@@ -123,7 +123,8 @@ def study_line() -> str | None:
         return None
     study = json.loads(STUDY.read_text())["headline"]
     found = (
-        f"after {at['steps']:,} steps {percent(at['teacher'])} and {percent(at['plain'])}, {points(at['difference'])} points"
+        f"after {at['steps']:,} steps {percent(at['teacher'])} with the maps and {percent(at['plain'])} without, "
+        f"{points(at['difference'])} points"
         for at in study["results"]
     )
     return f"Over the study's {study['seeds']} seeds ({study['pictures']:,} pictures): {'; '.join(found)}."

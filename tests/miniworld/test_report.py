@@ -182,8 +182,8 @@ def test_the_studys_interval_over_seeds_stands_beside_the_demos(run, tmp_path, m
     study = {"seeds": 5, "pictures": 1000, "results": [early, late]}
     report.STUDY.write_text(json.dumps({"headline": study}))
     expected = (
-        "Over the study&#39;s 5 seeds (1,000 pictures): after 800 steps 70 % and 47 %, +23 (+13 to +34) points; "
-        "after 2,400 steps 80 % and 71 %, +9 (-10 to +29) points."
+        "Over the study&#39;s 5 seeds (1,000 pictures): after 800 steps 70 % with the maps and 47 % without, +23 (+13 to +34) "
+        "points; after 2,400 steps 80 % with the maps and 71 % without, +9 (-10 to +29) points."
     )
     assert expected in page_of(run)
 
