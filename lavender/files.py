@@ -203,6 +203,16 @@ class FolderLock:
             finally:
                 self._lock.release()
 
+    def withdraw(self) -> None:
+        """Releases the lock, and removes the folder if there is nothing else in it."""
+        folder = self._holder.parent
+        with suppress(OSError):
+            if {path.name for path in folder.iterdir()} <= {".lock", ".lock.json"}:
+                (folder / ".lock").unlink()  # who has opened it already finds that it is gone
+        self.release()
+        with suppress(OSError):
+            folder.rmdir()
+
     def __enter__(self) -> FolderLock:
         return self
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.integrations import deepspeed
 from transformers.utils import find_adapter_config_file, is_accelerate_available
 
 from ..config import Dtype
@@ -72,7 +74,8 @@ def empty_student(model: str | Path) -> PreTrainedModel:
         name, revision = locate_model(model, *_CONFIGS)
         _require_config(model)
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        with torch.device("meta"):
+        # Under ZeRO-3 transformers would make the weights, and share them among the processes.
+        with torch.device("meta"), patch.object(deepspeed, "_hf_deepspeed_config_weak_ref", None):
             student: PreTrainedModel = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     return student
 

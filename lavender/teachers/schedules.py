@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from ..config import TeacherConfig
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, reading
 
 Kind = Literal["ddpm", "edm", "flow"]
 """How noise levels are given to a denoiser.
@@ -136,6 +136,11 @@ def require_inversion(config: TeacherConfig, scheduler: Any, flow_matching: bool
         ModelError: no inversion is possible: see `kind_of`.
         ConfigError: another one is.
     """
+    with reading(f"the settings of the {type(scheduler).__name__} of this {name} cannot be used", "give a whole copy", ModelError):
+        _require_inversion(config, scheduler, flow_matching, name)
+
+
+def _require_inversion(config: TeacherConfig, scheduler: Any, flow_matching: bool, name: str) -> None:
     kind = kind_of(scheduler, name)
     if flow_matching and kind != "flow":
         raise ModelError(

@@ -61,6 +61,7 @@ from .record import EARLIER, HEADS_FILE, began_with, begin, has_known_picture, i
 from .results import write_results
 from .samples import SKIPPED, RunSamples
 from .samples import _paths as _paths  # importable from here
+from .samples import _texts as _texts
 from .trainer import Batches, Interruption, StudentTrainer
 
 logger = logging.getLogger("lavender")
@@ -467,7 +468,7 @@ def _alone(out: Path, training: TrainingConfig) -> Iterator[None]:
         yield
         return
     arguments = _arguments(out / "checkpoints", training, progress=False)
-    locks: list[FolderLock] = []
+    is_new, locks = not out.exists(), list[FolderLock]()
     errors: list[Exception] = []
     if arguments.process_index == 0:
         try:
@@ -482,7 +483,7 @@ def _alone(out: Path, training: TrainingConfig) -> Iterator[None]:
         yield
     finally:
         for lock in locks:
-            lock.release()
+            lock.withdraw() if is_new else lock.release()
 
 
 def _arguments(folder: Path, training: TrainingConfig, progress: bool) -> TrainingArguments:

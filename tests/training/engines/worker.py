@@ -17,6 +17,7 @@ import os
 import shutil
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 os.environ.update(DS_ACCELERATOR="cpu", ACCELERATE_TORCH_DEVICE="cpu")
@@ -110,8 +111,10 @@ def train_until_killed(run, settings, arguments):
             if "die_at" in run and is_first:
                 die_at(run["die_at"])
             fine_tune(run, settings, arguments, kill_after=run.get("kill_after"))
+        except BaseException:
+            traceback.print_exc()
         finally:
-            os._exit(0)
+            os._exit(1)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert code == -signal.SIGKILL or ("die_at" in run and not is_first)
     # The launcher's store still has the addresses of the processes that died: meet at another one.
