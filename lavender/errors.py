@@ -59,7 +59,7 @@ class OptionalPackage:
 OPTIONAL_PACKAGES = {
     "diffusers": OptionalPackage("extract", ("demo", "extract"), ("evaluate --teacher", "doctor of a pipeline", "patch(pipe)")),
     "pyarrow": OptionalPackage("extract", ("demo", "extract", "evaluate maps", "targets"), ("train --targets", "parquet files")),
-    "filelock": OptionalPackage("extract", ("demo", "extract", "evaluate maps", "targets"), ("train --targets",)),
+    "filelock": OptionalPackage("extract", ("demo", "extract", "train"), ("targets merge, import and export",)),
     "datasets": OptionalPackage("extract", (), ("data sets of the hub", "targets export --format parquet")),
     "accelerate": OptionalPackage("train", ("demo", "train")),
     "peft": OptionalPackage("train", (), ("train with LoRA (the default)", "evaluate --adapter")),

@@ -48,7 +48,6 @@ def train(
 ) -> None:
     """Fine-tune a student, with the alignment loss if there are targets."""
     from ..data.samples import read_samples
-    from ..targets.store import TargetStore
     from ..training.samples import SKIPPED
     from ..training.train import fine_tune
     from .presets import Preset
@@ -60,7 +59,11 @@ def train(
     chosen = replace(
         start, alignment=replace(start.alignment, **alignment), training=replace(start.training, **training)
     ).with_settings(setting or [])
-    store = None if targets is None else TargetStore(targets)
+    store = None
+    if targets is not None:
+        from ..targets.store import TargetStore
+
+        store = TargetStore(targets)
     fine_tune(
         chosen.model if model is None else model,
         read_samples(data),

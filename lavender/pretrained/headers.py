@@ -34,7 +34,8 @@ _OLD = pickle.dumps(MAGIC_NUMBER, protocol=2)
 
 
 def read_shapes(folder: Path, names: Sequence[str], what: str, is_partial: bool = False) -> dict[str, torch.Tensor]:
-    """The tensors of a folder's weights, on the meta device, in float32; none if there are no such files, or no header tells.
+    """The tensors of a folder's weights, on the meta device, in float32 or int64; none if there are no such files, or no header
+    tells.
 
     Args:
         folder: of one model, or of one part of a pipeline.
@@ -97,7 +98,8 @@ def _read_header(path: Path, what: str) -> dict[str, torch.Tensor]:
         # Which refuses a file that is shorter or longer than its header says.
         with safe_open(path, framework="pt") as file:
             keys: list[str] = list(file.keys())
-            return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in keys}
+            slices = {key: file.get_slice(key) for key in keys}
+            return {key: _empty(part.get_shape(), part.get_dtype().startswith(("F", "BF"))) for key, part in slices.items()}
     except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, ValueError) as error:
         raise _damaged(path, what, _reason(error)) from None
 
@@ -112,7 +114,11 @@ def _read_zip(path: Path) -> dict[str, torch.Tensor]:
     tensors = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise ValueError("it holds no tensors by their names")
-    return {key: torch.empty(value.shape, device="meta") for key, value in tensors.items()}
+    return {key: _empty(value.shape, value.is_floating_point()) for key, value in tensors.items()}
+
+
+def _empty(shape: Sequence[int], is_floating_point: bool) -> torch.Tensor:
+    return torch.empty(*shape, device="meta", dtype=torch.float32 if is_floating_point else torch.int64)
 
 
 def _reason(error: Exception) -> str:
@@ -137,7 +143,7 @@ def loading_report(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Map
         tensors: as `read_shapes` gives them.
     """
     kind: Any = type(model)
-    state = dict(tensors)
+    state = {key: value.float() for key, value in tensors.items()}
     if hasattr(kind, "_fix_state_dict_keys_on_load"):  # a ModelMixin of diffusers, which loads from files alone
         kind._fix_state_dict_keys_on_load(model, state)
         expected = model.state_dict()

@@ -50,6 +50,30 @@ def require_complete(model: nn.Module, report: Mapping[str, Any], what: str) -> 
         logger.warning("%s: a %s has no place for %d of its weights (%s)", what, kind, len(unexpected), some(unexpected))
 
 
+def require_floating_point(expected: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], what: str) -> None:
+    """Raises `ModelError` if files have integers where a model has floating point numbers: libraries convert them, whatever scale
+    they had.
+
+    Args:
+        expected: the weights of a model that is not quantized.
+        tensors: those of its files, as `read_shapes` gives them.
+        what: the subject of the message.
+    """
+    # By the last part of their names: libraries load weights from other places than the model has them in.
+    kinds = [
+        {key.rpartition(".")[2] for key, tensor in expected.items() if tensor.is_floating_point() == is_real}
+        for is_real in (True, False)
+    ]
+    bad = sorted(
+        key for key, tensor in tensors.items() if not tensor.is_floating_point() and key.rpartition(".")[2] in kinds[0] - kinds[1]
+    )
+    if bad:
+        raise ModelError(
+            f"{len(bad)} of {len(tensors)} weights of {what} are integers in the file ({some(bad)}), and its config names no "
+            "quantization; give the config.json that belongs to them, or weights in floating point"
+        )
+
+
 def require_finite(model: nn.Module, what: str) -> None:
     """Raises `ModelError` if weights of a model, persistent buffers among them, are NaN or infinite.
 

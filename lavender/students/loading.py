@@ -18,7 +18,7 @@ from ..errors import ModelError, importing
 from ..pretrained.configs import read_config
 from ..pretrained.headers import TRANSFORMERS, loading_report, read_shapes, without_report
 from ..pretrained.names import find_file, loading, locate_model, pin
-from ..pretrained.weights import require_complete, require_finite, some
+from ..pretrained.weights import require_complete, require_finite, require_floating_point, some
 
 _ADAPTER = "adapter_config.json"
 _CONFIGS = ("config.json", _ADAPTER)
@@ -43,7 +43,7 @@ def load_student(model: str | Path, dtype: Dtype = "float32") -> tuple[PreTraine
     with _loading_student(model):
         name, revision = _locate_student(model)
         _require_config(model)
-        _require_size(model)
+        _require_weights(model)
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
         with without_report():
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
@@ -103,6 +103,7 @@ def require_checkpoint(student: PreTrainedModel, model: str | Path) -> int | Non
             return None
         report = loading_report(student, tensors)
     require_complete(student, report, f"the student {str(model)!r}")
+    require_floating_point(student.state_dict(), tensors, f"the student {str(model)!r}")
     return len(tensors)
 
 
@@ -126,12 +127,14 @@ def load_adapter(student: PreTrainedModel, adapter: str | Path) -> nn.Module:
         require_adapter(adapter)
         model = PeftModel.from_pretrained(student, name, revision=revision)
         loaded = load_peft_weights(name, device="cpu", revision=revision)
-        lacking = sorted(get_peft_model_state_dict(model).keys() - loaded.keys())
+        expected = get_peft_model_state_dict(model)
+        lacking = sorted(expected.keys() - loaded.keys())
     if lacking:
         raise ModelError(
             f"the adapter {str(adapter)!r} lacks {len(lacking)} weights ({some(lacking)}); give a whole copy, or the base model "
             "that it was trained on"
         )
+    require_floating_point(expected, loaded, f"the adapter {str(adapter)!r}")
     require_finite(model, f"the student with the adapter {str(adapter)!r}")
     return model
 
@@ -151,20 +154,24 @@ def require_adapter(adapter: str | Path) -> None:
             raise ModelError(f"the {_ADAPTER} of {str(adapter)!r} says {name} {value!r}, expected a name; give a whole copy")
 
 
-def _require_size(model: str | Path) -> None:
-    """Raises `ModelError` where a config is of a far larger model than its files, for which there may not be the memory."""
-    weights = 0
+def _require_weights(model: str | Path) -> None:
+    """Raises `ModelError` where the headers of a student's files say that they are another model's than the config's: integers, or
+    far fewer weights, of which there may not be the memory for as many as the config says."""
+    tensors: dict[str, torch.Tensor] = {}
     with suppress(ModelError):  # of damaged files, which the library names when it loads them
-        weights = sum(tensor.numel() for tensor in read_checkpoint(model).values())
-    if not weights:
+        tensors = read_checkpoint(model)
+    if not tensors:
         return
     student = empty_student(model)
-    expected = sum(tensor.numel() for tensor in student.state_dict().values())
-    if expected > MOST_TIMES * weights:
+    expected = student.state_dict()
+    most, weights = (sum(tensor.numel() for tensor in each.values()) for each in (expected, tensors))
+    if most > MOST_TIMES * weights:
         raise ModelError(
-            f"the config.json of {str(model)!r} is of a model with {expected:,} weights, and its files have {weights:,}; give the "
+            f"the config.json of {str(model)!r} is of a model with {most:,} weights, and its files have {weights:,}; give the "
             "config.json that belongs to them"
         )
+    if not hasattr(student.config, "quantization_config"):
+        require_floating_point(expected, tensors, f"the student {str(model)!r}")
 
 
 def _require_config(model: str | Path) -> None:

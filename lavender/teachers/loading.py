@@ -15,7 +15,7 @@ from ..errors import ModelError
 from ..pretrained.configs import read_config
 from ..pretrained.headers import DIFFUSERS, TRANSFORMERS, find_weights, loading_report, read_shapes
 from ..pretrained.names import find_file, loading, locate_model, pin, split_revision
-from ..pretrained.weights import require_complete
+from ..pretrained.weights import require_complete, require_floating_point
 from .families import TEACHERS, teacher_family_of
 
 _INDEX = "model_index.json"
@@ -54,7 +54,10 @@ def load_pipeline(model: str | Path, config: TeacherConfig | None = None) -> Any
         for part, kind in _parts_of(folder, index):
             if part not in parts and issubclass(kind, torch.nn.Module):
                 parts[part], report = _load(kind, folder, part, asked)
-                require_complete(parts[part], report, f"the {part} of {str(model)!r}")
+                what = f"the {part} of {str(model)!r}"
+                require_complete(parts[part], report, what)
+                if not hasattr(parts[part].config, "quantization_config"):
+                    require_floating_point(parts[part].state_dict(), read_part(parts[part], folder, part), what)
         pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=asked, trust_remote_code=False, **parts)
     # transformers may load a text encoder as it was saved.
     for component in pipe.components.values():
@@ -157,6 +160,7 @@ def require_part(module: torch.nn.Module, model: str | Path, part: str) -> None:
         raise ModelError(f"{what} has no {' and no '.join(_files_of(module))} in {folder}; give a whole copy")
     if tensors and not hasattr(module.config, "quantization_config"):
         require_complete(module, loading_report(module, tensors), what)
+        require_floating_point(module.state_dict(), tensors, what)
 
 
 def read_part(module: torch.nn.Module, model: str | Path, part: str) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..batches.outcomes import Unusable
 from ..config import AlignmentConfig, to_dict
@@ -15,8 +15,10 @@ from ..errors import DataError, TargetError
 from ..files import own_path, read_file, write_within
 from ..images import Picture
 from ..students.patch import ALIGNER_FILE
-from ..targets.store import TargetStore
 from .checkpoints import ASIDE
+
+if TYPE_CHECKING:  # a run without targets needs no pyarrow
+    from ..targets.store import TargetStore
 
 HEADS_FILE = "heads.json"
 """Where a run keeps the scores of layers and heads, and which it chose."""

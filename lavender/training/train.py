@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -52,7 +52,6 @@ from ..students.heads import choose_heads
 from ..students.loading import load_processor, pin_adapter, pin_student, require_adapter
 from ..students.loading import load_student as load_student  # importable from here
 from ..students.patch import ALIGNER_FILE, StudentPatch
-from ..targets.store import TargetStore
 from .arguments import REFUSAL, REMEDY, make_arguments
 from .callback import LavenderCallback
 from .checkpoints import last_checkpoint as _last_checkpoint
@@ -63,6 +62,9 @@ from .samples import SKIPPED, RunSamples
 from .samples import _paths as _paths  # importable from here
 from .samples import _texts as _texts
 from .trainer import Batches, Interruption, StudentTrainer
+
+if TYPE_CHECKING:  # a run without targets needs no pyarrow
+    from ..targets.store import TargetStore
 
 logger = logging.getLogger("lavender")
 

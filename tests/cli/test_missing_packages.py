@@ -71,7 +71,7 @@ def without(package, tmp_path, *commands):
 NEEDED = {
     "diffusers": (EXTRACT, ["evaluate", "--teacher", str(TEACHER)], ["doctor", str(TEACHER)], DEMO),
     "pyarrow": (EXTRACT, MAPS, INFO, ALIGNED, DEMO),
-    "filelock": (EXTRACT, INFO, DEMO),
+    "filelock": (EXTRACT, DEMO),
     "datasets": ([*EXTRACT[:4], "no/such-set", *EXTRACT[5:]],),
     "accelerate": (TRAIN, FULL),
     "peft": (TRAIN, [*EVALUATE, "--adapter", "data"]),
@@ -93,7 +93,7 @@ NEEDED = {
 FREE = {
     "diffusers": (EVALUATE, ["doctor", str(STUDENT)]),
     "pyarrow": (EVALUATE,),
-    "filelock": (EVALUATE,),
+    "filelock": (INFO,),
     "datasets": (EXTRACT, EVALUATE),
     "matplotlib": (EXTRACT, [*ALIGNED, "--out", "aligned"]),
     "peft": (EVALUATE, EXTRACT),

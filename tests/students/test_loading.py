@@ -87,6 +87,14 @@ def test_weights_of_another_shape_are_named(damaged):
     assert doctors(folder) == said
 
 
+def test_weights_that_are_integers_are_named(damaged):
+    name = "language_model.model.layers.1.mlp.up_proj.weight"
+    folder = damaged(lambda weights: weights.update({name: (weights[name] * 100).to(torch.int8)}))
+    said = refusal(load_student, folder)
+    assert f"1 of 113 weights of the student {str(folder)!r} are integers in the file ({name})" in said
+    assert doctors(folder) == said
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_named(damaged, value):
     def change(weights):

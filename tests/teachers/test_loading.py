@@ -59,6 +59,7 @@ def test_missing_misshapen_and_non_finite_weights_are_named(folder, part):
         (lambda value: None, "which would be random"),
         (lambda value: torch.zeros(3, 5, 2), "[3, 5, 2] in the file"),
         (lambda value: value * float("nan"), "hold NaN or infinity"),
+        (lambda value: (value * 100).to(torch.int8), "are integers in the file"),
     ):
         name = change(folder, part, changed)
         message = refusal(Teacher, folder, NOISE)
