@@ -181,7 +181,7 @@ class FolderLock:
 
     def _named(self) -> str:
         try:
-            holder = json.loads(read_file(self._holder))
+            holder = read_json(self._holder)
             return f" (process {holder['pid']} on {holder['host']}, since {holder['since']})"
         except (OSError, ValueError, KeyError, TypeError):  # it has only just begun
             return ""
@@ -283,6 +283,17 @@ def read_file(location: str | Path, offset: int = 0, length: int | None = None) 
     with open_regular(location) as file:
         file.seek(offset)
         return file.read(-1 if length is None else length)
+
+
+def read_json(path: Path) -> Any:
+    """What a regular file says in JSON.
+
+    Raises `OSError` where it cannot be read, `ValueError` where it is no JSON, or one that no parser gets to the end of.
+    """
+    try:
+        return json.loads(read_file(path))
+    except RecursionError:
+        raise ValueError("it has too many brackets within each other") from None
 
 
 def _fetch(url: str) -> bytes:

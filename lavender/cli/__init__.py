@@ -13,10 +13,10 @@ import typer
 from tqdm import tqdm
 
 from ..errors import LavenderError, ModelError, first_line, importing, lacks_memory
+from ..pretrained.notes import without_notes
 from ..signals import Stopped
 from .evaluate import app as evaluate_app
 from .extract import extract
-from .notes import without_notes
 from .targets import app as targets_app
 from .train import train
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import ModelError, first_line, install_command
-from ..files import read_file
+from ..files import read_json
 from ..pretrained.headers import PEFT, find_weights, read_shapes
 from ..pretrained.names import loading, locate_model
 from ..pretrained.weights import some
@@ -22,9 +21,9 @@ from .finding import Finding
 def examine_name(model: str, config_file: Path) -> Iterator[Finding]:
     """An adapter by its folder or hub id, of whose adapter_config.json the path is given, and its base where that can be had."""
     try:
-        config = json.loads(read_file(config_file))
+        config = read_json(config_file)
         yield Finding("model", f"an adapter of PEFT ({config['peft_type']}), for a student")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"the adapter_config.json of {model!r} cannot be read ({first_line(error)}); give a whole copy") from None
     require_adapter(model)
     if config.get("r"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +11,7 @@ import torch
 
 from ..config import Inversion, TeacherConfig
 from ..errors import ConfigError, ModelError, first_line
-from ..files import read_file
+from ..files import read_json
 from ..pretrained.names import loading, locate_model
 from ..teachers.identity import encode_once
 from ..teachers.loading import empty_pipeline, needed_parts, read_part, require_part
@@ -27,8 +26,8 @@ from .machine import kernels
 def examine_name(model: str, index_file: Path) -> Iterator[Finding]:
     """A pipeline by its folder or hub id, of whose model_index.json the path is given. Loads no weights. Raises `ModelError`."""
     try:
-        index = json.loads(read_file(index_file))
-    except (OSError, ValueError, RecursionError) as error:
+        index = read_json(index_file)
+    except (OSError, ValueError) as error:
         raise ModelError(f"the model_index.json of {model!r} cannot be read ({first_line(error)})") from None
     try:
         part = next(name for name in ("unet", "transformer") if (index.get(name) or [None])[0])

@@ -28,6 +28,7 @@ from ..config import ExtractionConfig, TeacherConfig
 from ..data.pairs import Pair
 from ..errors import ConfigError, DataError, LavenderError, ModelError, importing
 from ..images import Picture
+from ..pretrained.notes import AsHere
 from ..signals import SIGNALS
 from ..targets.manifest import different_teacher
 from ..targets.shards import Target
@@ -278,7 +279,7 @@ class _Process:
         # A forked process could not use CUDA.
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, device, model, config, work), daemon=True)
+        self._process = context.Process(target=AsHere(_serve), args=(theirs, device, model, config, work), daemon=True)
         with _no_signals():
             self._process.start()
         theirs.close()  # so that a read fails when the process is dead

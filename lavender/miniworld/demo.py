@@ -20,7 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..config import to_dict
 from ..errors import LavenderError, TargetError
-from ..files import FolderLock, read_file, write_within
+from ..files import FolderLock, read_json, write_within
+from ..pretrained.notes import AsHere
 from .experiment import (
     ARMS,
     MAIN_WORLD,
@@ -88,7 +89,7 @@ def _require_same(out: Path, config: DemoConfig) -> None:
     settings = {"layout": LAYOUT, "version": lavender, "torch": torch.__version__, **to_dict(config)}
     if (out / SETTINGS).exists():
         try:
-            known = json.loads(read_file(out / SETTINGS))
+            known = read_json(out / SETTINGS)
         except ValueError:
             raise TargetError(f"{out / SETTINGS} is damaged; choose another folder with --out") from None
         if others := differing_settings(known, settings):
@@ -148,7 +149,7 @@ def _run_side_by_side(out: Path, config: DemoConfig, tells: dict[str, Tell]) -> 
                 tell("step", config.stage(arm).steps)
                 continue
             receiving, sending = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(sending, out, arm, config), daemon=True)
+            process = context.Process(target=AsHere(_work), args=(sending, out, arm, config), daemon=True)
             with _ignoring_interrupts():
                 process.start()
             stack.callback(process.join)

@@ -19,9 +19,10 @@ import numpy as np
 
 from ..batches.collator import Collator
 from ..config import AlignmentConfig, TeacherConfig, WordsConfig
+from ..errors import DataError, first_line
 from ..evaluation.answers import generate
 from ..evaluation.localization import compare, localization, measured_words
-from ..files import read_file, write_within
+from ..files import read_json, write_within
 from ..patching import patch
 from ..students.channels import is_chosen
 from ..students.heads import choose_heads
@@ -304,7 +305,7 @@ def write_questions(folder: Path, config: DemoConfig) -> None:
 
 def compare_arms(out: Path, config: DemoConfig) -> dict[str, Any]:
     """What `run_arm` measured of both students, side by side: `{"answers", "attention", "history", "examples"}`."""
-    measured = {arm: json.loads(read_file(out / arm / MEASURED)) for arm in ARMS}
+    measured = {arm: _read(out / arm / MEASURED) for arm in ARMS}
     usual = _usual_answers(ask(training_scenes(config)))
     answers = {}
     for world in WORLDS:
@@ -322,9 +323,18 @@ def compare_arms(out: Path, config: DemoConfig) -> dict[str, Any]:
     return {
         "answers": answers,
         "attention": {arm: measured[arm]["attention"] for arm in ARMS},
-        "history": {arm: json.loads(read_file(out / arm / HISTORY)) for arm in ARMS},
+        "history": {arm: _read(out / arm / HISTORY) for arm in ARMS},
         "examples": _examples(fresh_scenes(MAIN_WORLD, config.num_fresh), [measured[arm]["examples"] for arm in ARMS]),
     }
+
+
+def _read(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} is damaged ({first_line(error)}); remove {path.parent}, and the same command trains anew"
+        ) from None
 
 
 def _usual_answers(asked: Asked) -> dict[str, str]:

@@ -25,7 +25,7 @@ from ..config import AlignmentConfig, check_fields, to_dict
 from ..data.regions import Region
 from ..data.samples import Conversation, Message
 from ..errors import ConfigError, DataError, ModelError, TargetError, first_line
-from ..files import read_file, replacing, write_within
+from ..files import read_json, replacing, write_within
 from ..patching import patch
 from ..students.discovery import attention_modules
 from ..students.lambda_schedule import needs_progress
@@ -355,7 +355,7 @@ def _settings_of(folder: Path) -> dict[str, Any] | None:
     if not path.exists() and not (folder / STATE).exists():
         return None
     try:
-        known = json.loads(read_file(path))
+        known = read_json(path)
         known["stage"]["steps"] + 0
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TargetError(f"{path} is damaged ({first_line(error)}); choose another folder") from None

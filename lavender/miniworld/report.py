@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DataError, first_line, importing
-from ..files import read_file, write_within
+from ..files import read_json, write_within
 from ..maps import overlay
 from . import HELD_OUT_SEED
 from .experiment import ARMS, MAIN_WORLD, WORLDS
@@ -52,8 +52,8 @@ def read_results(run: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise DataError(f"{run} has no {RESULTS}; expected the folder of a finished `lavender demo`")
     try:
-        results: Any = json.loads(read_file(path))
-    except (ValueError, RecursionError) as error:
+        results: Any = read_json(path)
+    except ValueError as error:
         raise DataError(f"{path} is damaged ({first_line(error)}); run the demo again") from None
     if isinstance(results, dict) and "arms" in results:
         raise DataError(

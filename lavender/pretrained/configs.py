@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError, first_line
-from ..files import read_file
+from ..files import read_json
 
 MOST_LAYERS = 10_000
 """Of a model that is built: each is a Python object, also where no weight is allocated."""
@@ -20,10 +19,10 @@ def read_config(path: Path, what: str) -> Mapping[str, Any]:
     Raises `ModelError` if it cannot be read, is no JSON object, or is of a model that could not be built in a lifetime.
     """
     try:
-        values = json.loads(read_file(path))
+        values = read_json(path)
     except OSError as error:
         raise ModelError(f"the {path.name} of {what} cannot be read ({error.strerror}); give a whole copy") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ModelError(f"the {path.name} of {what} is damaged ({first_line(error)}); give a whole copy") from error
     if not isinstance(values, Mapping):
         raise ModelError(f"the {path.name} of {what} holds a {type(values).__name__}, expected a JSON object; give a whole copy")

@@ -5,7 +5,6 @@ No weights are read. What a `.bin` says, torch's unpickler for weights alone rea
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import pickle
@@ -22,7 +21,7 @@ from torch import nn
 from torch.serialization import MAGIC_NUMBER
 
 from ..errors import ModelError, first_line
-from ..files import open_regular, read_file
+from ..files import open_regular, read_json
 from .weights import some
 
 TRANSFORMERS = ("model.safetensors", "pytorch_model.bin")
@@ -60,10 +59,10 @@ def find_weights(folder: Path, names: Sequence[str]) -> Path | None:
 
 def _read_shards(index: Path, what: str, is_partial: bool) -> dict[str, torch.Tensor]:
     try:
-        places = json.loads(read_file(index))["weight_map"]
+        places = read_json(index)["weight_map"]
         shards = sorted(set(places.values()))
         outside = [shard for shard in shards if PurePath(shard).is_absolute() or ".." in PurePath(shard).parts]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(index, what, f"it cannot be read, {first_line(error)}") from None
     if not shards:
         raise _damaged(index, what, "it lists no files")

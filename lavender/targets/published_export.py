@@ -121,9 +121,9 @@ def _require_new(path: Path, format: Format) -> None:
 def _set_aside(path: Path, format: Format) -> Iterator[Path]:
     """Where a folder or a file is written that takes its name when it is whole, by one process at a time: in `<path>.exporting`,
     which goes afterwards. What a kill left in it is written anew."""
-    final = Path(os.path.realpath(path))  # what a link leads to is the user's
-    with name_full_disk(final.parent, TargetError):
-        final.parent.mkdir(parents=True, exist_ok=True)
+    with name_full_disk(path.parent, TargetError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        final = Path(os.path.realpath(path))  # what a link leads to is the user's
         try:
             aside = own_path(final.parent, f"{final.name}.exporting")
         except DataError as error:

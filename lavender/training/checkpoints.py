@@ -28,7 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import DataError, first_line
-from ..files import name_full_disk, read_file, replace_folder, write_within
+from ..files import name_full_disk, read_json, replace_folder, write_within
 from ..pretrained.weights import non_finite
 from .arguments import misfit
 
@@ -164,7 +164,7 @@ def _finished(folder: Path, removes: bool) -> list[str]:
 def _has_state(checkpoint: Path) -> bool:
     """Whether the Trainer's state, which it writes last, can be read."""
     try:
-        return isinstance(json.loads(read_file(checkpoint / STATE)), dict)
+        return isinstance(read_json(checkpoint / STATE), dict)
     except (FileNotFoundError, ValueError):
         return False
 
@@ -178,6 +178,7 @@ def _set_aside(folder: Path, passed: dict[str, str], chosen: str, trainer: Train
             place.parent.mkdir(exist_ok=True)
             (folder / name).rename(place)
             logger.warning("%s is damaged (%s): continuing from %s; it is kept as %s", name, why, chosen, place)
+        remove_old(folder, trainer.args.save_total_limit)  # the run may have ended before it could
         written_by = _record(folder / chosen).get("num_processes", trainer.args.world_size)
         if written_by != trainer.args.world_size:
             logger.warning(
@@ -192,7 +193,7 @@ def _set_aside(folder: Path, passed: dict[str, str], chosen: str, trainer: Train
 def _record(checkpoint: Path) -> dict[str, Any]:
     """What `publish` wrote; empty where an earlier version of lavender, or the Trainer alone, wrote the checkpoint."""
     path = checkpoint / RECORD
-    record: Any = json.loads(read_file(path)) if path.exists() else {}
+    record: Any = read_json(path) if path.exists() else {}
     if not isinstance(record, dict):
         raise ValueError(f"{RECORD} is no JSON object")
     return record
@@ -210,7 +211,7 @@ def _faults(checkpoint: Path, trainer: Trainer) -> list[str]:
         return [f"a JSON file in it is damaged ({error})"]
     faults = []
     if trainer.args.should_save:
-        if not _has_state(checkpoint) or not _is_state(json.loads(read_file(checkpoint / STATE))):
+        if not _has_state(checkpoint) or not _is_state(read_json(checkpoint / STATE)):
             faults.append(f"{STATE} is missing or damaged")
         if trainer.is_deepspeed_enabled and written_by != processes:
             faults.append(f"DeepSpeed wrote it by {written_by} processes and cannot continue by {processes}")
@@ -245,7 +246,7 @@ def _required(checkpoint: Path, trainer: Trainer, processes: int) -> list[str]:
     if hasattr(trainer.model, "peft_config"):
         weights = [ADAPTER_SAFE_WEIGHTS_NAME]
     elif index.exists():
-        weights = [index.name, *json.loads(read_file(index))["weight_map"].values()]
+        weights = [index.name, *read_json(index)["weight_map"].values()]
     else:
         weights = [SAFE_WEIGHTS_NAME]
     return [*names, OPTIMIZER_NAME, *weights]
@@ -264,6 +265,6 @@ def _faults_of_file(path: Path) -> Iterator[str]:
             if bad_entry is not None:
                 yield f"is damaged in {bad_entry}"
         elif path.suffix == ".json":
-            json.loads(read_file(path))
+            read_json(path)
     except (SafetensorError, ValueError, zipfile.BadZipFile, OSError) as error:
         yield f"cannot be read ({error})"

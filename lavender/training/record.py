@@ -12,7 +12,7 @@ from ..batches.outcomes import Unusable
 from ..config import AlignmentConfig, to_dict
 from ..data.samples import Conversation, Sample
 from ..errors import DataError, TargetError
-from ..files import own_path, read_file, write_within
+from ..files import own_path, read_json, write_within
 from ..images import Picture
 from ..students.patch import ALIGNER_FILE
 from .checkpoints import ASIDE
@@ -57,7 +57,7 @@ def begin(
         _require_no_links(out)
     if is_begun(out):
         try:
-            present = json.loads(read_file(path))
+            present = read_json(path)
             if not isinstance(present, dict):
                 raise ValueError("it is no JSON object")
         except (OSError, ValueError) as error:
@@ -102,7 +102,7 @@ def is_begun(out: Path) -> bool:
 def began_with(out: Path, alignment: AlignmentConfig) -> bool:
     """Whether a folder holds a run of this alignment."""
     try:
-        present = json.loads(read_file(out / "run.json"))["alignment"] if is_begun(out) else None
+        present = read_json(out / "run.json")["alignment"] if is_begun(out) else None
         return present is not None and EARLIER["alignment"] | present == to_dict(alignment)
     except (OSError, ValueError, KeyError, TypeError):  # `begin` says so
         return False
@@ -111,7 +111,7 @@ def began_with(out: Path, alignment: AlignmentConfig) -> bool:
 def _chosen(out: Path) -> Any:
     """The alignment that `heads.json` is of."""
     try:
-        return json.loads(read_file(out / HEADS_FILE))["config"]
+        return read_json(out / HEADS_FILE)["config"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

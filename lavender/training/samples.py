@@ -29,7 +29,7 @@ from ..data.regions import record_of
 from ..data.samples import Conversation, Sample
 from ..errors import DataError, TargetError
 from ..extraction.seen import stamp_of
-from ..files import is_url, own_path, read_file, write_within
+from ..files import is_url, own_path, read_file, read_json, write_within
 from ..signals import Stop, Stopped, outlast
 from .guard import of_all_processes
 
@@ -70,7 +70,7 @@ class _Known:
     def read(out: Path) -> _Known | None:
         """None where an older version of lavender began the run, or nobody did."""
         try:
-            value = json.loads(read_file(out / SAMPLES))
+            value = read_json(out / SAMPLES)
             each = [(str(sample_id), str(digest)) for sample_id, digest in value["each"]]
             return _Known({name: value[name] for name in ("samples", "samples_sha256")}, each)
         except (OSError, ValueError, KeyError, TypeError):

@@ -41,7 +41,7 @@ from ..data.conversations import with_sound_regions
 from ..data.regions import has_places
 from ..data.samples import Conversation, Sample, as_conversation
 from ..errors import ConfigError, DataError, LavenderError, ModelError, TargetError, first_line, importing, reading
-from ..files import FolderLock, name_full_disk, read_file, write_within
+from ..files import FolderLock, name_full_disk, read_file, read_json, write_within
 from ..patching import patch
 from ..pretrained.names import split_revision
 from ..pretrained.weights import non_finite
@@ -183,7 +183,7 @@ def _require_same_places(patch_handle: StudentPatch, record: Path) -> None:
     if not record.is_file():
         return
     try:
-        present = EARLIER["alignment"] | (json.loads(read_file(record))["alignment"] or {})
+        present = EARLIER["alignment"] | (read_json(record)["alignment"] or {})
         theirs = from_dict(AlignmentConfig, present)
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise ModelError(f"{record} is damaged ({first_line(error)}), and does not say which heads its aligner is of") from error
@@ -302,7 +302,7 @@ class _Run:
             return None
         path = self.out / HEADS_FILE
         try:
-            present: dict[str, Any] = json.loads(read_file(path)) if path.exists() else {"asked": None}
+            present: dict[str, Any] = read_json(path) if path.exists() else {"asked": None}
             if present["asked"] == to_dict(self.alignment):
                 config = from_dict(AlignmentConfig, present["config"])
                 if not is_chosen(config):

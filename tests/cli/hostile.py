@@ -31,7 +31,7 @@ SPARE_BYTES = 1 << 30
 """What a case of `memory` may allocate beside what is there already; others a few times as much."""
 CANARY = "executed"
 """The file that a malicious pickle writes."""
-_BAR = re.compile(r"\d+%\|| \d+(\.\d+)?(it|s)/|\d+it \[")
+_BAR = re.compile(r"\d+%\|| \d+(\.\d+)?(it|s)/|\d+[a-z]+ \[\d+:")
 
 
 @dataclass(frozen=True)

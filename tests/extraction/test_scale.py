@@ -223,7 +223,9 @@ def test_a_command_that_is_asked_to_end_says_so_in_one_line(data, undisturbed, t
     os.killpg(process.pid, number)  # as Slurm does
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 143, errors
-    [line] = [line for line in errors.replace("\r", "\n").splitlines() if "word maps:" not in line and line.strip()]
+    lines = [line for line in errors.replace("\r", "\n").splitlines() if "word maps:" not in line and line.strip()]
+    assert len(lines) == 1, lines
+    [line] = lines
     assert line.startswith(f"lavender: ended by {signal.Signals(number).name}, ")
     assert not psutil.wait_procs(children, timeout=5)[1]
     assert not (tmp_path / "t/.lock.json").exists()

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 
 import pytest
 from transformers.utils import logging as of_transformers
 
 from lavender.cli import main
-from lavender.cli.notes import without_notes
 from lavender.miniworld import STUDENT
+from lavender.pretrained.notes import AsHere, without_notes
 from lavender.students.loading import load_student
 
 OTHERS = ("transformers.generation", "diffusers.pipelines", "torchao", "some.library")
@@ -107,3 +109,24 @@ def test_mistakes_with_options_are_one_line_too(words, monkeypatch, capsys):
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("lavender: ")
     assert line.endswith("--help")
+
+
+def _write_notes(channel):
+    write_notes()
+    channel.send(logging.root.manager.disable)
+
+
+def test_a_spawned_process_is_as_quiet_as_this_one(capfd):
+    context = multiprocessing.get_context("spawn")
+    for quiet in (True, False):
+        here, there = context.Pipe()
+        with without_notes() if quiet else nullcontext():
+            process = context.Process(target=AsHere(_write_notes), args=(there,))
+            process.start()
+            there.close()
+            assert (here.recv() >= logging.ERROR) == quiet
+            process.join()
+        said = capfd.readouterr().err
+        assert "a sample is skipped" in said
+        assert ("a hint of some.library" in said, "it goes in the next version" in said) == (not quiet, not quiet)
+        assert quiet or "torchao" in said

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest.mock import patch
 
 _ENVIRONMENT = {
@@ -39,3 +41,27 @@ def without_notes() -> Iterator[None]:
             yield
         finally:
             logging.disable(before)
+
+
+_for_life = ExitStack()
+"""What holds as long as the process lives."""
+
+
+class AsHere:
+    """A function for a process that is spawned, where third parties are as quiet as here, from the first import on: the process
+    imports what the function needs when this is unpickled."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> None:
+        self._function(*args)
+
+    def __getstate__(self) -> tuple[bool, bytes]:
+        return logging.root.manager.disable >= logging.ERROR, pickle.dumps(self._function)
+
+    def __setstate__(self, state: tuple[bool, bytes]) -> None:
+        is_quiet, function = state
+        if is_quiet:
+            _for_life.enter_context(without_notes())
+        self._function = pickle.loads(function)  # what the parent has just written
