@@ -286,12 +286,14 @@ def read_file(location: str | Path, offset: int = 0, length: int | None = None) 
 
 
 def read_json(path: Path) -> Any:
-    """What a regular file says in JSON.
+    """What a regular file says in JSON. Raises `OSError` where it cannot be read, `ValueError` as `parse_json` does."""
+    return parse_json(read_file(path))
 
-    Raises `OSError` where it cannot be read, `ValueError` where it is no JSON, or one that no parser gets to the end of.
-    """
+
+def parse_json(text: str | bytes) -> Any:
+    """What a text says in JSON. Raises `ValueError` where it is no JSON, or one that no parser gets to the end of."""
     try:
-        return json.loads(read_file(path))
+        return json.loads(text)
     except RecursionError:
         raise ValueError("it has too many brackets within each other") from None
 

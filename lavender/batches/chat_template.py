@@ -10,7 +10,7 @@ from itertools import takewhile
 from typing import Any
 
 from ..data.conversations import PLACEHOLDER, Conversation, Message, parts_of, without_thinking
-from ..errors import DataError
+from ..errors import DataError, reading
 
 _PLACE = re.compile(f"({re.escape(PLACEHOLDER)})")
 _KEYS_OF_PARTS = ("'type': 'text'", '"type": "text"')
@@ -287,15 +287,10 @@ class _Template:
         return pieces | {-1: text}
 
     def render(self, contents: Sequence[Any], **options: Any) -> str:
-        from jinja2 import TemplateError
-
         messages = [{"role": message.role, "content": content} for message, content in zip(self.messages, contents, strict=False)]
-        try:
+        refuses = f"{self.name}: the chat template refuses the conversation"
+        with reading(refuses, "give the messages as it expects them", _FormError):
             text: str = self.processor.apply_chat_template(messages, tokenize=False, **options)
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
-            raise _FormError(
-                f"{self.name}: the chat template refuses the conversation ({error}); give the messages as it expects them"
-            ) from error
         return text
 
     def _lost(self, reason: str) -> _LostError:

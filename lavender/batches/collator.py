@@ -15,7 +15,7 @@ from PIL import Image
 from ..config import WordsConfig
 from ..data.conversations import without_thinking
 from ..data.samples import Conversation, Message, Sample, as_conversation
-from ..errors import ConfigError, DataError, LavenderError, TargetError
+from ..errors import ConfigError, DataError, LavenderError, TargetError, reading
 from ..images import image_sha256, load_image
 from ..students.boxes import boxes_within
 from ..students.families import ProcessedImages, student_family
@@ -402,13 +402,12 @@ class Collator:
                 f"{_named(items)}: none of them has a picture, and a model that reads pictures by cross-attention then leaves that "
                 "out; put a sample with a picture into every batch, or train without targets"
             )
-        try:
-            batch = self.processor(
-                images=images if any(images) else None, text=texts, padding=True, add_special_tokens=False, return_tensors="pt"
+        with reading(f"{_named(items)}: {type(self.processor).__name__} does not take them", "mend them or the processor"):
+            return dict(
+                self.processor(
+                    images=images if any(images) else None, text=texts, padding=True, add_special_tokens=False, return_tensors="pt"
+                )
             )
-        except ValueError as error:
-            raise DataError(f"{_named(items)}: {type(self.processor).__name__} does not take them ({error})") from error
-        return dict(batch)
 
     def _locate(
         self, tokens: Sequence[int], ids: torch.Tensor, attention_mask: torch.Tensor, item: Item, offsets: Sequence[Span]

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..config import DEFAULT_QUESTION
 from ..errors import ConfigError, DataError
-from ..files import is_folder, is_url, path_within, read_file
+from ..files import is_folder, is_url, parse_json, path_within, read_file
 from .conversations import (
     CONTENT,
     PLACEHOLDER,
@@ -183,10 +183,10 @@ def _json(path: str | Path) -> list[tuple[str, dict[str, Any]]] | dict[str, Any]
 def _parsed(text: str, path: str | Path, line: int) -> Any:
     """The value of a JSON text that begins at a line of a file."""
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {line + error.lineno - 1} is no JSON ({error.msg})") from None
-    except (ValueError, RecursionError) as error:  # numbers too long, lists too deep
+    except ValueError as error:  # numbers too long, lists too deep
         raise DataError(f"{path}, line {line} cannot be read as JSON ({error})") from None
 
 

@@ -7,7 +7,6 @@ unpickled or written to disk, and no code of a data set is run.
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 import tarfile
@@ -18,7 +17,7 @@ from typing import Any, BinaryIO, TypeVar, cast, get_args
 
 from ..config import Captions
 from ..errors import ConfigError, DataError
-from ..files import filesystem_of, is_folder, is_url, open_regular
+from ..files import filesystem_of, is_folder, is_url, open_regular, parse_json
 from ..images import StoredImage
 from .folders import LONGEST_TEXT, METADATA, ask_server, open_folder
 from .pairs import BadPair, Listed, Pair, Pairs
@@ -376,8 +375,8 @@ class _Shards(Pairs):
             if ending == "txt":
                 sample.txt = text.strip()
                 return
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(text)
+        except ValueError as error:
             sample.fault = f"its {ending} cannot be read: {error}"
             return
         if not isinstance(value, dict):

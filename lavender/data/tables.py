@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-import json
 import os
 import posixpath
 from collections import Counter
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError
-from ..files import is_url, path_within, read_file
+from ..files import is_url, parse_json, path_within, read_file
 from ..images import ImageSource
 from .conversations import require_unicode, source_of, written_path
 from .pairs import BadPair, Pair
@@ -253,8 +252,8 @@ def _json_rows(file: str, content: bytes) -> _Rows:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             row = f"line {number} cannot be read as JSON: {error}"
         rows.append(row if isinstance(row, dict | str) else f"line {number} is {kind_of(row)}; expected a JSON object")
     return list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)), rows

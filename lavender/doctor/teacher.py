@@ -10,7 +10,7 @@ import diffusers
 import torch
 
 from ..config import Inversion, TeacherConfig
-from ..errors import ConfigError, ModelError, first_line
+from ..errors import ConfigError, ModelError, first_line, reading
 from ..files import read_json
 from ..pretrained.names import loading, locate_model
 from ..teachers.identity import encode_once
@@ -142,7 +142,10 @@ def _extraction(pipe: Any) -> Finding:
                 pipe, TeacherConfig(inversion=inversion, dtype=dtype, guidance_scale=guidance, **_fitting(pipe.scheduler))
             )
             if pipe.vae.device.type == "meta":  # where nothing is computed but shapes
-                encode_once(family, torch.zeros(1, 3, family.side, family.side, device="meta"))
+                with reading(
+                    "the autoencoder takes no picture of the model's size", "give the configs that belong to it", ModelError
+                ):
+                    encode_once(family, torch.zeros(1, 3, family.side, family.side, device="meta"))
             accepted.append(inversion)
         except (ModelError, ConfigError) as error:
             refusal = refusal or str(error)

@@ -24,7 +24,6 @@ number of a caption ("images/a.jpg#3"), for Entities also without the ending.
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -40,7 +39,7 @@ from numpy.typing import NDArray
 from ..data.run_lengths import mask_of_runs
 from ..data.run_lengths import run_lengths as run_lengths  # importable from here
 from ..errors import DataError
-from ..files import open_regular
+from ..files import open_regular, parse_json
 from ..images import load_image
 from ..types import WHOLE_PICTURE, Box, Span
 from ..words import FUNCTION_WORDS, words_of
@@ -122,8 +121,8 @@ def read_groundings(path: str | Path) -> Groundings:
         raise DataError(f"there are no masks at {path}; expected JSON lines, COCO's instances or a folder of Flickr30k Entities")
     text = _read_text(path)
     try:
-        whole = json.loads(text)
-    except json.JSONDecodeError:
+        whole = parse_json(text)
+    except ValueError:
         whole = None
     if isinstance(whole, dict) and "annotations" in whole:
         return _Coco(path, whole)
@@ -141,9 +140,9 @@ class _Lines:
                 continue
             place = f"{path}, line {number}"
             try:
-                entry = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{place} is no JSON ({error.msg})") from None
+                entry = parse_json(line)
+            except ValueError as error:
+                raise DataError(f"{place} is no JSON ({getattr(error, 'msg', error)})") from None
             if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
                 raise DataError(f'{place} is {_short(entry)}; expected an object with "id", "objects" and "words"')
             if entry["id"] in self._entries:

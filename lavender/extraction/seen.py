@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from ..files import is_url, open_regular, write_within
+from ..files import is_url, open_regular, parse_json, write_within
 from ..images import ImageSource, StoredImage
 from ..targets.store import Identity
 
@@ -75,8 +75,8 @@ def _read(path: Path) -> dict[str, str]:
         return {}
     notes = {}
     for line in lines:
-        with suppress(ValueError, RecursionError):  # a kill may have cut the last one off
-            value = json.loads(line)
+        with suppress(ValueError):  # a kill may have cut the last one off
+            value = parse_json(line)
             if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
                 notes[value[0]] = value[1]
     return notes

@@ -97,6 +97,8 @@ def _read_header(path: Path, what: str) -> dict[str, torch.Tensor]:
         # Which refuses a file that is shorter or longer than its header says.
         with safe_open(path, framework="pt") as file:
             keys: list[str] = list(file.keys())
+            if not keys:
+                raise ValueError("it holds no tensors")
             slices = {key: file.get_slice(key) for key in keys}
             return {key: _empty(part.get_shape(), part.get_dtype().startswith(("F", "BF"))) for key, part in slices.items()}
     except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, ValueError) as error:
@@ -117,7 +119,7 @@ def _read_zip(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _empty(shape: Sequence[int], is_floating_point: bool) -> torch.Tensor:
-    return torch.empty(*shape, device="meta", dtype=torch.float32 if is_floating_point else torch.int64)
+    return torch.empty(tuple(shape), device="meta", dtype=torch.float32 if is_floating_point else torch.int64)
 
 
 def _reason(error: Exception) -> str:

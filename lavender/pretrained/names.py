@@ -39,12 +39,16 @@ def locate_model(model: str | Path, *files: str) -> tuple[str, str | None]:
 
     Raises:
         ModelError: see `split_revision`.
-        OSError, ValueError: of the hub: no such model, revision or file, or it cannot be reached.
+        OSError, ValueError: no such model, revision or file; or the hub cannot be reached.
     """
     name, revision = split_revision(model)
     if Path(name).exists():
         require_regular_files(Path(name))
+        if not any((Path(name) / file).is_file() for file in files):  # libraries would look for it in the hub, and wait for that
+            raise ValueError(f"there is no {' or '.join(files)} in it")
         return name, None
+    if Path(name).is_symlink():
+        raise ValueError("it is a link to nothing")
     for file in files[:-1]:
         path = find_file(model, file)
         if path is not None:

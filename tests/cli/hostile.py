@@ -329,6 +329,7 @@ def count(patterns: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that is nothing here is asked of the hub, again and again
     if sys.argv[1:] == ["--serve"]:
         serve()
     else:

@@ -99,8 +99,9 @@ def both(*spoils: Spoil) -> Spoil:
 def folder_at(name: str) -> Spoil:
     def spoil(folder: Path) -> None:
         path = folder / name
-        if path.exists():
-            path.unlink()
+        for place in (path, *path.parents):
+            if place.is_file():
+                place.unlink()
         path.mkdir(parents=True)
 
     return spoil
@@ -286,10 +287,10 @@ for text in (
     f"{ALIGNED} --heads best:0", f"{ALIGNED} --heads best:99999", f"{ALIGNED} --aligner nonsense", f"{ALIGNED} --rows nonsense",
     f"{EXTRACT} --timesteps 1e9", f"{EXTRACT} --timesteps ''", f"{EXTRACT} --timesteps -1", f"{EXTRACT} --map-size 0",
     f"{EXTRACT} --device tpu9", f"{EXTRACT} --device ''", f"{EXTRACT} --device cuda:99", f"{EXTRACT} --device meta",
-    f"{EXTRACT} --engine nonsense", f"{EXTRACT} --batch-size 0", f"{EXTRACT} --batch-size 99999999999999999999",
+    f"{EXTRACT} --engine nonsense", f"{EXTRACT} --batch-size 0",
     f"{EXTRACT} --layers nonsense", f"{EXTRACT} --resolutions 7", f"{EXTRACT} --heads 99", f"{EXTRACT} --dtype int8",
     f"{EXTRACT} --image-size 7", f"{EXTRACT} --image-size -8", f"{EXTRACT} --guidance-scale nan", f"{EXTRACT} --inversion nonsense",
-    f"{EXTRACT} --preview 0", f"{EXTRACT} --preview x", f"{EXTRACT} --preview 1 --failed-only", f"{EXTRACT} --split nonsense",
+    f"{EXTRACT} --preview 0", f"{EXTRACT} --preview x", f"{EXTRACT} --preview 1 --failed-only",
     f"{EXTRACT} --image-column x", f"{EXTRACT} --caption-column x", f"{EXTRACT} --id-column x", f"{EXTRACT} --images nothing",
     f"{EXTRACT} --captions some", f"{EVALUATE} --scenes 0", f"{EVALUATE} --scenes -1", f"{EVALUATE} --scenes x",
     f"{EVALUATE} --rows x",
@@ -299,6 +300,8 @@ for text in (
     "train --data data/captions.jsonl --out out", "doctor student extra", f"{EXTRACT} --data", "report --nonsense",
 ):  # fmt: skip
     case(f"option: {text.split('--out out')[-1].strip() or text} of {text.split()[0]}", text)
+for text in (f"{EXTRACT} --batch-size 99999999999999999999", f"{EXTRACT} --split nonsense"):  # of three pictures in one file
+    case(f"option: {text.split('--out out')[-1].strip()} of extract", text, ends="works")
 HARMLESS = (
     "logging_steps",
     "fp16",
@@ -432,7 +435,7 @@ DAMAGES: dict[str, Callable[[str], Spoil]] = {
 }
 for n, (kind, damage) in enumerate(DAMAGES.items()):
     command = (EVALUATE, TRAIN, DOCTOR)[n % 3]
-    ends = "line|works" if kind == "integers" else "line"  # whole numbers may be what they are
+    ends = "line|lists" if command == DOCTOR else "line"
     case(f"weights {kind} of {command.split()[0]}", command, damage(WEIGHTS), ends=ends)
 for name in ("pytorch_model.bin", "model.pt", "model.ckpt", "model.pth"):
     for torch_format in (True, False):
