@@ -178,7 +178,6 @@ def _set_aside(folder: Path, passed: dict[str, str], chosen: str, trainer: Train
             place.parent.mkdir(exist_ok=True)
             (folder / name).rename(place)
             logger.warning("%s is damaged (%s): continuing from %s; it is kept as %s", name, why, chosen, place)
-        remove_old(folder, trainer.args.save_total_limit)  # the run may have ended before it could
         written_by = _record(folder / chosen).get("num_processes", trainer.args.world_size)
         if written_by != trainer.args.world_size:
             logger.warning(

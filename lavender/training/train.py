@@ -55,6 +55,7 @@ from ..students.patch import ALIGNER_FILE, StudentPatch
 from .arguments import REFUSAL, REMEDY, make_arguments
 from .callback import LavenderCallback
 from .checkpoints import last_checkpoint as _last_checkpoint
+from .checkpoints import remove_old
 from .guard import FiniteGuard, of_all_processes
 from .record import EARLIER, HEADS_FILE, began_with, begin, has_known_picture, is_begun, require_folder
 from .results import write_results
@@ -353,7 +354,10 @@ class _Run:
         trainer.add_callback(LavenderCallback(trainer, processor=processor) if aligned else FiniteGuard(trainer))
         interruption = Interruption(trainer, self.stop)
         trainer.add_callback(interruption)
-        _train(trainer, _last_checkpoint(out / "checkpoints", trainer))
+        checkpoint = _last_checkpoint(out / "checkpoints", trainer)
+        if checkpoint is not None and trainer.args.should_save:
+            remove_old(out / "checkpoints", trainer.args.save_total_limit)  # the run may have ended before it could
+        _train(trainer, checkpoint)
         if trainer.state.global_step < trainer.state.max_steps:
             interruption.raise_if_stopped()
         if not aligned:  # the callback counts them by outcome
