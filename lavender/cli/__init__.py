@@ -116,6 +116,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # names of files need not be Unicode
             stream.reconfigure(errors="backslashreplace")
+    if not verbose:  # to the process's end: libraries' finalizers may fail on what an error left half made
+        sys.unraisablehook = lambda _: None
     try:
         with nullcontext() if verbose else without_notes(), importing():
             code = app(prog_name="lavender", standalone_mode=False)

@@ -22,11 +22,12 @@ HELD_OUT_SEED = 200
 """Seed of the scenes that everything is measured on."""
 
 
-def write_dataset(scenes: Sequence[Scene], folder: Path) -> Path:
+def write_dataset(scenes: Sequence[Scene], folder: str | Path) -> Path:
     """Writes pictures, `captions.jsonl` (lines of `image`, `caption`, `question`, `answer`) and `grounding.jsonl`.
 
     The grounding has every object's exact mask and the words to measure(`evaluation.grounding`). Returns the captions' path.
     """
+    folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     captions, groundings = [], []
     for number, scene in enumerate(scenes):

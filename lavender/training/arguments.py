@@ -8,6 +8,8 @@ from dataclasses import fields
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from torch.distributed import is_initialized
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -15,7 +17,7 @@ from ..errors import ConfigError, reading
 
 REFUSAL = "refuses the training's arguments"
 REMEDY = "see what transformers.TrainingArguments says of them"
-_LEAST = {"gradient_accumulation_steps": 1, "dataloader_num_workers": 0}
+_LEAST = {"gradient_accumulation_steps": 1, "dataloader_num_workers": 0, "neftune_noise_alpha": 0}
 """Of numbers that transformers does not look at before it counts by them."""
 
 
@@ -27,16 +29,29 @@ def make_arguments(values: Mapping[str, Any]) -> TrainingArguments:
     unknown = values.keys() - {field.name for field in fields(TrainingArguments) if field.init}
     problem = f"unexpected keyword argument {min(unknown)!r}" if unknown else misfit(TrainingArguments, values)
     for name, least in _LEAST.items():
-        if not problem and values.get(name, least) < least:
-            problem = f"{name} is {values[name]}, expected {least} or more"
+        value = values.get(name)
+        if not problem and value is not None and value < least:
+            problem = f"{name} is {value}, expected {least} or more"
     if problem:
         raise ConfigError(f"transformers.TrainingArguments {REFUSAL} ({problem}); {REMEDY}")
     try:
         with reading(f"transformers.TrainingArguments {REFUSAL}", REMEDY, ConfigError):
-            return TrainingArguments(**values)
+            arguments = TrainingArguments(**values)
+            DataLoader(
+                [0],  # type: ignore[arg-type]  # a list is a data set
+                num_workers=arguments.dataloader_num_workers,
+                persistent_workers=arguments.dataloader_persistent_workers,
+                prefetch_factor=arguments.dataloader_prefetch_factor,
+            )
+        if arguments.deepspeed and not is_initialized():
+            raise ConfigError(
+                "DeepSpeed trains in processes that a launcher has started, also in one; start the same by torchrun, deepspeed or "
+                "accelerate launch (torchrun --no-python --nproc_per_node 1 lavender train ...)"
+            )
     except ConfigError:
         unset_hf_deepspeed_config()  # half made, it would stand in the way of every model that is loaded
         raise
+    return arguments
 
 
 def misfit(cls: type, values: Mapping[str, Any]) -> str:

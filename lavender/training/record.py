@@ -91,6 +91,8 @@ def require_folder(out: Path) -> None:
     """Raises `DataError` if a run's folder is something else."""
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; give --out a folder")
+    if model := next((name for name in ("config.json", "model_index.json", "adapter_config.json") if (out / name).exists()), None):
+        raise DataError(f"{out} holds a model (its {model}); give --out a folder of its own")
 
 
 def is_begun(out: Path) -> bool:

@@ -487,4 +487,16 @@ for kind, content in {
     if kind != "endless":
         case(f"chat template {kind}", (TRAIN, EVALUATE)[len(kind) % 2], write(TEMPLATE, content))
 case("chat template gone", TRAIN, remove(TEMPLATE))
+for key, value in {
+    "return_dict_in_generate": True, "num_beams": 4, "stop_strings": ["a"], "token_healing": True, "prompt_lookup_num_tokens": 3,
+    "penalty_alpha": 0.6, "cache_implementation": "quantized", "max_time": "x", "bad_words_ids": "x", "suppress_tokens": ["x"],
+    "eos_token_id": "x", "output_hidden_states": [None],
+}.items():  # fmt: skip
+    case(f"generation {key}", EVALUATE, put("student/generation_config.json", key, value=value), ends="line|works")
+case("train out a model", TRAIN.replace("--out out", "--out student"), says="holds a model")
+for setting in (
+    "dataloader_persistent_workers=true", "neftune_noise_alpha=-5", "report_to=mlflow",
+    """deepspeed='{"zero_optimization":{"stage":2},"train_micro_batch_size_per_gpu":"auto"}'""",
+):  # fmt: skip
+    case(f"argument {setting}", f"{ALIGNED} --set training.arguments.{setting}", ends="line")
 case("chat template a folder", TRAIN, folder_at(TEMPLATE))
