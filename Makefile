@@ -22,7 +22,7 @@ test-all: test test-rest  ## Run every test, on two cores (under 25 minutes), an
 test-rest: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m full
 
-campaign: $(STAMP)  ## Kill a training at every step of its writing, and at 50 random moments (about half an hour)
+campaign: $(STAMP)  ## Kill a training at every step of its writing, and at 50 random moments (about five minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.training.campaign
 
 lint: $(STAMP)  ## Check format, style and types
